@@ -1,0 +1,42 @@
+# Each target makes .venv if it is missing, installs into it, and runs. `make PYTHON=/path/to/python` picks the interpreter.
+
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := .venv/bin
+STAMP := .venv/installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(STAMP)
+	$(BIN)/xflow demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+bench: $(STAMP)
+	$(BIN)/xflow bench --model tiny
+
+# The stamp is written last, so an interrupted install is done again. The marker tells a killed install, whose packages may
+# be torn, from one that failed by itself. Building without isolation needs no network once setuptools is there.
+$(STAMP): pyproject.toml constraints.txt
+	@if [ -e .venv/installing ]; then rm -rf .venv; fi
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		if [ -z "$(PYTHON)" ]; then echo "Python 3.11 or newer was not found: call make PYTHON=/path/to/python" >&2; exit 2; fi; \
+		$(PYTHON) -m venv --clear .venv; \
+	fi
+	@echo "Installing into .venv (some minutes the first time)"
+	@touch .venv/installing
+	@{ $(PIP) "setuptools>=77" && $(PIP) --no-build-isolation -e ".[test]"; } || { rm -f .venv/installing; exit 1; }
+	@rm -f .venv/installing
+	@touch $@
+
+clean:
+	rm -rf .venv .cache .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

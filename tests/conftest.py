@@ -1,0 +1,24 @@
+"""Every test runs on eight fake CPU devices, in true float32, and without a network."""
+
+import gc
+import os
+
+# Before the first import of jax, which reads these when it starts.
+_DEVICES = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_programs():
+    """Thousands of programs in one process use up the memory mappings that Linux allows it."""
+    yield
+    jax.clear_caches()
+    gc.collect()

@@ -1,0 +1,50 @@
+"""What the tests of checkpoints share: the golden one, broken copies of it, and the bits in a directory."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from xflow_jax.config import LLaDAConfig
+from xflow_jax.models import abstract_params, build
+
+GOLDEN = Path(__file__).parent / "goldens" / "llada_tiny"
+PREFIX = "model.transformer."
+Q2 = PREFIX + "blocks.2.q_proj.weight"
+TOY = LLaDAConfig(
+    d_model=32, n_layers=2, n_heads=4, vocab_size=40, mlp_hidden_size=48, mask_token_id=39, eos_token_id=1
+)
+eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices, which conftest.py fakes")
+
+
+def tensors_of(directory):
+    """name -> (dtype, shape, bytes) of all tensors of a Hugging Face directory, read by the format's own library."""
+    found = {}
+    for file in Path(directory).glob("*.safetensors"):
+        for name, x in load_file(file).items():
+            assert name not in found
+            found[name] = (x.dtype, x.shape, x.tobytes())
+    return found
+
+
+def edited(folder, change=None, config=None, drop=()):
+    """A copy of the golden checkpoint in one file, after `change(tensors)` and with other keys in its config.json."""
+    folder.mkdir()
+    tensors = {name: x for file in sorted(GOLDEN.glob("*.safetensors")) for name, x in load_file(file).items()}
+    if change is not None:
+        change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    told = json.loads((GOLDEN / "config.json").read_text()) | (config or {})
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in told.items() if key not in drop}))
+    return folder
+
+
+def random_params(config, seed=0):
+    """Random parameters of a configuration; drawn by NumPy, since JAX would compile something for every shape."""
+    rng = np.random.default_rng(seed)
+    return jax.device_put(
+        jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), abstract_params(build(config)))
+    )

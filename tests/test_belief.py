@@ -1,0 +1,191 @@
+"""The chunked belief against a softmax that holds everything at once."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xflow_jax.belief import TOP, BeliefOptions, believe, model_head
+
+B, N, E, V = 2, 5, 8, 64
+PLAIN = BeliefOptions()
+
+
+@functools.partial(jax.jit, static_argnames=("options", "chunk"))
+def run(logits, options=PLAIN, chunk=16_384, keys=None, free=None):
+    """The belief of given logits [B, N, V]: the hidden states are the logits themselves."""
+
+    def head(hidden, start, size):
+        return jax.lax.dynamic_slice_in_dim(hidden, start, size, axis=-1)
+
+    return believe(head, logits, logits.shape[-1], options, keys, free, chunk)
+
+
+def plain(logits, options=PLAIN, free=None):
+    """(tokens, confidence, top, entropy) in float64 NumPy, from the definitions."""
+    z = np.asarray(logits, np.float64)
+    if free is not None:
+        free = np.asarray(free, np.float64)
+        z = free + (options.guidance + 1) * (z - free)
+    z = z.copy()
+    z[..., list(options.never)] = -np.inf
+    if options.vocab_size is not None:
+        z[..., options.vocab_size :] = -np.inf
+    tokens = z.argmax(-1)
+    z[..., list(options.doubted)] = -np.inf
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    entropy = -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(-1)
+    confidence = np.take_along_axis(p, tokens[..., None], -1)[..., 0]
+    return tokens, confidence, -np.sort(-p, axis=-1)[..., :TOP], entropy
+
+
+def agree(ours, wanted):
+    tokens, confidence, top, entropy = wanted
+    np.testing.assert_array_equal(ours.tokens, tokens)
+    np.testing.assert_allclose(ours.confidence, confidence, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(ours.top, top, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(ours.entropy, entropy, rtol=1e-4, atol=1e-5)
+
+
+OPTIONS = {
+    "plain": PLAIN,
+    "suppressed": BeliefOptions(never=(3, 17, 63), vocab_size=50),
+    "a whole chunk suppressed": BeliefOptions(never=tuple(range(7))),
+    "all but two suppressed": BeliefOptions(never=tuple(range(2, V))),
+    "doubted": BeliefOptions(doubted=(0, 21, 40)),
+    "everything": BeliefOptions(never=(1, 2), doubted=(5, 9), vocab_size=60),
+    "guided": BeliefOptions(guidance=1.5, never=(4,)),
+}
+
+
+@pytest.mark.parametrize("chunk", [7, 16, 63, 64, 1000])
+@pytest.mark.parametrize("name", list(OPTIONS))
+def test_chunks_are_the_plain_softmax(name, chunk):
+    options = OPTIONS[name]
+    logits, free = np.random.default_rng(0).normal(size=(2, B, N, V)).astype(np.float32) * 4
+    logits[0, 0, 40] = 30  # a doubted token that wins
+    free = free if options.guidance else None
+    agree(run(logits, options, chunk, free=free), plain(logits, options, free))
+
+
+def test_a_doubted_token_wins_with_confidence_0():
+    logits = np.zeros((1, 1, V), np.float32)
+    logits[..., 9] = 5
+    belief = run(logits, BeliefOptions(doubted=(9,)), 7)
+    assert belief.tokens[0, 0] == 9 and belief.confidence[0, 0] == 0
+    np.testing.assert_allclose(belief.top[0, 0], 1 / (V - 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_ties_go_to_the_lowest_index(chunk):
+    logits = np.zeros((1, 3, V), np.float32)
+    logits[0, 0, [12, 13, 50]] = 2.0  # inside a chunk and across chunks
+    logits[0, 1, [62, 63]] = 1.0  # in the last, moved chunk
+    belief = run(logits, chunk=chunk)
+    np.testing.assert_array_equal(belief.tokens[0], [12, 62, 0])
+    # Equal ones count as often as they are there.
+    agree(belief, plain(logits))
+    assert belief.top[0, 0, 0] == belief.top[0, 0, 2] > belief.top[0, 0, 3]
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_vocabularies_of_fewer_than_four_tokens(size):
+    logits = np.random.default_rng(1).normal(size=(1, 4, size)).astype(np.float32)
+    tokens, confidence, top, entropy = plain(logits)
+    top = np.pad(top, ((0, 0), (0, 0), (0, TOP - top.shape[-1])))
+    agree(run(logits), (tokens, confidence, top, entropy))
+
+
+@pytest.mark.parametrize("shift", [-90.0, 0.0, 300.0])
+def test_extreme_logits_stay_finite(shift):
+    logits = np.array([[[0.0, -200.0, 100.0, 99.0] + [-300.0] * 12]], np.float32) + np.float32(shift)
+    belief = run(logits, chunk=5)
+    agree(belief, plain(logits))
+    certain = run(np.where(np.arange(16) == 3, 0.0, -1e30).astype(np.float32)[None, None], chunk=5)
+    assert certain.confidence[0, 0] == 1 and certain.entropy[0, 0] == 0
+    uniform = run(np.full((1, 1, 16), shift, np.float32), chunk=5)
+    np.testing.assert_allclose(uniform.entropy, math.log(16), rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [4, 16])
+def test_temperature_draws_from_the_tempered_softmax(chunk):
+    """argmax(z + T g) of Gumbel noise g is a draw from softmax(z / T), and the confidence is that without noise."""
+    many, temperature = 20_000, 0.7
+    z = np.array([1.0, 0.2, -0.5, 0.0, 0.9, -2.0, 0.4, 5.0, -1.0], np.float32)
+    logits = np.broadcast_to(z, (1, many, z.size))
+    options = BeliefOptions(never=(7,), temperature=temperature)
+    belief = run(logits, options, chunk, keys=jax.random.split(jax.random.key(0), 1))
+    z[7] = -np.inf
+    share = np.exp(z / temperature) / np.exp(z / temperature).sum()
+    counts = np.bincount(belief.tokens[0], minlength=z.size)
+    assert counts[7] == 0
+    assert (np.abs(counts - many * share) < 5 * np.sqrt(many * share * (1 - share)) + 1e-9).all()
+    p = np.exp(z) / np.exp(z).sum()
+    np.testing.assert_allclose(belief.confidence[0], p[np.asarray(belief.tokens[0])], rtol=1e-5)
+    np.testing.assert_allclose(belief.top[0, 0], -np.sort(-p)[:TOP], rtol=1e-5)
+
+
+def test_a_rows_draws_are_its_keys_alone():
+    logits = np.random.default_rng(0).normal(size=(3, N, V)).astype(np.float32)
+    options, keys = BeliefOptions(temperature=1.0), jax.random.split(jax.random.key(4), 3)
+    together = run(logits, options, keys=keys)
+    for row in range(3):
+        alone = run(logits[row : row + 1], options, keys=keys[row : row + 1])
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
+    other = run(logits, options, keys=jax.random.split(jax.random.key(5), 3))
+    assert (np.asarray(other.tokens) != np.asarray(together.tokens)).any()
+
+
+def test_no_logits_of_the_whole_vocabulary_stand_in_memory():
+    rows, chunk = 32_768, 512
+    params = {"wte": {"embedding": jnp.zeros((rows, E))}}
+    hidden = jax.ShapeDtypeStruct((B, 64, E), jnp.float32)
+    options = BeliefOptions(never=(1,), doubted=(2,), temperature=1.0, guidance=1.0)
+
+    def everything(params, hidden, free, keys):
+        return believe(model_head(None, params), hidden, rows, options, keys, free, chunk)
+
+    args = (params, hidden, hidden, jax.random.split(jax.random.key(0), B))
+    largest = max(sizes(jax.make_jaxpr(everything)(*args).jaxpr))
+    assert B * 64 * chunk <= largest <= 2 * B * 64 * chunk
+    temporary = jax.jit(everything).lower(*args).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 4 * B * 64 * rows / 3  # bytes of the logits
+
+
+def sizes(jaxpr):
+    """Elements of every intermediate value in a jaxpr, inner ones included."""
+    for eqn in jaxpr.eqns:
+        yield from (math.prod(v.aval.shape) for v in eqn.outvars if hasattr(v.aval, "shape"))
+        is_jaxpr = lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")  # noqa: E731
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from sizes(inner)
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied", "biased"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_models_head_in_chunks_is_its_head(kind, dtype):
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.normal(size=(V, E)), jnp.float32)
+    params = {"wte": {"embedding": table}}
+    if kind != "tied":
+        params["ff_out"] = {"kernel": table.T}
+    bias = jnp.asarray(rng.normal(size=V), jnp.float32) if kind == "biased" else jnp.zeros(V)
+    if kind == "biased":
+        params["ff_out"]["bias"] = bias
+    hidden = jnp.asarray(rng.normal(size=(B, N, E)), dtype)
+    head = model_head(None, params)
+    whole = head(hidden, 0, V)
+    assert whole.dtype == dtype
+    parts = jnp.concatenate([head(hidden, start, 16) for start in range(0, V, 16)], axis=-1)
+    np.testing.assert_allclose(whole.astype(jnp.float32), parts.astype(jnp.float32), rtol=1e-5, atol=1e-5)
+    wanted = (hidden @ table.T.astype(dtype)) + bias.astype(dtype)[None, None, :]
+    error = np.abs(np.asarray(whole - wanted, np.float32))
+    assert error.max() < (1e-5 if dtype == jnp.float32 else 0.1)

@@ -1,0 +1,124 @@
+"""The benchmark's arithmetic, its one measurement on a toy, and what it says to bad input."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.helpers import stub, toy
+from xflow_jax import bench
+from xflow_jax.config import UserError
+from xflow_jax.generate import settings_of
+from xflow_jax.rules import MaskPrediction
+
+
+def arguments(*argv):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    monkeypatch.setattr(bench, "load_or_make", lambda name, dtype: toy())
+    monkeypatch.setattr(bench, "matmul_rate", lambda dtype: 1e11)
+
+
+def test_a_run_prints_and_keeps_its_numbers(toys, monkeypatch, tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    argv = ("--batch-sizes=1,3", "--gen-length=8", "--steps=2", "--prompt-length=5", "--rounds=2", f"--json={file}")
+    monkeypatch.setattr(bench, "LEAST_SECONDS", 0.0)
+    bench.run(arguments("--model=toy", *argv))
+    head, rule, columns, *rows = capsys.readouterr().out.splitlines()
+    assert head.startswith("toy: 0.01 M parameters in float32, on cpu") and "in 2 steps" in rule
+    assert columns.split()[:2] == ["batch", "tokens/s"] and [row.split()[0] for row in rows] == ["1", "3"]
+    kept = json.loads(file.read_text())
+    assert kept["model"] == "toy" and kept["gen_length"] == 8 and kept["parameters"] > 1000
+    for timing, batch in zip(kept["timings"], (1, 3), strict=True):
+        assert timing["batch"] == batch and timing["peak_memory"] > 1e6
+        assert timing["step"] > 0 and timing["outside_share"] < 1 and timing["floor_share"] > 0
+        assert math.isclose(timing["warm"], 2 * timing["step"])
+        assert math.isclose(timing["tokens_per_second"], batch * 8 / timing["warm"])
+        parts = timing["backbone"] + timing["head"] + timing["outside"]
+        assert math.isclose(parts, timing["step"], rel_tol=1e-6)
+    with pytest.raises(UserError, match="bench.json: the destination exists"):
+        bench.run(arguments("--model=toy", *argv))
+
+
+def test_the_forward_pass_that_is_timed_is_the_decoders():
+    """As many passes as the decode makes, of the whole length, with the head on the response alone."""
+    lm = toy()
+    settings = settings_of(lm, 5, 8, 4, None, 4)
+    x, mask = jnp.ones((3, 13, 16)), jnp.ones((3, 13), bool)
+    h, logits = bench._forward(lm.model, lm.params, settings, True, x, mask)
+    wanted = x
+    for _ in range(4):
+        wanted = lm.model.apply({"params": lm.params}, wanted, mask, method="hidden")
+    assert h.shape == (3, 13, 16) and logits.shape == (3, 8, lm.config.vocab_rows)
+    assert jnp.allclose(h, wanted, atol=1e-4)
+    assert jnp.allclose(logits, lm.model.apply({"params": lm.params}, wanted[:, -8:], method="head"), atol=1e-3)
+    alone, nothing = bench._forward(lm.model, lm.params, settings, False, x, mask)
+    assert jnp.allclose(alone, h, atol=1e-6) and nothing.shape == ()
+
+
+def test_flops_by_hand():
+    lm, b, length, canvas = toy(), 2, 13, 8
+    c = lm.config
+    layer = 4 * c.d_model**2 + 3 * c.d_model * c.mlp_width  # q, k, v, out; gate, up, down
+    attention = 2 * c.n_heads * length * c.head_dim * 2  # scores and their use, per position
+    wanted = b * length * c.n_layers * (2 * layer + attention) + b * canvas * 2 * c.d_model * c.vocab_rows
+    assert bench.step_flops(lm, b, length, canvas) == wanted
+
+
+def test_guidance_counts_its_doubled_batch(monkeypatch):
+    monkeypatch.setattr(bench, "LEAST_SECONDS", 0.0)
+    lm = stub()
+    lm = dataclasses.replace(lm, params=lm.params | {"blocks": {"kernel": jnp.ones((1, 3, 3))}})
+    settings = settings_of(lm, 5, 4, 2, None, None)
+    rules = (MaskPrediction(), MaskPrediction(cfg_scale=1.0))
+    plain, guided = (bench.measure(lm, rule, settings, 2, 5, rate=1e9, rounds=1) for rule in rules)
+    assert math.isclose(guided.floor, 2 * plain.floor)
+
+
+def test_rates_are_of_real_products():
+    rate = bench.matmul_rate(jnp.float32, rounds=1)
+    assert 1e8 < rate < 1e16
+
+
+def test_presets_have_random_weights(monkeypatch):
+    small = dataclasses.replace(toy().config, n_layers=1)
+    monkeypatch.setitem(bench.PRESETS, "small", small)
+    lm = bench.load_or_make("small", "bfloat16")
+    assert lm.config == small and lm.tokenizer is None
+    assert {x.dtype for x in jax.tree.leaves(lm.params)} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--batch-sizes=1,x"], "the batch sizes must be positive whole numbers with commas between them, not '1,x'"),
+        (["--batch-sizes=0"], "the batch sizes must be positive whole numbers with commas between them, not '0'"),
+        (["--prompt-length=0"], "prompt_length must be at least 1, not 0"),
+        (["--rounds=0"], "rounds must be at least 1, not 0"),
+        (["--steps=0"], "steps must be a whole number of at least 1, not 0"),
+        (["--prompt-length=121", "--gen-length=8"], "exceed the model's 128 positions"),
+        (["--rule=flaw"], "there is no rule 'flaw'; did you mean flow?"),
+    ],
+)
+def test_bad_input(toys, argv, message):
+    with pytest.raises(UserError) as error:
+        bench.run(arguments("--model=toy", *argv))
+    assert message in str(error.value)
+
+
+def test_models_that_are_not_there():
+    with pytest.raises(UserError, match="dtype is 'float16'"):
+        bench.load_or_make("llada-8b", "float16")
+    with pytest.raises(UserError):
+        bench.load_or_make("/no/such/directory", "float32")

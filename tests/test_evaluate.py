@@ -1,0 +1,195 @@
+"""Evaluation from problems to rows: what is asked, what is kept, what continues, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import toy
+
+from xflow_jax import evaluate as ev
+from xflow_jax.choices import parse_rules
+from xflow_jax.policy import init_policy
+from xflow_jax.records import Answers
+from xflow_jax.rules import Flow, MaskPrediction
+from xflow_jax.strict import UserError
+from xflow_jax.tasks import microcode
+from xflow_jax.tokenizer import chat_ids, load_tokenizer
+
+TASK = microcode.TASK
+SHORT = dataclasses.replace(TASK, settings=dataclasses.replace(TASK.settings, gen_length=8, block_length=4))
+TOKENIZER = load_tokenizer(Path(ev.__file__).parent / "tiny")
+RULES = parse_rules("mask,flow:power=4")
+BUDGETS = [Fraction(1), Fraction(1, 2)]
+
+
+def tiny_lm(mesh: str | None = None):
+    """A random model with microcode's tokenizer."""
+    ids = {"mask_token_id": TOKENIZER.convert_tokens_to_ids("<|mdm_mask|>"), "eos_token_id": TOKENIZER.eos_token_id}
+    rows = -(-len(TOKENIZER) // 64) * 64
+    lm = toy(mesh, vocab_size=len(TOKENIZER), embedding_size=rows, **ids)
+    return dataclasses.replace(lm, tokenizer=TOKENIZER)
+
+
+@pytest.fixture
+def oracle(monkeypatch):
+    """In the place of decoding: right answers to even problems, wrong ones to odd ones; counts its calls."""
+    problems = TASK.problems(None, 20)
+    texts = {}
+    for number, problem in enumerate(problems):
+        wrong = "def f(xs):\n    return None"
+        texts[tuple(chat_ids(TOKENIZER, problem.prompt))] = wrong if number % 2 else TASK.canonical(problem)
+    calls = SimpleNamespace(sizes=[], stop_after=None)
+
+    def generate(lm, prompts, rule, gen_length, steps, block_length, seed):
+        if len(calls.sizes) == calls.stop_after:
+            raise KeyboardInterrupt
+        calls.sizes.append(len(prompts))
+        passes = np.full(len(prompts), steps)
+        return SimpleNamespace(texts=[texts[tuple(p)] for p in prompts], forward_passes=passes)
+
+    monkeypatch.setattr(ev, "generate", generate)
+    return calls
+
+
+def test_every_rule_at_every_budget(oracle):
+    lm = tiny_lm()
+    cells = ev.make_cells(lm, TASK, RULES, BUDGETS)
+    assert [(c.label, c.steps) for c in cells] == [(rule, n) for rule in ("mask", "flow:power=4") for n in (48, 24)]
+    answers = Answers(None, {})
+    rows = ev.evaluate(lm, TASK, TASK.problems(None, 10), cells, answers, batch_size=4)
+    assert [(r.rule, r.budget, r.n, r.accuracy, r.forward_passes) for r in rows] == [
+        (c.label, str(c.budget), 10, 50.0, c.steps) for c in cells
+    ]
+    assert oracle.sizes == [4] * 12  # the last batch is filled up: one size, one compilation
+    one = answers.of("mask", "1", [TASK.task_id(p) for p in TASK.problems(None, 10)])
+    assert [a.passed for a in one] == [True, False] * 5
+    assert one[0].reason == "passed" and one[1].reason.startswith("wrong answer")
+
+
+def test_a_stopped_run_goes_on_where_it_was(oracle, tmp_path):
+    lm, problems = tiny_lm(), TASK.problems(None, 10)
+    cells = ev.make_cells(lm, TASK, RULES, BUDGETS)
+    straight = ev.evaluate(lm, TASK, problems, cells, Answers(None, {}), batch_size=4)
+    oracle.sizes.clear()
+    oracle.stop_after = 5
+    with pytest.raises(KeyboardInterrupt):
+        ev.evaluate(lm, TASK, problems, cells, Answers(tmp_path, {}), batch_size=4)
+    with (tmp_path / "answers.jsonl").open("a") as file:
+        file.write('{"task_id": "half a li')
+    oracle.stop_after = None
+    resumed = ev.evaluate(lm, TASK, problems, cells, Answers(tmp_path, {}), batch_size=4)
+    assert len(oracle.sizes) == 12
+    again = ev.evaluate(lm, TASK, problems, cells, Answers(tmp_path, {}), batch_size=4)
+    assert len(oracle.sizes) == 12 and again == resumed
+
+    def untimed(rows):
+        return [dataclasses.replace(row, seconds=0.0, tokens_per_second=0.0) for row in rows]
+
+    assert untimed(resumed) == untimed(straight)
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(lines) == len({(a["task_id"], a["rule"], a["budget"]) for a in lines}) == 40
+
+
+def answers_of(lm, batch_size: int) -> dict:
+    problems, answers = SHORT.problems(None, 13), Answers(None, {})
+    cells = ev.make_cells(lm, SHORT, parse_rules("mask:order=random"), [Fraction(1, 2)])
+    ev.evaluate(lm, SHORT, problems, cells, answers, batch_size=batch_size, seed=3)
+    ids = [SHORT.task_id(p) for p in problems]
+    kept = [a for c in cells for a in answers.of(c.label, "1/2", ids)]
+    return {(a.rule, a.task_id): (a.text, a.passed, a.forward_passes) for a in kept}
+
+
+def test_answers_depend_on_neither_batch_nor_mesh():
+    alone = answers_of(tiny_lm(), 1)
+    assert len(alone) == 13 and len(set(alone.values())) > 10
+    assert answers_of(tiny_lm(), 7) == alone
+    assert answers_of(tiny_lm("1,8,1"), 32) == alone
+
+
+def test_compilation_is_told_from_decoding():
+    @jax.jit
+    def f(x):
+        return jax.lax.fori_loop(0, 3, lambda _, y: jnp.sin(y @ y), x)
+
+    spans = []
+    for _ in range(2):
+        with ev.compile_spans() as seen:
+            f(jnp.ones((7, 7)))
+        spans.append(ev.union(seen))
+    assert spans[0] > 0 and spans[1] < spans[0]
+    assert ev.union([(0, 4), (1, 2), (3, 5), (7, 8)]) == 6 and ev.union([]) == 0
+
+
+def test_fingerprint():
+    params = tiny_lm().params
+    same = ev.fingerprint(params)
+    assert same == ev.fingerprint(tiny_lm("1,8,1").params) == ev.fingerprint(jax.tree.map(np.asarray, params))
+    flipped = {**params, "ln_f": {"scale": params["ln_f"]["scale"].at[3].add(1e-6)}}
+    swapped = {**params, "wte": {"embedding": params["wte"]["embedding"][::-1]}}
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    assert len({same, *map(ev.fingerprint, (flipped, swapped, half))}) == 4
+
+
+def test_a_run_says_what_its_rules_are():
+    assert ev.describe_rule(MaskPrediction(temperature=0.5))["temperature"] == 0.5
+    policies = [ev.describe_rule(Flow(init_policy(jax.random.key(k), 8))) for k in (0, 0, 1)]
+    assert policies[0] == policies[1] != policies[2]
+    about = {**ev.describe_task(TASK, None), "rules": policies}
+    assert json.loads(json.dumps(about)) == about
+
+
+def test_reference_answers_and_answers_made_elsewhere(tmp_path, capsys):
+    problems = TASK.problems(None, 6)
+    texts = [(TASK.task_id(p), TASK.canonical(p)) for p in problems]
+    row, failed = ev.score(TASK, problems, texts, "canonical", Answers(None, {}))
+    assert (row.n, row.accuracy, failed) == (6, 100.0, [])
+    file = tmp_path / "answers.jsonl"
+    wrong = (texts[0][0], "def f(xs):\n    return None")
+    file.write_text("".join(json.dumps({"task_id": i, "completion": c}) + "\n" for i, c in [*texts, wrong]))
+    args = SimpleNamespace(
+        task="microcode", data=None, limit=4, canonical=False, answers=str(file), out=str(tmp_path / "out"), model=None
+    )
+    ev.run(args)
+    printed = capsys.readouterr().out
+    assert "87.5 %" in printed and f"failed: {wrong[0]}: wrong answer" in printed  # one of two answers to a problem
+    names = ["answers.jsonl", "results.csv", "run.json", "table.md"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
+    ev.run(args)  # a second call scores nothing again
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        ("nonsense\n", 'line 1 must look like {"task_id"'),
+        ('{"task_id": "a"}\n', "line 1 must look like"),
+        ('{"task_id": "a", "completion": "x"}\n\n{"task_id": "z", "completion": "x"}\n', "the task has no problem z"),
+        ('{"task_id": "a", "completion": "x"}\n', "has no answer to 1 of 2 problems, b for one"),
+    ],
+)
+def test_wrong_answer_files(tmp_path, lines, sentence):
+    file = tmp_path / "answers.jsonl"
+    file.write_text(lines)
+    with pytest.raises(UserError) as error:
+        ev.read_answers(file, ["a", "b"], ["a", "b", "c"])
+    assert sentence in str(error.value)
+    with pytest.raises(UserError, match="cannot be read"):
+        ev.read_answers(tmp_path / "nowhere", ["a"], ["a"])
+
+
+def test_bad_input():
+    lm = tiny_lm()
+    with pytest.raises(UserError, match="makes 14.4 steps, which is not .* for each of 3 blocks; use 1/4 or 5/16"):
+        ev.make_cells(lm, TASK, RULES, [Fraction(3, 10)])
+    with pytest.raises(UserError, match="no tokenizer.json"):
+        ev.evaluate(dataclasses.replace(lm, tokenizer=None), TASK, TASK.problems(None, 1), [], Answers(None, {}))
+    with pytest.raises(UserError, match="batch_size must be at least 1"):
+        ev.evaluate(lm, TASK, TASK.problems(None, 1), [], Answers(None, {}), batch_size=0)

@@ -1,0 +1,80 @@
+"""Writes the tokenizer of the bundled model: `python -m train.microcode_tokenizer DIRECTORY`.
+
+Words, digits and punctuation of microcode are one token each, any other text falls back to its bytes. The special
+tokens and the chat template are LLaDA's, so the same code paths serve the bundled model and the released ones.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from xflow_jax.tasks import microcode
+
+# A token is a word, a digit or a mark, with the space before it; or a line break with the indentation behind it.
+SPLIT = r"\n\n|\n *| ?[A-Za-z_]+| ?[0-9]| ?(?:\*\*|==|!=|\+=|\)\:|\[\]|\[::-|[^\sA-Za-z_0-9])|\s"
+SAMPLES = 20_000
+
+SPECIAL = (
+    ["<|startoftext|>", "<|endoftext|>", "[CLS]", "[gMASK]"]
+    + [f"<|reserved_token_{i}|>" for i in range(6)]
+    + ["<|mdm_mask|>"]
+    + [f"<|reserved_token_{i}|>" for i in range(253, 256)]
+    + ["<role>", "</role>", "<|arithmetic_start|>", "<|arithmetic_end|>", "<|number_start|>", "<|number_end|>"]
+    + ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+)
+# Line breaks stand inside expressions: Jinja would drop one at the template's end.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ (bos_token if loop.first else '') + '<|start_header_id|>' + message['role']"
+    " + '<|end_header_id|>\n\n' + (message['content'] | trim) + '<|eot_id|>' }}{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+
+
+def build() -> Tokenizer:
+    """The tokenizer: 256 bytes, then the words of microcode in order of the alphabet, then the special tokens."""
+    words = {"\n\n", "user", "assistant", "system"}
+    for index in range(SAMPLES):
+        for text in microcode.training_pair(0, index, microcode.WIDE):
+            words.update(re.findall(SPLIT, text))
+    to_unicode = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+    def spell(word: str) -> str:
+        return to_unicode.pre_tokenize_str(word)[0][0]
+
+    entries = sorted(pre_tokenizers.ByteLevel.alphabet()) + sorted({spell(w) for w in words if len(w.encode()) > 1})
+    # Without merges, but with `ignore_merges`, a known word is one token and an unknown one is its bytes.
+    tokenizer = Tokenizer(models.BPE({e: i for i, e in enumerate(entries)}, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"), to_unicode])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    return tokenizer
+
+
+def main(directory: str) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json into `directory`."""
+    out = Path(directory)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = build()
+    tokenizer.save(str(out / "tokenizer.json"))
+    names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    config = names | {
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": 256,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (out / "special_tokens_map.json").write_text(json.dumps(names, indent=2) + "\n")
+    print(f"{out}: {tokenizer.get_vocab_size()} tokens, mask {tokenizer.token_to_id('<|mdm_mask|>')}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m train.microcode_tokenizer DIRECTORY")
+    main(sys.argv[1])

@@ -1,0 +1,7 @@
+"""python -m xflow_jax: the same as the command xflow."""
+
+import sys
+
+from xflow_jax.cli import main
+
+sys.exit(main())

@@ -1,0 +1,245 @@
+"""Where the time of a decode goes: `xflow bench --model DIR|tiny|PRESET`.
+
+Three programs are timed side by side: the decode itself, its backbone with the head's matrix product, and the backbone
+alone. Their rounds alternate and medians are reported, so that another load on the machine falls on all three alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from xflow_jax.belief import model_head
+from xflow_jax.choices import parse_rule
+from xflow_jax.config import PRESETS, UserError
+from xflow_jax.decode import Settings
+from xflow_jax.generate import decode_batch, pad_prompts, settings_of
+from xflow_jax.lm import DTYPES, LM, load
+from xflow_jax.models import build, init_params
+from xflow_jax.records import write_whole
+from xflow_jax.rules import Rule
+from xflow_jax.storage import refuse_existing
+
+LEAST_SECONDS = 3.0  # of measurement for each batch size
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """One batch size, in seconds. A step is one forward pass with all that the decoder does around it.
+
+    tokens_per_second: response tokens of a whole decode. backbone: of a step; head: the matrix product to the logits;
+    outside: the rest of the step, belief, rule and update. outside_share: outside / step, a median of its own. floor: a
+    step's matrix products at the machine's measured rate; floor_share: floor / step. cold: the first decode of the
+    process, compilation included; warm: the median of later ones. peak_memory: in bytes, see `peak_memory`.
+    """
+
+    batch: int
+    tokens_per_second: float
+    step: float
+    backbone: float
+    head: float
+    outside: float
+    outside_share: float
+    floor: float
+    floor_share: float
+    cold: float
+    warm: float
+    peak_memory: int
+
+
+def measure(lm: LM, rule: Rule, settings: Settings, batch: int, prompt_length: int, rate: float, rounds: int) -> Timing:
+    """Times a decode of `batch` random prompts and its parts; rate: FLOP/s of `matmul_rate`."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, lm.config.vocab_size, (batch, prompt_length)).tolist()
+    ids, mask = pad_prompts(lm, rows)
+    keys = jax.random.split(jax.random.key(0), batch)
+    copies = 2 if rule.belief_options(lm.config, None).guidance else 1  # guidance doubles the batch
+    width, table = ids.shape[1] + settings.canvas, lm.params["wte"]["embedding"]
+    x = jnp.asarray(rng.normal(size=(batch * copies, width, table.shape[1])), lm.dtype)
+    whole = jnp.asarray(np.pad(np.tile(mask, (copies, 1)), ((0, 0), (0, settings.canvas)), constant_values=True))
+    ids, mask = jnp.asarray(ids), jnp.asarray(mask)
+    steps = settings.blocks * settings.steps
+    programs = {
+        "warm": lambda: decode_batch(lm.model, lm.params, rule, settings, ids, mask, keys),
+        "with_head": lambda: _forward(lm.model, lm.params, settings, True, x, whole),
+        "backbone": lambda: _forward(lm.model, lm.params, settings, False, x, whole),
+    }
+    with lm.scope():
+        first = {name: seconds(program) for name, program in programs.items()}
+        times = {name: [] for name in programs}
+        # Short programs need more rounds for a steady median.
+        once = sum(seconds(program) for program in programs.values())
+        for _ in range(max(rounds, min(99, int(LEAST_SECONDS / once)))):
+            for name, program in programs.items():
+                times[name].append(seconds(program))
+    warm, with_head, backbone = (statistics.median(t) for t in times.values())
+    # Of neighbours in time: the median of quotients is steadier than the quotient of medians.
+    share = statistics.median(1 - part / all_ for part, all_ in zip(times["with_head"], times["warm"], strict=True))
+    floor = step_flops(lm, batch * copies, width, settings.canvas) / rate
+    return Timing(
+        batch=batch,
+        tokens_per_second=batch * settings.gen_length / warm,
+        step=warm / steps,
+        backbone=backbone / steps,
+        head=(with_head - backbone) / steps,
+        outside=(warm - with_head) / steps,
+        outside_share=share,
+        floor=floor,
+        floor_share=floor * steps / warm,
+        cold=first["warm"],
+        warm=warm,
+        peak_memory=peak_memory(),
+    )
+
+
+@partial(jax.jit, static_argnames=("model", "settings", "head"))
+def _forward(model: Any, params: Any, settings: Settings, head: bool, x: jax.Array, mask: jax.Array) -> Any:
+    """As many forward passes as a decode makes, each on what the last one left: x [B, L, E] -> the last (x, logits)."""
+    logits_of = model_head(model, params)
+    rows, canvas = model.config.vocab_rows, settings.canvas
+
+    def one(carry: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, jax.Array], None]:
+        h = model.apply({"params": params}, carry[0], mask, _block_length(settings), method="hidden")
+        # Kept in the carry: nothing may be cut off as unused.
+        return (h, logits_of(h[:, -canvas:], 0, rows) if head else carry[1]), None
+
+    logits = jnp.zeros((x.shape[0], canvas, rows) if head else (), x.dtype)
+    return jax.lax.scan(one, (x, logits), None, length=settings.blocks * settings.steps)[0]
+
+
+def _block_length(settings: Settings) -> int | None:
+    return settings.block_length if settings.block_causal else None
+
+
+def seconds(program: Callable[[], Any]) -> float:
+    """Of one run, its results on the device."""
+    began = time.perf_counter()
+    jax.block_until_ready(program())
+    return time.perf_counter() - began
+
+
+def matmul_rate(dtype: Any, rounds: int = 5) -> float:
+    """FLOP/s of square matrix products in `dtype`: the best over sizes and rounds, which nothing else can exceed."""
+    product, best = jax.jit(jnp.matmul), 0.0
+    for size in (512, 1024, 2048, 4096, 8192):
+        a = jnp.ones((size, size), dtype)
+        product(a, a).block_until_ready()
+        taken = min(seconds(lambda a=a: product(a, a)) for _ in range(rounds))
+        best = max(best, 2 * size**3 / taken)
+        if taken > 0.02:  # the next one is eight times as much work
+            break
+    return best
+
+
+def step_flops(lm: LM, batch: int, length: int, canvas: int) -> float:
+    """FLOPs of the matrix products of one forward pass: layers and attention at all positions, the head on the canvas.
+
+    Of a model whose layers' matrices [layers, in, out] are all used at each position.
+    """
+    kernels = sum(x.size for x in jax.tree.leaves(lm.params["blocks"]) if x.ndim == 3)
+    c = lm.config
+    attention = 4 * batch * length * length * c.n_heads * c.head_dim * c.num_layers
+    return 2.0 * batch * length * kernels + attention + 2.0 * batch * canvas * c.hidden_size * c.vocab_rows
+
+
+def peak_memory() -> int:
+    """The most bytes so far: of the first device where it says so, else of the process."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def load_or_make(name: str, dtype: str) -> LM:
+    """The model in a directory, the bundled one ("tiny"), or a preset's shape with random weights."""
+    if name not in PRESETS:
+        return load(name, dtype)
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}, but it must be {' or '.join(DTYPES)}")
+    model = build(PRESETS[name], jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
+    return LM(model, PRESETS[name], jax.jit(partial(init_params, model))(jax.random.key(0)), None)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `xflow bench`."""
+    models = f"a directory, tiny, or, with random weights, {' or '.join(PRESETS)}"
+    parser.add_argument("--model", required=True, metavar="DIR", help=models)
+    parser.add_argument("--rule", default="flow", metavar="RULE", help="mask, threshold, flow (default: %(default)s)")
+    parser.add_argument("--batch-sizes", default="1,8,64", metavar="LIST", help="(default: %(default)s)")
+    parser.add_argument("--gen-length", type=int, default=48, metavar="N", help="of responses (default: %(default)s)")
+    parser.add_argument("--block-length", type=int, metavar="N", help="of blocks (default: as the model was made for)")
+    parser.add_argument("--steps", type=int, metavar="N", help="forward passes (default: a quarter of the tokens)")
+    parser.add_argument("--prompt-length", type=int, default=40, metavar="N", help="of prompts (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="repetitions (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", metavar="TYPE", help="float32 or bfloat16 (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="keep every number in a new file")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures and prints a table; every step is taken, early exits are off. UserError on bad input."""
+    sizes = _sizes(args.batch_sizes)
+    for name, value in (("prompt_length", args.prompt_length), ("rounds", args.rounds)):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
+    if args.json:
+        refuse_existing(Path(args.json))
+    label, rule = parse_rule(args.rule)
+    lm = load_or_make(args.model, args.dtype)
+    steps = max(args.gen_length // 4, 1) if args.steps is None else args.steps
+    settings = settings_of(lm, args.prompt_length, args.gen_length, steps, None, args.block_length)
+    with lm.scope():
+        rate = matmul_rate(lm.dtype)
+    device = jax.devices()[0]
+    parameters = sum(x.size for x in jax.tree.leaves(lm.params))
+    print(
+        f"{args.model}: {parameters / 1e6:.2f} M parameters in {lm.dtype}, on {device.device_kind}, which multiplies "
+        f"matrices at {rate / 1e9:.0f} GFLOP/s\n{label}: prompts of {args.prompt_length} tokens, responses of "
+        f"{args.gen_length} in {settings.blocks * settings.steps} steps, none skipped; {args.rounds} rounds or more"
+    )
+    timings = []
+    for batch in tqdm(sizes, desc="batch sizes", leave=False, disable=None):
+        timings.append(measure(lm, rule, settings, batch, args.prompt_length, rate, args.rounds))
+    print(table(timings))
+    if args.json:
+        facts = vars(args) | {"device": device.device_kind, "parameters": parameters, "matmul_flops_per_second": rate}
+        facts = {k: v for k, v in facts.items() if isinstance(v, str | int | float | None)}
+        facts["timings"] = [dataclasses.asdict(t) for t in timings]
+        write_whole(Path(args.json), json.dumps(facts, indent=1) + "\n")
+
+
+def table(timings: list[Timing]) -> str:
+    """A row for each batch size, milliseconds and percent."""
+    head = ("batch", "tokens/s", "step ms", "backbone", "head", "outside", "outside %", "of floor %")
+    rows = [(*head, "cold s", "warm s", "peak MB")]
+    for t in timings:
+        parts = (f"{1e3 * s:.3f}" for s in (t.step, t.backbone, t.head, t.outside))
+        shares = (f"{100 * t.outside_share:.1f}", f"{100 * t.floor_share:.1f}")
+        ends = (f"{t.cold:.2f}", f"{t.warm:.3f}", f"{t.peak_memory / 1e6:.0f}")
+        rows.append((str(t.batch), f"{t.tokens_per_second:.0f}", *parts, *shares, *ends))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise UserError(f"the batch sizes must be positive whole numbers with commas between them, not {text!r}")
+    return sizes

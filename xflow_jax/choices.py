@@ -1,0 +1,128 @@
+"""What a command line says of decoding, read strictly: rules with options, budgets, and the steps that they come to."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from typing import Any
+
+from xflow_jax.policy import load_policy
+from xflow_jax.rules import Flow, MaskPrediction, Rule, Threshold
+from xflow_jax.strict import UserError, require, show, typed
+
+RULES: dict[str, type] = {"mask": MaskPrediction, "threshold": Threshold, "flow": Flow}
+
+
+def options_of(cls: type) -> dict[str, Any]:
+    """Option -> type of its value, for a class of rules."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name != "needs_keys"}
+
+
+def parse_rule(text: str, defaults: Iterable[tuple[str, Any]] = ()) -> tuple[str, Rule]:
+    """(label, rule) of "flow", "threshold:tau=0.7" or "mask:order=entropy,temperature=0.5".
+
+    The label is the text without its spaces. defaults: options that are used where the rule has them and the text does
+    not set them. A flow's policy is the path of its file. Raises UserError, with the nearest name for an unknown one.
+    """
+    text = "".join(text.split())
+    name, colon, rest = text.partition(":")
+    if name not in RULES:
+        raise UserError(f"there is no rule {name!r}; {_suggest(name, RULES)}")
+    known = options_of(RULES[name])
+    given = {option: value for option, value in defaults if option in known}
+    for part in rest.split(",") if colon else []:
+        option, equals, value = part.partition("=")
+        if not equals:
+            raise UserError(f"the rule {text!r} must look like {name}:option=value, with commas between options")
+        if option not in known:
+            raise UserError(f"the rule {name} has no option {option!r}; {_suggest(option, known)}")
+        given[option] = _value(name, option, value, known[option])
+    try:
+        return text, RULES[name](**given)
+    except UserError as error:
+        raise UserError(f"the rule {text}: {error}") from None
+
+
+def parse_rules(text: str, defaults: Sequence[tuple[str, Any]] = ()) -> dict[str, Rule]:
+    """label -> rule, in order, of rules with commas between them: "mask,flow:power=4,commit=false,threshold"."""
+    texts: list[str] = []
+    for part in text.split(","):
+        head = part.partition(":")[0]
+        if "=" in head and texts:  # another option of the rule before it
+            texts[-1] += "," + part
+        else:
+            texts.append(part)
+    return dict(parse_rule(rule, defaults) for rule in texts)
+
+
+def parse_budget(text: str) -> Fraction:
+    """The budget that "1/4" or "0.25" says, the share of the full number of steps; UserError outside (0, 1]."""
+    try:
+        budget = Fraction(text.strip())
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"the budget {text.strip()!r} is no number: write it like 1/4 or 0.25") from None
+    if not 0 < budget <= 1:
+        raise UserError(f"the budget {text.strip()} must be above 0 and at most 1")
+    return budget
+
+
+def parse_budgets(text: str) -> list[Fraction]:
+    """Budgets with commas between them, each once."""
+    return list(dict.fromkeys(parse_budget(part) for part in text.split(",")))
+
+
+def blocks_of(family: str, gen_length: int, block_length: int | None) -> int:
+    """How many blocks the steps of a response divide over; a block is by default 32 in LLaDA2.0, all in LLaDA.
+
+    UserError for lengths below 1, and for one that LLaDA's blocks do not divide.
+    """
+    require(gen_length >= 1, f"gen_length must be a whole number of at least 1, not {gen_length}")
+    require(block_length is None or block_length >= 1, f"block_length must be at least 1, not {block_length}")
+    size = block_length or (32 if family == "llada2" else gen_length)
+    if family != "llada2" and gen_length % size:
+        near = [str(n) for n in (gen_length // size * size, (gen_length // size + 1) * size) if n]
+        raise UserError(f"gen_length {gen_length} is not a whole number of blocks of {size}; use {' or '.join(near)}")
+    return max(gen_length // size, 1)
+
+
+def steps_of(budget: Fraction, gen_length: int, blocks: int = 1) -> int:
+    """The steps of a response of `gen_length` tokens: budget * gen_length, which must divide over the blocks.
+
+    UserError names the nearest budgets that would do where it is no whole number or does not divide.
+    """
+    steps = budget * gen_length
+    if steps.denominator == 1 and steps % blocks == 0 and steps >= blocks:
+        return int(steps)
+    below = int(steps // blocks) * blocks
+    near = [str(Fraction(n, gen_length)) for n in (below, below + blocks) if 0 < n <= gen_length]
+    over = f" for each of {blocks} blocks" if blocks > 1 else ""
+    raise UserError(
+        f"the budget {budget} of {gen_length} tokens makes {float(steps):g} steps, which is not a whole number{over}; "
+        f"use {' or '.join(near)}"
+    )
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+
+
+def _value(rule: str, option: str, text: str, hint: Any) -> Any:
+    if option == "policy":
+        return None if text == "none" else load_policy(text)
+    value: Any = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    if isinstance(value, str):
+        for kind in (int, float):
+            try:
+                value = kind(text)
+                break
+            except ValueError:
+                continue
+    try:
+        return typed(value, hint)
+    except TypeError as right:
+        raise UserError(f"the rule {rule}: {option} is {show(value)}, but it must be {right}") from None

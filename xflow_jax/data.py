@@ -1,0 +1,135 @@
+"""Training data: random-access sources, tokenised and batched by grain, whose position can be saved and restored."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from xflow_jax.strict import UserError
+from xflow_jax.tasks import microcode
+from xflow_jax.tokenizer import chat_ids, pad_left
+
+ENDLESS = 2**40
+
+
+class MicrocodePairs:
+    """The endless microcode training set number `seed` as a random-access source; each pair fits the given lengths.
+
+    The first `wide` pairs are written in more varied ways than the rest.
+    """
+
+    def __init__(self, seed: int, tokenizer: Any, prompt_length: int, gen_length: int, wide: int = 0):
+        self.wide = wide
+        self.seed, self.tokenizer, self.prompt_length, self.gen_length = seed, tokenizer, prompt_length, gen_length
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        # Pair `index` of the set unless it is too long: then the next of a set of its own, so that pairs stay distinct.
+        seed, number = self.seed, index
+        habits = microcode.WIDE if index < self.wide else microcode.USUAL
+        while True:
+            request, answer = microcode.training_pair(seed, number, habits)
+            prompt = chat_ids(self.tokenizer, request)
+            response = self.tokenizer(answer)["input_ids"]
+            if len(prompt) <= self.prompt_length and len(response) < self.gen_length:
+                break
+            seed += 1_000_003
+        eos = self.tokenizer.eos_token_id
+        ids, mask = pad_left([prompt], eos, self.prompt_length)
+        # The rest of the response is EOS, as in LLaDA's own fine-tuning: the model learns where to end.
+        response = response + [eos] * (self.gen_length - len(response))
+        return {"prompt": ids[0], "prompt_mask": mask[0], "response": np.asarray(response, np.int32)}
+
+
+def batches(source: Any, batch_size: int) -> grain.DatasetIterator:
+    """An iterator over batches of `source`, read ahead by one thread; `get_state` and `set_state` move it exactly."""
+    dataset = grain.MapDataset.source(source).batch(batch_size, drop_remainder=True)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
+
+
+class Responses:
+    """Self-generated responses from jsonl files, one {"prompt_ids": [...], "response_ids": [...]} a line.
+
+    only_passed leaves out those whose "passed" is false. All lines are read and checked at once: UserError names the
+    file and line of one that is no JSON, lacks a key, holds an id outside the vocabulary or is longer than allowed.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        config: Any,
+        prompt_length: int,
+        gen_length: int,
+        only_passed: bool = False,
+    ):
+        self.config, self.prompt_length, self.gen_length = config, prompt_length, gen_length
+        if prompt_length + gen_length > config.max_length:
+            raise UserError(
+                f"prompt_length {prompt_length} and gen_length {gen_length} exceed the model's "
+                f"{config.max_length} positions"
+            )
+        self.rows: list[tuple[list[int], list[int]]] = []
+        for path in paths:
+            for number, line in enumerate(read_lines(path), start=1):
+                record, row = self._check(line, f"{path}, line {number}")
+                if record.get("passed", True) or not only_passed:
+                    self.rows.append(row)
+        if not self.rows:
+            raise UserError(f"{', '.join(map(str, paths))}: no responses in it; train.self_generate makes them")
+
+    def _check(self, line: str, where: str) -> tuple[dict[str, Any], tuple[list[int], list[int]]]:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where} is no JSON: {error}") from None
+        rows = []
+        for key, longest in (("prompt_ids", self.prompt_length), ("response_ids", self.gen_length)):
+            ids = record.get(key) if isinstance(record, dict) else None
+            if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
+                raise UserError(f"{where} has no list of integers under {key!r}")
+            if bad := [i for i in ids if not 0 <= i < self.config.vocab_rows]:
+                last = self.config.vocab_rows - 1
+                raise UserError(f"{where}: {key} holds {bad[0]}; the vocabulary has ids 0 to {last}")
+            if len(ids) > longest:
+                raise UserError(f"{where}: {len(ids)} {key}, but the run allows {longest}")
+            rows.append(ids)
+        return record, (rows[0], rows[1])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        prompt, response = self.rows[index]
+        ids, mask = pad_left([prompt], self.config.pad_id, self.prompt_length)
+        response = response + [self.config.eos_id] * (self.gen_length - len(response))
+        return {"prompt": ids[0], "prompt_mask": mask[0], "response": np.asarray(response, np.int32)}
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a jsonl file; a last one that has no line break and is no JSON, cut off by a crash, is left out."""
+    try:
+        *lines, last = Path(path).read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text: {error}") from None
+    with contextlib.suppress(json.JSONDecodeError):
+        json.loads(last)
+        lines.append(last)
+    return lines
+
+
+def shuffled_batches(source: Any, batch_size: int, seed: int) -> grain.DatasetIterator:
+    """Endless shuffled epochs over `source` in batches; the iterator's position can be saved and restored."""
+    if len(source) < batch_size:
+        raise UserError(f"{len(source)} examples do not fill a batch of {batch_size}; use more or a smaller batch_size")
+    dataset = grain.MapDataset.source(source).shuffle(seed=seed).repeat().batch(batch_size, drop_remainder=True)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))

@@ -1,0 +1,82 @@
+"""`xflow demo`: the bundled model from its Hugging Face files to a table and two pictures, in about a minute."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from xflow_jax.answer import judge, say, spelling
+from xflow_jax.checkpoint import save_params
+from xflow_jax.choices import parse_rule
+from xflow_jax.evaluate import evaluate, legend, make_cells, report
+from xflow_jax.generate import generate
+from xflow_jax.lm import BUNDLED, LM, load
+from xflow_jax.plot import trajectory_html
+from xflow_jax.records import Answers, table
+from xflow_jax.rules import MaskPrediction
+from xflow_jax.sharding import make_mesh
+from xflow_jax.strict import UserError
+from xflow_jax.tasks import microcode
+
+FLOW = "flow:power=8"  # the best of the powers, by requests of the training set
+RULES = ("mask", "threshold", FLOW)
+BUDGETS = (Fraction(1), Fraction(1, 2), Fraction(1, 4), Fraction(1, 8))
+BASE = "mask (base)"  # the usual decoder on the model as it was before its alignment
+
+
+def run(args: Any) -> None:
+    """`xflow demo`."""
+    if args.limit < 1:
+        raise UserError(f"--limit must be at least 1, not {args.limit}")
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made an output folder: {error.strerror}") from None
+    began, task = time.perf_counter(), microcode.TASK
+    mesh = make_mesh() if jax.device_count() > 1 else None
+    lm = through_orbax("tiny", mesh)
+    size = sum(x.size for x in jax.tree.leaves(lm.params))
+    where = f"{jax.device_count()} device{'s' * (jax.device_count() > 1)} ({jax.devices()[0].device_kind})"
+    print(f"The bundled model, {size / 1e6:.1f} M parameters: safetensors -> Orbax -> {where}.")
+    problems, answers = task.problems(None, args.limit), Answers(None, {})
+    rules = dict(parse_rule(text) for text in RULES)
+    print(f"Decoding {len(problems)} requests that training never saw, and running every answer. The first request:\n")
+    print(f"  {problems[0].prompt}\n", flush=True)
+    rows = []
+    for model, its_rules in ((load("tiny-base", mesh=mesh), {BASE: MaskPrediction()}), (lm, rules)):
+        rows += evaluate(model, task, problems, make_cells(model, task, its_rules, BUDGETS), answers, args.limit)
+    page = out / "trajectory.html"
+    print("\n" + _trajectory(lm, problems[0], rules[FLOW], page) + "\n")
+    notes = [legend(task), "base: the model before its alignment; all other rows are of the aligned one."]
+    print("\n".join([table(rows), *notes]))
+    made = [*report(out, task, rows, [*notes, f"Made by: xflow demo --limit {args.limit}"]), page]
+    print(f"\n{time.perf_counter() - began:.0f} s in all. Look at:")
+    print("".join(f"  {path}\n" for path in made), end="")
+    print('Ask it yourself: xflow generate --model tiny --prompt "Multiply each number by 2 and return the sum."')
+
+
+def through_orbax(name: str, mesh: Any) -> LM:
+    """The bundled model of that name, read from its Hugging Face files, written with Orbax, and loaded in shards."""
+    with tempfile.TemporaryDirectory(prefix="xflow-demo-") as scratch:
+        source = load(name, mesh=mesh)
+        save_params(Path(scratch) / name, source.params, source.config, BUNDLED[name], {"source": name})
+        return load(Path(scratch) / name, mesh=mesh)
+
+
+def _trajectory(lm: Any, problem: microcode.Problem, rule: Any, page: Path) -> str:
+    """Writes the page of one flow decode at a quarter of the steps; the answer with its verdict, as text."""
+    task = microcode.TASK
+    length, steps = task.settings.gen_length, task.settings.gen_length // 4
+    size = task.settings.block_length
+    out = generate(lm, [problem.prompt], rule, gen_length=length, steps=steps, block_length=size, trace=True)
+    verdict = judge([problem.prompt], out.texts)[0]
+    facts = {"rule": FLOW, "steps": f"{steps} for {length} tokens", "verdict": say(verdict)}
+    trajectory_html(page, out.trace, 0, spelling(lm), problem.prompt, facts)
+    answer = "".join(f"  {line}\n" for line in out.texts[0].splitlines())
+    return f"The first request, answered by the flow in {steps} steps:\n\n{answer}\n  {say(verdict)}"

@@ -1,0 +1,133 @@
+"""Which tensors of a Hugging Face checkpoint make which parameter: a table per family, read in both directions.
+
+The shapes are not here: they follow from the tree of parameters (`models.abstract_params`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from xflow_jax.sharding import path_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """What one parameter is made of.
+
+    tensor: the tensors' name; {layer} and {expert} in it count along the parameter's leading axes, in this order,
+    layers from `first_layer` on. transpose: matrices are [out, in] there, [in, out] here. Parameters with the same
+    `tensor` share it: its output rows are theirs, one after the other in the table's order.
+    """
+
+    tensor: str
+    transpose: bool = False
+    first_layer: int = 0
+
+
+Table = dict[str, Leaf]
+
+
+def _llada(config: Any) -> Table:
+    top, block = "model.transformer.", "model.transformer.blocks.{layer}."
+    table = {"wte/embedding": Leaf(top + "wte.weight")}
+    for norm in ("attn_norm", "ff_norm"):
+        table[f"blocks/{norm}/scale"] = Leaf(f"{block}{norm}.weight")
+    for linear in ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"):
+        table[f"blocks/{linear}/kernel"] = Leaf(f"{block}{linear}.weight", transpose=True)
+        table[f"blocks/{linear}/bias"] = Leaf(f"{block}{linear}.bias")
+    table["ln_f/scale"] = Leaf(top + "ln_f.weight")
+    table["ff_out/kernel"] = Leaf(top + "ff_out.weight", transpose=True)
+    table["ff_out/bias"] = Leaf(top + "ff_out.bias")
+    return table
+
+
+# family -> variant -> configuration -> table: it may name more parameters than a configuration has (biases). Variants
+# are other tensors for the same parameters; the first is what is written where nothing else is known.
+TABLES: dict[str, dict[str, Callable[[Any], Table]]] = {"llada": {"llada": _llada}}
+
+# family -> tensors that carry no parameters (buffers that the code computes by itself) and are passed over when read.
+IGNORED: dict[str, str] = {"llada": r"model\.transformer\.(blocks\.\d+\.)?rotary_emb\.inv_freq"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A tensor, or some of its output rows, as the part at `index` of a parameter's leading axes."""
+
+    tensor: str
+    index: tuple[int, ...]
+    rows: tuple[int, int]
+    transpose: bool
+
+    def view(self, tensor: np.ndarray) -> np.ndarray:
+        """The view of the whole tensor that is this part of the parameter: to read from, or to write to."""
+        rows = slice(*self.rows)
+        part = tensor[rows] if tensor.ndim < 3 else tensor[:, rows]
+        return part.swapaxes(-1, -2) if self.transpose else part
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A table applied to a tree of parameters: each parameter's pieces, and the shape of each tensor."""
+
+    family: str
+    variant: str
+    leaves: dict[str, list[Piece]]
+    tensors: dict[str, tuple[int, ...]]
+
+    def ignores(self, tensor: str) -> bool:
+        """Whether a checkpoint may hold this tensor though no parameter is made of it."""
+        return re.fullmatch(IGNORED.get(self.family, r"(?!)"), tensor) is not None
+
+    def groups(self) -> Iterator[list[str]]:
+        """The parameters, those that share tensors together."""
+        seen: set[str] = set()
+        for path, pieces in self.leaves.items():
+            if path not in seen:
+                group = [p for p, other in self.leaves.items() if other[0].tensor == pieces[0].tensor]
+                seen.update(group)
+                yield group
+
+
+def make_plan(config: Any, abstract: Any, names: Collection[str] = (), variant: str | None = None) -> Plan:
+    """The plan for a tree of parameters (anything with shapes) of a configuration's family.
+
+    names: of the tensors at hand, by which the variant is chosen where it is not given. Raises KeyError for a parameter
+    that the table does not know.
+    """
+    variants = TABLES[config.family]
+    if variant is not None:
+        return _plan(config, variant, abstract)
+    plans = (_plan(config, name, abstract) for name in variants)
+    return max(plans, key=lambda plan: len(plan.tensors.keys() & set(names)))
+
+
+def _plan(config: Any, variant: str, abstract: Any) -> Plan:
+    table = TABLES[config.family][variant](config)
+    shapes = {path_name(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(abstract)}
+    if unknown := shapes.keys() - table.keys():
+        raise KeyError(f"no tensors for the {config.family} parameter {sorted(unknown)[0]}")
+    plan = Plan(config.family, variant, {path: [] for path in shapes}, {})
+    for path, leaf in table.items():
+        if path not in shapes:
+            continue
+        stacked = [axis for axis in ("layer", "expert") if f"{{{axis}}}" in leaf.tensor]
+        leading, part = shapes[path][: len(stacked)], shapes[path][len(stacked) :]
+        if leaf.transpose:
+            part = (*part[:-2], part[-1], part[-2])
+        axis = max(len(part) - 2, 0)  # of the output rows
+        for index in np.ndindex(*leading):
+            counts = dict(zip(stacked, index, strict=True))
+            if "layer" in counts:
+                counts["layer"] += leaf.first_layer
+            name = leaf.tensor.format(**counts)
+            before = plan.tensors[name][axis] if name in plan.tensors else 0
+            rows = (before, before + part[axis])
+            plan.tensors[name] = (*part[:axis], rows[1], *part[axis + 1 :])
+            plan.leaves[path].append(Piece(name, index, rows, leaf.transpose))
+    return plan

@@ -1,0 +1,74 @@
+"""Attention, and who may attend to whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def attention_mask(
+    length: int,
+    mask: jax.Array | None = None,
+    block_length: int | None = None,
+    allowed: jax.Array | None = None,
+) -> jax.Array | None:
+    """What `attend` takes as `allowed`: bool, broadcastable to [B, 1, L, L]; None where everybody sees everybody.
+
+    mask: bool [B, L], True = real token, padding on the left. block_length: i sees j if block(j) <= block(i); the grid
+    of each row counts from its own first real token, so padding does not shift it. allowed: bool [B, L, L].
+    """
+    keys = None if mask is None else mask[:, None, None, :]
+    parts = [] if keys is None else [keys]
+    if block_length is not None:
+        first = jnp.zeros((1, 1), jnp.int32) if mask is None else jnp.argmax(mask, axis=1, keepdims=True)
+        block = (jnp.arange(length)[None, :] - first) // block_length
+        parts.append((block[:, None, :] <= block[:, :, None])[:, None])
+    if allowed is not None:
+        parts.append(allowed[:, None])
+    out = None
+    for part in parts:
+        out = part if out is None else out & part
+    return out
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None = None, kernel: str | None = None
+) -> jax.Array:
+    """q [B, L, H, D], k and v [B, M, K, D], allowed bool broadcastable to [B, 1, L, M] -> [B, L, H, D].
+
+    Key/value head j serves query heads j * H/K ... (j + 1) * H/K - 1. Scores and softmax are float32. A query that may
+    attend to nothing (padding) gets something meaningless, but finite. kernel: a name in KERNELS; None = the default's.
+    """
+    return KERNELS[kernel or default_kernel()](q, k, v, allowed)
+
+
+def _einsum(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None) -> jax.Array:
+    b, length, h, d = q.shape
+    kv, keys = k.shape[2], k.shape[1]
+    # XLA on CPUs multiplies batches fast only if they lead; query heads of one key/value head become one long query.
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * d**-0.5, k, v))
+    q = q.reshape(b, kv, -1, d)
+    scores = jnp.einsum("bkqd,bkmd->bkqm", q, k, preferred_element_type=jnp.float32)
+    if allowed is not None:
+        scores = scores.reshape(b, h, length, keys)
+        scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min).reshape(b, kv, -1, keys)
+    # The softmax's division comes last, on [.., D] instead of [.., M].
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    out = jnp.einsum("bkqm,bkmd->bkqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
+    return out.reshape(b, h, length, d).transpose(0, 2, 1, 3)
+
+
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, mask=allowed, implementation="xla")
+
+
+Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+KERNELS: dict[str, Kernel] = {"einsum": _einsum, "xla": _xla}
+
+
+def default_kernel() -> str:
+    """The kernel for the default backend: our einsum on CPUs, JAX's own attention elsewhere."""
+    return "einsum" if jax.default_backend() == "cpu" else "xla"

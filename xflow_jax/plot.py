@@ -1,0 +1,192 @@
+"""Pictures: accuracy over budget as PNG, and the trajectory of one decode as a page of its own."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xflow_jax.records import Row
+from xflow_jax.strict import UserError
+
+# Okabe and Ito's colours, told apart by the colour-blind; black and yellow are left out.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+def accuracy_over_budget(rows: Sequence[Row], path: str | Path, title: str = "") -> None:
+    """Draws a line a rule: accuracy with its interval over the mean forward passes per response token, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    rules = list(dict.fromkeys(row.rule for row in rows))
+    figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    ends = []
+    for number, rule in enumerate(rules):
+        points = sorted((row.passes_per_token, row.accuracy, row.low, row.high) for row in rows if row.rule == rule)
+        x, y, low, high = np.array(points).T
+        colour = COLOURS[number % len(COLOURS)]
+        axes.errorbar(
+            x,
+            y,
+            yerr=[np.maximum(y - low, 0), np.maximum(high - y, 0)],
+            color=colour,
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=5.5,
+            linewidth=1.8,
+            elinewidth=1,
+            capsize=2.5,
+        )
+        ends.append((y[-1], x[-1], rule, colour))
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(-2, 102)  # markers at 0 and 100 stay whole
+    used = [row.passes_per_token for row in rows]
+    low, high = int(np.floor(np.log2(min(used)) + 0.05)), int(np.ceil(np.log2(max(used)) - 0.05))
+    high = max(high, low + 1)
+    axes.set_xlim(2.0**low * 0.9, 2.0**high * 1.1)
+    axes.xaxis.set_major_locator(FixedLocator([2.0**e for e in range(low, high + 1)]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"1/{round(1 / x)}" if x < 1 else f"{x:g}"))
+    axes.set_xlabel("forward passes per response token")
+    axes.set_ylabel("problems solved (%)")
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    # Labels stand right of the plot at the height of their line's end, pushed apart where they would overlap.
+    heights = _apart([y for y, *_ in ends], gap=5.0, low=0.0, high=100.0)
+    right = axes.get_xlim()[1]
+    for (y, x, rule, colour), height in zip(ends, heights, strict=True):
+        axes.annotate(
+            rule,
+            xy=(x, y),
+            xytext=(right * 1.04, height),
+            color=colour,
+            fontsize=9,
+            va="center",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.7,
+                "linestyle": ":",
+                "shrinkB": 4,
+                "relpos": (0, 0.5),
+            },
+        )
+    try:
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _apart(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Heights moved as little as a pass up and a pass down need to be `gap` apart and in [low, high]."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    moved = [float(h) for h in heights]
+    floor = low
+    for i in order:
+        moved[i] = max(moved[i], floor)
+        floor = moved[i] + gap
+    ceiling = high
+    for i in reversed(order):
+        moved[i] = min(moved[i], ceiling)
+        ceiling = moved[i] - gap
+    return moved
+
+
+def standing_tokens(predicted: np.ndarray, progress: np.ndarray, reedited: np.ndarray) -> np.ndarray:
+    """What stands at each position after each step: the settled token, or else the step's prediction; int [T, N].
+
+    predicted int, progress float (after the step), reedited bool: [T, N] each, as a trace has them for one sequence.
+    """
+    standing = predicted.copy()
+    for step in range(1, len(predicted)):
+        fixed = (progress[step - 1] >= 1) & ~reedited[step]
+        standing[step] = np.where(fixed, standing[step - 1], predicted[step])
+    return standing
+
+
+def trajectory_html(
+    path: str | Path,
+    trace: Any,
+    row: int,
+    spell: Sequence[str],
+    prompt: str,
+    facts: dict[str, str],
+) -> None:
+    """Writes one self-contained page: tokens over steps, coloured by progress, with the answer at each step.
+
+    trace: of `generate`, arrays [T, B, N]; row: which sequence of it. spell: token id -> its text. facts: what to say
+    of the decode (rule, steps, verdict). Steps that were skipped by early exit are left out. Raises UserError where the
+    file cannot be written.
+    """
+    steps = np.flatnonzero(trace.confidence[:, row].max(axis=-1) > 0)
+    pick = {
+        name: np.asarray(getattr(trace, name))[steps, row]
+        for name in ("tokens", "progress", "confidence", "step_fraction", "reedited")
+    }
+    standing = standing_tokens(pick["tokens"], pick["progress"], pick["reedited"])
+    used = np.unique(np.concatenate([pick["tokens"], standing]))
+    data = {
+        "steps": (steps + 1).tolist(),
+        "of": len(trace.tokens),
+        "words": [spell[i] for i in used.tolist()],
+        "predicted": np.searchsorted(used, pick["tokens"]).tolist(),
+        "standing": np.searchsorted(used, standing).tolist(),
+        "progress": np.round(pick["progress"], 3).tolist(),
+        "confidence": np.round(pick["confidence"], 3).tolist(),
+        "fraction": np.round(pick["step_fraction"], 3).tolist(),
+        "reedited": pick["reedited"].astype(int).tolist(),
+    }
+    # No "<" in the script's data, or a token could end the script.
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    described = "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts.items())
+    page = (Path(__file__).parent / "trajectory.html").read_text()
+    page = page.replace("<!--PROMPT-->", html.escape(prompt)).replace("<!--FACTS-->", described)
+    page = page.replace("/*DATA*/", text)
+    try:
+        Path(path).write_text(page)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def alignment_losses(metrics: Sequence[dict[str, float]], path: str | Path) -> None:
+    """Draws an alignment on held-out responses, as the paper's Fig. 2, as PNG.
+
+    Left: the embedding error at masked and at clean positions over the steps. Right: the cross-entropy at masked
+    positions beside the frozen model's. metrics: lines of train.align's metrics.jsonl.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in metrics if "held_out_loss" in row]
+    steps = [row["step"] for row in rows]
+    figure = Figure(figsize=(8.4, 3.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for axes, title, lines in (
+        (left, "embedding error, summed over E", {"masked": "held_out_error_masked", "clean": "held_out_error_clean"}),
+        (right, "cross-entropy at masked positions", {"aligned": "held_out_masked_nll", "frozen": "frozen_masked_nll"}),
+    ):
+        for number, (label, key) in enumerate(lines.items()):
+            style = "--" if label == "frozen" else "-"
+            axes.plot(steps, [row[key] for row in rows], style, color=COLOURS[number], linewidth=1.8, label=label)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlabel("step")
+        axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+    left.set_yscale("log")
+    right.set_ylim(0, 1.1 * right.get_ylim()[1])
+    try:
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None

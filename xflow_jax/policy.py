@@ -1,0 +1,166 @@
+"""The step-size policy (Eqs. 13-17): eight features of a position -> a Beta distribution over how far it moves.
+
+y ~ Beta(mu kappa, (1 - mu) kappa) lies on a logarithmic scale between the smallest and the largest step:
+a = a_min (a_max / a_min)^y. Deterministic decoding takes the expectation of a, Kummer's function of the Beta's shape.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from xflow_jax.config import UserError
+
+FEATURES = 8
+MU_LOW, MU_SPAN = 0.05, 0.9
+_TENSORS = ("w1", "b1", "w2", "b2", "w_mu", "b_mu", "w_kappa", "b_kappa")
+_RANGES = ("a_min", "a_max", "kappa_min", "kappa_max")
+# y is kept off 0 and 1 by this much: below it float32 cannot tell 1 - y from 1, and log-densities lose their meaning.
+_EDGE = 1e-6
+
+
+@struct.dataclass
+class Policy:
+    """Parameters of the two-layer SiLU perceptron and its two heads, with the ranges of a and kappa (static)."""
+
+    params: dict[str, jax.Array]
+    a_min: float = struct.field(pytree_node=False, default=1 / 256)
+    a_max: float = struct.field(pytree_node=False, default=1.0)
+    kappa_min: float = struct.field(pytree_node=False, default=2.0)
+    kappa_max: float = struct.field(pytree_node=False, default=50.0)
+
+    def beta(self, s: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Features s float32 [..., 8] -> (mu, kappa), float32 [...] each (Eqs. 14, 15)."""
+        p = self.params
+        flat = s.reshape(-1, FEATURES)
+        h = jax.nn.silu(flat @ p["w1"] + p["b1"][None, :])
+        h = jax.nn.silu(h @ p["w2"] + p["b2"][None, :])
+        mu = MU_LOW + MU_SPAN * jax.nn.sigmoid(h @ p["w_mu"] + p["b_mu"].reshape(1, 1))
+        kappa = jax.nn.sigmoid(h @ p["w_kappa"] + p["b_kappa"].reshape(1, 1))
+        kappa = self.kappa_min + (self.kappa_max - self.kappa_min) * kappa
+        return mu.reshape(s.shape[:-1]), kappa.reshape(s.shape[:-1])
+
+    def step_of(self, y: jax.Array) -> jax.Array:
+        """y in [0, 1] -> a on the logarithmic scale between a_min and a_max (Eq. 17)."""
+        return self.a_min * jnp.exp(y * math.log(self.a_max / self.a_min))
+
+    def expected_step(self, s: jax.Array) -> jax.Array:
+        """E[a] float32 [...] at features s [..., 8]: a_min 1F1(mu kappa; kappa; ln(a_max / a_min))."""
+        mu, kappa = self.beta(s)
+        z = math.log(self.a_max / self.a_min)
+        return self.a_min * kummer(mu * kappa, kappa, z)
+
+    def sample(self, key: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Draws (y, a, log-density of y), float32 [...] each, at features s [..., 8]."""
+        mu, kappa = self.beta(s)
+        y = jnp.clip(jax.random.beta(key, mu * kappa, (1 - mu) * kappa), _EDGE, 1 - _EDGE)
+        return y, self.step_of(y), _beta_log_density(y, mu, kappa)
+
+    def log_prob(self, s: jax.Array, y: jax.Array) -> jax.Array:
+        """Log-density of y [...] in [0, 1] under the Beta at features s [..., 8]; it and its gradients are finite."""
+        return _beta_log_density(jnp.clip(y, _EDGE, 1 - _EDGE), *self.beta(s))
+
+
+def features(top: jax.Array, t: jax.Array, rho: jax.Array | float) -> jax.Array:
+    """Eq. 13: [p1, p2, p3, p4, H4, p1 - p2, t, rho], float32 [B, N, 8].
+
+    top float32 [B, N, 4] descending probabilities, t float32 [B, N], rho a scalar or [B, N]. H4 is the entropy of the
+    four renormalised, divided by log 4.
+    """
+    share = top / jnp.sum(top, axis=-1, keepdims=True)
+    entropy = -jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1.0)), 0.0), axis=-1)
+    rest = [entropy / math.log(4), top[..., 0] - top[..., 1], t, jnp.broadcast_to(rho, t.shape)]
+    return jnp.concatenate([top, jnp.stack(rest, axis=-1)], axis=-1)
+
+
+def kummer(a: jax.Array, b: jax.Array, z: float) -> jax.Array:
+    """Kummer's function 1F1(a; b; z) by its power series, float32, for 0 < a < b and 0 <= z <= 20.
+
+    All terms are positive, so nothing cancels; the n-th is below z^n / n!, and terms beyond 2 z + 25 do not reach
+    float32's last bit.
+    """
+    term = total = jnp.ones_like(a)
+    for n in range(int(2 * z) + 25):
+        term = term * (a + n) / (b + n) * (z / (n + 1))
+        total = total + term
+    return total
+
+
+def _beta_log_density(y: jax.Array, mu: jax.Array, kappa: jax.Array) -> jax.Array:
+    a, b = mu * kappa, (1 - mu) * kappa
+    norm = jax.lax.lgamma(kappa) - jax.lax.lgamma(a) - jax.lax.lgamma(b)
+    return norm + (a - 1) * jnp.log(y) + (b - 1) * jnp.log1p(-y)
+
+
+def init_policy(key: jax.Array, width: int = 64, **ranges: float) -> Policy:
+    """A fresh policy: both heads zero, so it is the same everywhere (mu = 1/2, kappa in the middle of its range)."""
+    k1, k2 = jax.random.split(key)
+    params = {
+        "w1": jax.random.normal(k1, (FEATURES, width)) / math.sqrt(FEATURES),
+        "b1": jnp.zeros(width),
+        "w2": jax.random.normal(k2, (width, width)) / math.sqrt(width),
+        "b2": jnp.zeros(width),
+        "w_mu": jnp.zeros((width, 1)),
+        "b_mu": jnp.zeros(1),
+        "w_kappa": jnp.zeros((width, 1)),
+        "b_kappa": jnp.zeros(1),
+    }
+    return Policy(params, **ranges)
+
+
+def load_policy(path: str | Path) -> Policy:
+    """Reads a policy from safetensors with its ranges in the metadata. UserError where the file is not one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        # As jax arrays: NumPy alone knows no bfloat16.
+        with safe_open(str(path), framework="flax") as file:
+            names, metadata = set(file.keys()), file.metadata() or {}
+            if missing := sorted(set(_TENSORS) - names):
+                raise UserError(f"{path} is no policy: it lacks the tensors {', '.join(missing)}")
+            params = {name: jnp.asarray(file.get_tensor(name), jnp.float32) for name in _TENSORS}
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; a policy is a .safetensors file") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+    width = params["b1"].size
+    wanted = {"w1": (FEATURES, width), "b1": (width,), "w2": (width, width), "b2": (width,), "w_mu": (width, 1)}
+    wanted |= {"b_mu": (1,), "w_kappa": (width, 1), "b_kappa": (1,)}
+    for name, shape in wanted.items():
+        if params[name].size != math.prod(shape):
+            raise UserError(f"{path}: {name} has shape {list(params[name].shape)}, not {list(shape)}")
+        if not bool(jnp.isfinite(params[name]).all()):
+            raise UserError(f"{path}: {name} holds numbers that are not finite")
+    if missing := [name for name in _RANGES if name not in metadata]:
+        raise UserError(f"{path} is no policy: its metadata lack {', '.join(missing)}")
+    try:
+        ranges = {name: float(json.loads(metadata[name])) for name in _RANGES}
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {', '.join(_RANGES)} in the metadata must be numbers, not {metadata}") from error
+    if not (0 < ranges["a_min"] < ranges["a_max"] <= 1 and 0 < ranges["kappa_min"] <= ranges["kappa_max"] < math.inf):
+        raise UserError(f"{path}: its ranges {ranges} must be 0 < a_min < a_max <= 1 and 0 < kappa_min <= kappa_max")
+    return Policy({name: params[name].reshape(shape) for name, shape in wanted.items()}, **ranges)
+
+
+def save_policy(path: str | Path, policy: Policy, **metadata: Any) -> None:
+    """Writes what `load_policy` reads, in one move; further metadata (what made it) goes along as text."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    text = {name: json.dumps(getattr(policy, name)) for name in _RANGES} | {k: str(v) for k, v in metadata.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save_file({k: np.asarray(v, np.float32) for k, v in policy.params.items()}, str(temporary), text)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,215 @@
+"""Step rules: how far each position moves after a forward pass. A decoder is one of these on the one flow of decode.py.
+
+A rule sees the belief, the state before the step and what the schedule says, and answers with an `Action`. Mask
+prediction, threshold decoding and their like are the rules that only ever take steps of 0 or 1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from xflow_jax.belief import Belief, BeliefOptions
+from xflow_jax.policy import Policy, features
+from xflow_jax.strict import require
+
+if TYPE_CHECKING:
+    from xflow_jax.decode import DecodeState, Step
+
+SETTLED = 0.99  # progress from which a position counts as decided
+A_MIN = 1 / 256
+
+
+def _static(default: Any) -> Any:
+    return struct.field(pytree_node=False, default=default)
+
+
+def _within(rule: Any, **largest: float) -> None:
+    """Refuses a rule of which a number is neither None nor between 0 and its largest."""
+    for name, top in largest.items():
+        value = getattr(rule, name)
+        bounds = "at least 0" if math.isinf(top) else f"between 0 and {top:g}"
+        require(value is None or 0 <= value <= top, f"{name} must be {bounds}, not {value}")
+
+
+@struct.dataclass
+class Action:
+    """What a rule does with every response position; all [B, N].
+
+    a float32: the fraction of the remaining way to go, 0 ... 1 (Eq. 7). reset bool: go to c x_pred + (1 - c) m and
+    t = c instead (re-editing, Eq. 10). commit bool: go all the way, whatever a says. notes: what the rule wants kept of
+    the step, a tree of arrays [B, ...] (Settings.notes).
+    """
+
+    a: jax.Array
+    reset: jax.Array
+    commit: jax.Array
+    notes: Any = None
+
+    @classmethod
+    def unmask(cls, chosen: jax.Array) -> Action:
+        """The action of a decoder that either writes a token or leaves the mask: a step of 1 where chosen."""
+        no = jnp.zeros_like(chosen)
+        return cls(chosen.astype(jnp.float32), no, no)
+
+
+def highest(score: jax.Array, among: jax.Array, count: jax.Array | int) -> jax.Array:
+    """bool [B, N]: the `count` (a scalar or [B, 1]) highest scores [B, N] of each row `among` those allowed.
+
+    Lowest index first where scores are equal; all of them where fewer are allowed.
+    """
+    mine, other = score[:, :, None], score[:, None, :]
+    index = jnp.arange(score.shape[1])
+    earlier = index[None, None, :] < index[None, :, None]
+    ahead = among[:, None, :] & ((other > mine) | ((other == mine) & earlier))
+    rank = jnp.sum(ahead, axis=-1)  # counted: sorting is slow in every compiler, and N is small
+    return among & (rank < count)
+
+
+@struct.dataclass
+class Flow:
+    """x-prediction flow decoding (Eqs. 4-10), the method itself.
+
+    policy: the trained step-size policy in its expectation. Without one a = c ** power, or, with `jump`, a = 1 where
+    c > jump and a = creep elsewhere. revise_committed: positions at t = 1 are re-edited, too. reedit_margin: how far
+    confidence may fall behind progress; None: no re-editing. commit: one hard commitment per sequence and step.
+    synchronous: one shared step, a = 1 / (steps left), as image diffusion has it. UserError where a number is out of
+    range.
+    """
+
+    policy: Policy | None = None
+    power: float = _static(2.0)
+    jump: float | None = _static(None)
+    creep: float = _static(0.1)
+    revise_committed: bool = _static(True)
+    reedit_margin: float | None = _static(0.1)
+    commit: bool = _static(True)
+    synchronous: bool = _static(False)
+    suppress_mask: bool = _static(True)
+    early_exit: bool = _static(False)
+    needs_keys: bool = _static(False)
+
+    def __post_init__(self) -> None:
+        _within(self, power=math.inf, jump=1.0, creep=1.0, reedit_margin=math.inf)
+
+    def belief_options(self, config: Any, eot_id: int | None) -> BeliefOptions:
+        """What this rule asks of the belief: no mask token, no row without a token."""
+        if not self.suppress_mask:
+            return BeliefOptions()
+        return BeliefOptions(never=(config.mask_id,), vocab_size=config.vocab_size)
+
+    def __call__(self, belief: Belief, state: DecodeState, step: Step) -> Action:
+        """Eqs. 5-10 and the hard commitment."""
+        c, t = belief.confidence, state.t
+        if self.synchronous:
+            a = jnp.broadcast_to(1.0 / step.steps_left, t.shape)
+        elif self.policy is not None:
+            a = self.policy.expected_step(features(belief.top, t, step.rho))
+        elif self.jump is not None:
+            a = jnp.where(c > self.jump, 1.0, self.creep)
+        else:
+            a = jnp.clip(c**self.power, A_MIN, 1.0)
+        reset = jnp.zeros_like(step.candidates)
+        if self.reedit_margin is not None:
+            reset = step.candidates & (c - t < -self.reedit_margin)
+            if not self.revise_committed:
+                reset &= t < 1
+        commit = jnp.zeros_like(step.candidates)
+        if self.commit:
+            after = jnp.where(reset, c, t + a * (1 - t))
+            commit = highest(c, step.candidates & (after < SETTLED), 1)
+        return Action(a, reset, commit)
+
+
+@struct.dataclass
+class MaskPrediction:
+    """The standard decoder of LLaDA (ML-GSAI/LLaDA, generate.py) and, with `threshold`, of LLaDA2.0.
+
+    order: which masked positions are written first: "confidence", "random", "entropy" (lowest first) or "margin"
+    (largest p1 - p2). temperature: of the Gumbel noise when choosing tokens; the confidence stays the one without it.
+    cfg_scale: classifier-free guidance w. logits_eos_inf: EOS is never predicted. confidence_eos_eot_inf: EOS and EoT
+    may be predicted, but with confidence 0. threshold: all positions above it are written when they are at least the
+    scheduled number, else the scheduled number; blocks then end as soon as they hold no mask. UserError for an unknown
+    order and where a number is out of range.
+    """
+
+    order: str = _static("confidence")
+    temperature: float = _static(0.0)
+    cfg_scale: float = _static(0.0)
+    logits_eos_inf: bool = _static(False)
+    confidence_eos_eot_inf: bool = _static(False)
+    threshold: float | None = _static(None)
+    suppress_mask: bool = _static(False)
+
+    def __post_init__(self) -> None:
+        orders = ("confidence", "random", "entropy", "margin")
+        require(self.order in orders, f"order must be {', '.join(orders[:-1])} or {orders[-1]}, not {self.order!r}")
+        _within(self, temperature=math.inf, cfg_scale=math.inf, threshold=1.0)
+
+    @property
+    def early_exit(self) -> bool:
+        """Whether forward passes that can change nothing are skipped unless the caller says otherwise."""
+        return self.threshold is not None
+
+    @property
+    def needs_keys(self) -> bool:
+        """Whether anything is drawn at random."""
+        return self.order == "random" or self.temperature > 0
+
+    def belief_options(self, config: Any, eot_id: int | None) -> BeliefOptions:
+        """What this rule asks of the belief; the mask token and unused rows are left alone, as in the official code."""
+        never = (config.eos_id,) if self.logits_eos_inf else ()
+        doubted = tuple(i for i in (config.eos_id, eot_id) if i is not None) if self.confidence_eos_eot_inf else ()
+        if self.suppress_mask:
+            never += (config.mask_id,)
+        vocab_size = config.vocab_size if self.suppress_mask else None
+        return BeliefOptions(never, doubted, vocab_size, self.temperature, self.cfg_scale)
+
+    def __call__(self, belief: Belief, state: DecodeState, step: Step) -> Action:
+        """A step of 1 on the scheduled number of masked positions."""
+        masked = step.candidates & (state.t < 1)
+        if self.order == "confidence":
+            score = belief.confidence
+        elif self.order == "entropy":
+            score = -belief.entropy
+        elif self.order == "margin":
+            score = belief.top[..., 0] - belief.top[..., 1]
+        else:
+            # A key of its own: the noise on the logits uses the step's key itself.
+            score = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), masked.shape[1:]))(step.keys)
+        chosen = highest(score, masked, step.quota)
+        if self.threshold is not None:
+            sure = masked & (belief.confidence > self.threshold)
+            enough = jnp.sum(sure, axis=-1, keepdims=True) >= step.quota
+            chosen = jnp.where(enough, sure, chosen)
+        return Action.unmask(chosen)
+
+
+@struct.dataclass
+class Threshold:
+    """Fast-dLLM's confidence-aware decoding: every masked position with c >= tau, at least the surest one."""
+
+    tau: float = _static(0.9)
+    suppress_mask: bool = _static(False)
+    early_exit: bool = _static(True)
+    needs_keys: bool = _static(False)
+
+    def __post_init__(self) -> None:
+        _within(self, tau=1.0)
+
+    def belief_options(self, config: Any, eot_id: int | None) -> BeliefOptions:
+        """What this rule asks of the belief; the mask token and unused rows are left alone, as in the original."""
+        return BeliefOptions((config.mask_id,), (), config.vocab_size) if self.suppress_mask else BeliefOptions()
+
+    def __call__(self, belief: Belief, state: DecodeState, step: Step) -> Action:
+        """A step of 1 where the confidence reaches tau."""
+        masked = step.candidates & (state.t < 1)
+        best = highest(belief.confidence, masked, 1)
+        return Action.unmask((masked & (belief.confidence >= self.tau)) | best)
+
+
+Rule = Flow | MaskPrediction | Threshold

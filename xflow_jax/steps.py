@@ -1,0 +1,135 @@
+"""Training steps: pure functions of a state, a batch and a key, to be jitted once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from xflow_jax import losses
+
+if TYPE_CHECKING:
+    from flax import linen as nn
+
+Params = Any
+Metrics = dict[str, jax.Array]
+
+
+@struct.dataclass
+class TrainState:
+    """What a run is, apart from its data: the step it is at, its parameters and its optimiser's state."""
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+
+    @classmethod
+    def create(cls, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+        """The state before the first step."""
+        return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    def update(self, grads: Params, optimizer: optax.GradientTransformation) -> TrainState:
+        """The state after a step along `grads`."""
+        updates, opt_state = optimizer.update(grads, self.opt_state, self.params)
+        return TrainState(self.step + 1, optax.apply_updates(self.params, updates), opt_state)
+
+
+def response_logits(model: nn.Module, params: Params, tokens: jax.Array, mask: jax.Array, prompt: int) -> jax.Array:
+    """tokens int [B, L], mask bool [B, L] (False = padding) -> logits [B, N, V]; the head skips the prompt."""
+    x = model.apply({"params": params}, tokens, method="embed")
+    hidden = model.apply({"params": params}, x, mask, method="hidden")
+    return model.apply({"params": params}, hidden[:, prompt:], method="head")
+
+
+def make_pretrain_step(
+    model: nn.Module, optimizer: optax.GradientTransformation, largest_sigma: optax.Schedule
+) -> Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, Metrics]]:
+    """The step of masked diffusion training (Eq. 1).
+
+    batch: "prompt" int [B, P] and "prompt_mask" bool [B, P] (left padding False), "response" int [B, N]. The key is
+    folded with the state's step, so one key serves a whole run. largest_sigma: step -> the upper end of the masking
+    ratio, 1 for Eq. 1 as it stands, less at first as a curriculum.
+    """
+
+    def loss_fn(params: Params, batch: dict[str, jax.Array], key: jax.Array, largest: jax.Array):
+        ratio_key, mask_key = jax.random.split(key)
+        prompt, response = batch["prompt"], batch["response"]
+        sigma = losses.mask_ratios(ratio_key, response.shape[0], largest)
+        masked = losses.draw_masks(mask_key, sigma, response.shape[1])
+        tokens = jnp.concatenate([prompt, jnp.where(masked, model.config.mask_id, response)], axis=1)
+        mask = jnp.concatenate([batch["prompt_mask"], jnp.ones_like(masked)], axis=1)
+        nll = losses.cross_entropy(response_logits(model, params, tokens, mask, prompt.shape[1]), response)
+        loss = losses.diffusion_loss(nll, masked, sigma)
+        return loss, {"loss": loss, "masked_nll": losses.masked_mean(nll, masked)}
+
+    def step(state: TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[TrainState, Metrics]:
+        largest = jnp.asarray(largest_sigma(state.step), jnp.float32)
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(
+            state.params, batch, jax.random.fold_in(key, state.step), largest
+        )
+        return state.update(grads, optimizer), metrics | {"grad_norm": optax.tree.norm(grads)}
+
+    return step
+
+
+def make_alignment_loss(model: nn.Module, chunk: int = 16) -> Callable[..., tuple[jax.Array, Metrics]]:
+    """loss(params, batch, key, base=None) -> (loss, metrics): Eqs. 11, 12 on a batch as `make_pretrain_step` takes it.
+
+    The loss is the mean over all response positions, masked and clean alike; the metrics tell the two apart and give
+    the cross-entropy at masked positions. With LoRA, `params` are the adapters and `base` the frozen
+    parameters below them.
+    """
+
+    def loss_fn(params: Params, batch: dict[str, jax.Array], key: jax.Array, base: Params | None = None):
+        variables = {"params": params} if base is None else {"params": base, "lora": params}
+        full = variables["params"]
+        ratio_key, mask_key = jax.random.split(key)
+        prompt, response = batch["prompt"], batch["response"]
+        sigma = losses.mask_ratios(ratio_key, response.shape[0])
+        masked = losses.draw_masks(mask_key, sigma, response.shape[1])
+        tokens = jnp.concatenate([prompt, jnp.where(masked, model.config.mask_id, response)], axis=1)
+        mask = jnp.concatenate([batch["prompt_mask"], jnp.ones_like(masked)], axis=1)
+        x = model.apply(variables, tokens, method="embed")
+        hidden = model.apply(variables, x, mask, method="hidden")[:, prompt.shape[1] :]
+        error, nll = losses.alignment_errors(
+            lambda h: model.apply(variables, h, method="head"), hidden, full["wte"]["embedding"], response, chunk
+        )
+        loss = jnp.mean(error)
+        return loss, {
+            "loss": loss,
+            "error_masked": losses.masked_mean(error, masked),
+            "error_clean": losses.masked_mean(error, ~masked),
+            "masked_nll": losses.masked_mean(nll, masked),
+        }
+
+    return loss_fn
+
+
+def make_align_step(
+    model: nn.Module, optimizer: optax.GradientTransformation, chunk: int = 16, accumulate: int = 1
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The step of x-prediction alignment: step(state, batch, key, base=None) -> (state, metrics).
+
+    accumulate: how many equal parts the batch is cut into; their gradients are averaged before the one update.
+    """
+    loss_fn = make_alignment_loss(model, chunk)
+
+    def step(state: TrainState, batch: dict[str, jax.Array], key: jax.Array, base: Params | None = None):
+        key = jax.random.fold_in(key, state.step)
+        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+
+        def visit(total: Params, part: tuple[dict[str, jax.Array], jax.Array]) -> tuple[Params, Metrics]:
+            grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, *part, base)
+            return jax.tree.map(jnp.add, total, grads), metrics
+
+        zero = jax.tree.map(jnp.zeros_like, state.params)
+        grads, metrics = jax.lax.scan(visit, zero, (parts, jax.random.split(key, accumulate)))
+        grads = jax.tree.map(lambda g: g / accumulate, grads)
+        metrics = jax.tree.map(jnp.mean, metrics) | {"grad_norm": optax.tree.norm(grads)}
+        return state.update(grads, optimizer), metrics
+
+    return step
