@@ -74,7 +74,8 @@ def test_shapes_and_types():
     out = run(toy(), random_prompts([3, 20]), Flow(), trace=True)
     assert out.tokens.shape == out.progress.shape == (2, 6) and out.forward_passes.shape == (2,)
     assert out.texts is None and np.issubdtype(out.tokens.dtype, np.integer)
-    for part in dataclasses.astuple(out.trace):
+    assert out.trace.notes is None
+    for part in (getattr(out.trace, f.name) for f in dataclasses.fields(out.trace) if f.name != "notes"):
         assert part.shape == (6, 2, 6) and isinstance(part, np.ndarray)
     assert out.trace.reedited.dtype == bool
     assert run(toy(), random_prompts([3, 20]), Flow()).trace is None
