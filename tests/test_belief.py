@@ -27,7 +27,7 @@ def run(logits, options=PLAIN, chunk=16_384, keys=None, free=None):
 
 
 def plain(logits, options=PLAIN, free=None):
-    """(tokens, confidence, top, entropy) in float64 NumPy, from the definitions."""
+    """(tokens, confidence, top, their ids, entropy) in float64 NumPy, from the definitions."""
     z = np.asarray(logits, np.float64)
     if free is not None:
         free = np.asarray(free, np.float64)
@@ -42,14 +42,16 @@ def plain(logits, options=PLAIN, free=None):
     p /= p.sum(-1, keepdims=True)
     entropy = -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(-1)
     confidence = np.take_along_axis(p, tokens[..., None], -1)[..., 0]
-    return tokens, confidence, -np.sort(-p, axis=-1)[..., :TOP], entropy
+    order = np.argsort(-z, axis=-1, kind="stable")[..., :TOP]
+    return tokens, confidence, np.take_along_axis(p, order, -1), order, entropy
 
 
 def agree(ours, wanted):
-    tokens, confidence, top, entropy = wanted
+    tokens, confidence, top, top_tokens, entropy = wanted
     np.testing.assert_array_equal(ours.tokens, tokens)
     np.testing.assert_allclose(ours.confidence, confidence, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(ours.top, top, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(np.where(top > 0, ours.top_tokens, -1), np.where(top > 0, top_tokens, -1))
     np.testing.assert_allclose(ours.entropy, entropy, rtol=1e-4, atol=1e-5)
 
 
@@ -92,14 +94,15 @@ def test_ties_go_to_the_lowest_index(chunk):
     # Equal ones count as often as they are there.
     agree(belief, plain(logits))
     assert belief.top[0, 0, 0] == belief.top[0, 0, 2] > belief.top[0, 0, 3]
+    np.testing.assert_array_equal(belief.top_tokens[0], [[12, 13, 50, 0], [62, 63, 0, 1], [0, 1, 2, 3]])
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_vocabularies_of_fewer_than_four_tokens(size):
     logits = np.random.default_rng(1).normal(size=(1, 4, size)).astype(np.float32)
-    tokens, confidence, top, entropy = plain(logits)
-    top = np.pad(top, ((0, 0), (0, 0), (0, TOP - top.shape[-1])))
-    agree(run(logits), (tokens, confidence, top, entropy))
+    tokens, confidence, *top, entropy = plain(logits)
+    top = [np.pad(x, ((0, 0), (0, 0), (0, max(TOP - size, 0)))) for x in top]
+    agree(run(logits), (tokens, confidence, *top, entropy))
 
 
 @pytest.mark.parametrize("shift", [-90.0, 0.0, 300.0])

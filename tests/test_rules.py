@@ -24,7 +24,8 @@ def belief_of(c, second=0.0, entropy=0.0, tokens=None):
     rest = jnp.broadcast_to(jnp.asarray(second, jnp.float32), c.shape)
     top = jnp.stack([c, rest, jnp.zeros_like(c), jnp.zeros_like(c)], axis=-1)
     tokens = jnp.arange(c.shape[1]) if tokens is None else jnp.asarray(tokens)
-    return Belief(tokens[None], c, top, jnp.broadcast_to(jnp.asarray(entropy, jnp.float32), c.shape))
+    ids = jnp.broadcast_to(jnp.arange(4), top.shape)
+    return Belief(tokens[None], c, top, ids, jnp.broadcast_to(jnp.asarray(entropy, jnp.float32), c.shape))
 
 
 def state_of(t, x=None, tokens=None):

@@ -24,12 +24,15 @@ class Belief:
     """What one forward pass says of each response position.
 
     tokens int [B, N]: the chosen token (argmax, unless it was sampled). confidence float32 [B, N]: its probability.
-    top float32 [B, N, 4]: the largest probabilities, descending. entropy float32 [B, N]: in nats, of all of p.
+    top float32 [B, N, 4]: the largest probabilities, descending. top_tokens int [B, N, 4]: whose they are, the lowest id
+    first among equals; where fewer than four tokens are possible, the rest has probability 0 and its ids mean nothing.
+    entropy float32 [B, N]: in nats, of all of p.
     """
 
     tokens: jax.Array
     confidence: jax.Array
     top: jax.Array
+    top_tokens: jax.Array
     entropy: jax.Array
 
 
@@ -72,6 +75,7 @@ def believe(
         best_logit=jnp.full((b, n), -jnp.inf),
         tokens=jnp.zeros((b, n), jnp.int32),
         top=jnp.full((b, n, TOP), -jnp.inf),
+        top_tokens=jnp.zeros((b, n, TOP), jnp.int32),
         total=jnp.zeros((b, n)),
         weighted=jnp.zeros((b, n)),
     )
@@ -109,6 +113,7 @@ def believe(
         tokens=state.tokens,
         confidence=jnp.exp(state.best_logit - log_sum),
         top=jnp.exp(state.top - log_sum[..., None]),
+        top_tokens=state.top_tokens,
         entropy=jnp.maximum(log_sum - state.weighted / state.total, 0.0),
     )
 
@@ -121,6 +126,7 @@ class _Running:
     best_logit: jax.Array
     tokens: jax.Array
     top: jax.Array
+    top_tokens: jax.Array
     total: jax.Array
     weighted: jax.Array
 
@@ -133,8 +139,10 @@ def _without(ids: jax.Array, possible: jax.Array, banned: tuple[int, ...]) -> ja
 
 def _merge(state: _Running, noisy: jax.Array, logits: jax.Array, start: jax.Array) -> _Running:
     # Taken of plain logits: behind a softmax the compiler would fuse the two and be many times slower.
-    chunk_top = _largest(logits, min(TOP, logits.shape[-1]))
-    top = _largest(jnp.concatenate([state.top, chunk_top], axis=-1), TOP)
+    chunk_top, chunk_tokens = _largest(logits, min(TOP, logits.shape[-1]))
+    # The earlier chunk stands first, so that among equals the lower id does.
+    top, place = _largest(jnp.concatenate([state.top, chunk_top], axis=-1), TOP)
+    ids = jnp.concatenate([state.top_tokens, chunk_tokens + start], axis=-1)
     largest = top[..., 0]
     finite = jnp.where(jnp.isfinite(largest), largest, 0.0)
     weights = jnp.exp(logits - finite[..., None])
@@ -148,6 +156,7 @@ def _merge(state: _Running, noisy: jax.Array, logits: jax.Array, start: jax.Arra
         best_logit=jnp.where(better, best_logit, state.best_logit),
         tokens=jnp.where(better, index + start, state.tokens),
         top=top,
+        top_tokens=jnp.take_along_axis(ids, place, axis=-1),
         total=state.total * rescale + weights.sum(-1),
         weighted=state.weighted * rescale + jnp.where(weights > 0, weights * logits, 0.0).sum(-1),
     )
@@ -163,18 +172,20 @@ def _first(z: jax.Array, value: jax.Array) -> jax.Array:
     return jnp.where(z == value[..., None], ids, size - 1).min(axis=-1)
 
 
-def _largest(z: jax.Array, k: int) -> jax.Array:
-    """The k largest of z [..., V] in descending order, [..., k]; equal ones count as often as they are there."""
+def _largest(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest of z [..., V], descending, and their indices, [..., k] each; of equal ones the lowest index first,
+    and each counts."""
 
-    def in_rounds(z: jax.Array) -> jax.Array:
-        ids, found = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1), []
+    def in_rounds(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        ids, found, places = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1), [], []
         for _ in range(k):
             found.append(z.max(axis=-1))
-            z = jnp.where(ids == _first(z, found[-1])[..., None], -jnp.inf, z)
-        return jnp.stack(found, axis=-1)
+            places.append(_first(z, found[-1]))
+            z = jnp.where(ids == places[-1][..., None], -jnp.inf, z)
+        return jnp.stack(found, axis=-1), jnp.stack(places, axis=-1)
 
     # top_k on a CPU sorts, in one thread, and would take a third as long as the tiny model itself.
-    return jax.lax.platform_dependent(z, cpu=in_rounds, default=lambda z: jax.lax.top_k(z, k)[0])
+    return jax.lax.platform_dependent(z, cpu=in_rounds, default=lambda z: tuple(jax.lax.top_k(z, k)))
 
 
 def model_head(model: Any, params: Any) -> Callable[[jax.Array, int | jax.Array, int], jax.Array]:

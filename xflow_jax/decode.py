@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from xflow_jax.belief import Belief, believe, model_head
+from xflow_jax.belief import TOP, Belief, believe, model_head
 from xflow_jax.rules import SETTLED, Action, Rule
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ class DecodeState:
 
     x float32 [B, N, E] and t float32 [B, N]: the flow. tokens int [B, N]: where t = 1 the token that stands there,
     elsewhere the last prediction (the mask token where nothing was predicted yet): at the end, the read-out.
-    forward_passes int [B]: passes that the sequence took part in. finished bool [B]: ended by its EOS.
+    forward_passes int [B]: passes that the sequence took part in. finished bool [B]: ended by its EOS. memory: what the
+    rule keeps from step to step, a tree of arrays [B, ...] of its `init_memory(batch, canvas)`; None where it has none.
     """
 
     x: jax.Array
@@ -70,6 +71,7 @@ class DecodeState:
     tokens: jax.Array
     forward_passes: jax.Array
     finished: jax.Array
+    memory: Any = None
 
 
 @struct.dataclass
@@ -77,8 +79,8 @@ class Trace:
     """One step as it went, [B, N] each; stacked to [T, B, N] by the scan.
 
     tokens: the step's predictions. progress: t after the step. confidence: of the predictions. step_fraction: the
-    rule's a. reedited: where it was reset. notes: what the rule handed out, arrays [B, ...], where Settings.notes asks.
-    Steps that were skipped have confidence, step_fraction and notes 0.
+    rule's a. reedited: where it was reset. top, top_tokens [B, N, 4]: the belief's. notes: what the rule handed out,
+    arrays [B, ...], where Settings.notes asks. Steps that were skipped have confidence, step_fraction, top and notes 0.
     """
 
     tokens: jax.Array
@@ -86,6 +88,8 @@ class Trace:
     confidence: jax.Array
     step_fraction: jax.Array
     reedited: jax.Array
+    top: jax.Array
+    top_tokens: jax.Array
     notes: Any = None
 
 
@@ -178,18 +182,26 @@ def decode(
             belief = look(state.x, row_keys)
             action = rule(belief, state, step.replace(candidates=candidates, keys=row_keys))
             after = advance(state, belief, action, candidates, embed(belief.tokens), m, config.mask_id)
+            if action.mixture is not None:
+                mixed = jnp.einsum("bnk,bnke->bne", action.mixture, embed(belief.top_tokens))
+                mixed += (1 - action.mixture.sum(-1, keepdims=True)) * m
+                after = after.replace(x=jnp.where((candidates & (after.t < 1))[..., None], mixed, after.x))
+            if action.memory is not None:
+                after = after.replace(memory=action.memory)
             finished = _ended(state, after) if settings.eos_early_stop else state.finished
             after = after.replace(forward_passes=state.forward_passes + busy, finished=finished)
             a = jnp.where(candidates, action.a, 0.0)
             notes = action.notes if settings.notes else None
-            trace = Trace(belief.tokens, after.t, belief.confidence, a, action.reset & candidates, notes)
+            reset, top = action.reset & candidates, (belief.top, belief.top_tokens)
+            trace = Trace(belief.tokens, after.t, belief.confidence, a, reset, *top, notes)
             return after, trace if settings.trace else None
 
         def skip(state: DecodeState) -> tuple[DecodeState, Trace | None]:
             nothing = jnp.zeros_like(state.t)
             notes = jax.eval_shape(forward, state)[1].notes if settings.notes else None
             notes = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), notes)
-            trace = Trace(state.tokens, state.t, nothing, nothing, jnp.zeros_like(candidates), notes)
+            top = (jnp.zeros((*nothing.shape, TOP)), jnp.zeros((*nothing.shape, TOP), jnp.int32))
+            trace = Trace(state.tokens, state.t, nothing, nothing, jnp.zeros_like(candidates), *top, notes)
             return state, trace if settings.trace else None
 
         return jax.lax.cond(jnp.any(busy), forward, skip, state)
@@ -223,6 +235,7 @@ def decode(
         tokens=jnp.full((batch, canvas), config.mask_id, jnp.int32),
         forward_passes=jnp.zeros(batch, jnp.int32),
         finished=jnp.zeros(batch, bool),
+        memory=rule.init_memory(batch, canvas) if hasattr(rule, "init_memory") else None,
     )
     return scan(one_step, start, jax.tree.map(jnp.asarray, schedule(settings)))
 

@@ -41,14 +41,18 @@ class Action:
     """What a rule does with every response position; all [B, N].
 
     a float32: the fraction of the remaining way to go, 0 ... 1 (Eq. 7). reset bool: go to c x_pred + (1 - c) m and
-    t = c instead (re-editing, Eq. 10). commit bool: go all the way, whatever a says. notes: what the rule wants kept of
-    the step, a tree of arrays [B, ...] (Settings.notes).
+    t = c instead (re-editing, Eq. 10). commit bool: go all the way, whatever a says; with reset, also where t is 1: the
+    token there is replaced. notes: what the rule wants kept of the step, a tree of arrays [B, ...] (Settings.notes).
+    mixture float32 [B, N, 4]: what is not at t = 1 after the step is fed in as the embeddings of the likeliest tokens with
+    these weights and m with the rest, while t stays. memory: what becomes of DecodeState.memory (None: it stays).
     """
 
     a: jax.Array
     reset: jax.Array
     commit: jax.Array
     notes: Any = None
+    mixture: jax.Array | None = None
+    memory: Any = None
 
     @classmethod
     def unmask(cls, chosen: jax.Array) -> Action:
@@ -62,12 +66,16 @@ def highest(score: jax.Array, among: jax.Array, count: jax.Array | int) -> jax.A
 
     Lowest index first where scores are equal; all of them where fewer are allowed.
     """
+    rank = jnp.sum(ahead(score, among), axis=-1)  # counted: sorting is slow in every compiler, and N is small
+    return among & (rank < count)
+
+
+def ahead(score: jax.Array, among: jax.Array) -> jax.Array:
+    """bool [B, N, N]: at [b, i, j], whether j is one `among` those allowed and comes before i in descending `score`."""
     mine, other = score[:, :, None], score[:, None, :]
     index = jnp.arange(score.shape[1])
     earlier = index[None, None, :] < index[None, :, None]
-    ahead = among[:, None, :] & ((other > mine) | ((other == mine) & earlier))
-    rank = jnp.sum(ahead, axis=-1)  # counted: sorting is slow in every compiler, and N is small
-    return among & (rank < count)
+    return among[:, None, :] & ((other > mine) | ((other == mine) & earlier))
 
 
 @struct.dataclass
