@@ -24,9 +24,9 @@ class Belief:
     """What one forward pass says of each response position.
 
     tokens int [B, N]: the chosen token (argmax, unless it was sampled). confidence float32 [B, N]: its probability.
-    top float32 [B, N, 4]: the largest probabilities, descending. top_tokens int [B, N, 4]: whose they are, the lowest id
-    first among equals; where fewer than four tokens are possible, the rest has probability 0 and its ids mean nothing.
-    entropy float32 [B, N]: in nats, of all of p.
+    top float32 [B, N, 4]: the largest probabilities, descending. top_tokens int [B, N, 4]: whose they are, the lowest
+    id first among equals; where fewer than four tokens are possible, the rest has probability 0 and its ids mean
+    nothing. entropy float32 [B, N]: in nats, of all of p.
     """
 
     tokens: jax.Array

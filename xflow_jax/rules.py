@@ -43,8 +43,8 @@ class Action:
     a float32: the fraction of the remaining way to go, 0 ... 1 (Eq. 7). reset bool: go to c x_pred + (1 - c) m and
     t = c instead (re-editing, Eq. 10). commit bool: go all the way, whatever a says; with reset, also where t is 1: the
     token there is replaced. notes: what the rule wants kept of the step, a tree of arrays [B, ...] (Settings.notes).
-    mixture float32 [B, N, 4]: what is not at t = 1 after the step is fed in as the embeddings of the likeliest tokens with
-    these weights and m with the rest, while t stays. memory: what becomes of DecodeState.memory (None: it stays).
+    mixture float32 [B, N, 4]: what is not at t = 1 after the step is fed in as the embeddings of the likeliest tokens
+    with these weights and m with the rest, while t stays. memory: the new DecodeState.memory (None: it stays).
     """
 
     a: jax.Array
