@@ -29,7 +29,7 @@ class Settings:
 
     gen_length N; block_length must divide it where `block_causal` is off. steps: forward passes in each block.
     block_causal: LLaDA2.0's blocks, aligned to each sequence's first token and seen only backwards. early_exit: skip
-    passes that can change nothing. stop_at_eos: no further blocks after one that holds EOS. eos_early_stop: stop as
+    passes of blocks whose positions all have a progress of at least `settled`. stop_at_eos: no further blocks after one that holds EOS. eos_early_stop: stop as
     soon as everything up to the first EOS is settled. trace: keep every step; notes: with it what the rule noted.
     eot_id: the end-of-turn token, where it matters.
     """
@@ -39,6 +39,7 @@ class Settings:
     steps: int
     block_causal: bool = False
     early_exit: bool = False
+    settled: float = SETTLED
     stop_at_eos: bool = False
     eos_early_stop: bool = False
     trace: bool = False
@@ -174,7 +175,7 @@ def decode(
                 step.steps_left == settings.steps, lambda s: _begin_block(s, step.block), lambda s: s, state
             )
         here = (block_of == step.block) & on_canvas
-        busy = ~state.finished & jnp.any(here & (state.t < SETTLED) if settings.early_exit else here, axis=-1)
+        busy = ~state.finished & jnp.any(here & (state.t < settings.settled) if settings.early_exit else here, axis=-1)
         candidates = here & busy[:, None]
 
         def forward(state: DecodeState) -> tuple[DecodeState, Trace | None]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from xflow_jax.config import UserError
 from xflow_jax.decode import Settings, Trace, decode, read_out
-from xflow_jax.rules import Rule
+from xflow_jax.rules import SETTLED, Rule
 from xflow_jax.sharding import batch_sharding
 from xflow_jax.tokenizer import chat_ids, decode_answers, pad_left
 
@@ -67,6 +67,7 @@ def generate(
     settings = dataclasses.replace(
         settings,
         early_exit=rule.early_exit if early_exit is None else early_exit,
+        settled=getattr(rule, "settled", SETTLED),
         eos_early_stop=eos_early_stop,
         trace=trace,
         eot_id=_eot_id(lm),

@@ -85,8 +85,9 @@ class Flow:
     policy: the trained step-size policy in its expectation. Without one a = c ** power, or, with `jump`, a = 1 where
     c > jump and a = creep elsewhere. revise_committed: positions at t = 1 are re-edited, too. reedit_margin: how far
     confidence may fall behind progress; None: no re-editing. commit: one hard commitment per sequence and step.
-    synchronous: one shared step, a = 1 / (steps left), as image diffusion has it. UserError where a number is out of
-    range.
+    synchronous: one shared step, a = 1 / (steps left), as image diffusion has it. early_exit: skip the steps left in a
+    block once all its positions have a progress of at least `settled`; the last predictions then stand. UserError where
+    a number is out of range.
     """
 
     policy: Policy | None = None
@@ -99,10 +100,11 @@ class Flow:
     synchronous: bool = _static(False)
     suppress_mask: bool = _static(True)
     early_exit: bool = _static(False)
+    settled: float = _static(SETTLED)
     needs_keys: bool = _static(False)
 
     def __post_init__(self) -> None:
-        _within(self, power=math.inf, jump=1.0, creep=1.0, reedit_margin=math.inf)
+        _within(self, power=math.inf, jump=1.0, creep=1.0, reedit_margin=math.inf, settled=1.0)
 
     def belief_options(self, config: Any, eot_id: int | None) -> BeliefOptions:
         """What this rule asks of the belief: no mask token, no row without a token."""
