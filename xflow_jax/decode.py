@@ -29,9 +29,9 @@ class Settings:
 
     gen_length N; block_length must divide it where `block_causal` is off. steps: forward passes in each block.
     block_causal: LLaDA2.0's blocks, aligned to each sequence's first token and seen only backwards. early_exit: skip
-    passes of blocks whose positions all have a progress of at least `settled`. stop_at_eos: no further blocks after one that holds EOS. eos_early_stop: stop as
-    soon as everything up to the first EOS is settled. trace: keep every step; notes: with it what the rule noted.
-    eot_id: the end-of-turn token, where it matters.
+    passes of blocks whose positions all have a progress of at least `settled`. stop_at_eos: no further blocks after one
+    that holds EOS. eos_early_stop: stop as soon as everything up to the first EOS is settled. trace: keep every step;
+    notes: with it what the rule noted. eot_id: the end-of-turn token, where it matters.
     """
 
     gen_length: int
