@@ -18,10 +18,11 @@ RANKS = {
     name: rank
     for rank, names in enumerate(
         [
-            "strict config sandbox sharding storage",
+            "strict config sandbox sharding storage plan_chips plan_hlo plan_report",
             "models losses belief policy tasks tokenizer",
             "rules decode checkpoint data hf hf_names hf_write",
             "steps rollout generate lm choices records",
+            "plan_programs",
             "evaluate bench plan plot demo answer",
             "cli __init__ __main__",
         ]

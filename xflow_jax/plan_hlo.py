@@ -118,9 +118,14 @@ class Cost:
 
 
 class Program:
-    """A module of HLO text; `cost()` walks it from its entry."""
+    """A module of HLO text; `cost()` walks it from its entry.
 
-    def __init__(self, text: str):
+    experts: of the model, whose tokens are taken to be spread evenly; of the rows of a grouped matrix product those of
+    a chip's own experts are computed.
+    """
+
+    def __init__(self, text: str, experts: int | None = None):
+        self.experts = experts
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry, current = "", None
         for line in text.splitlines():
@@ -158,9 +163,10 @@ class Program:
             total.bytes += self._traffic(i, around)
             self._note_collective(i, around, total)
             self._note_cycles(i, total)
-            if i.opcode == "custom-call" and (target := i.attribute("custom_call_target")):
-                key = target.strip('"')
-                total.unknown_kernels[key] = total.unknown_kernels.get(key, 0) + 1
+            if i.opcode == "custom-call" and not i.name.startswith("ragged-dot"):
+                key = (i.attribute("custom_call_target") or "").strip('"')
+                if key == "tpu_custom_call":
+                    total.unknown_kernels[i.name] = total.unknown_kernels.get(i.name, 0) + 1
 
     def _note_cycles(self, i: Instruction, total: Cost) -> None:
         if found := re.search(r'"estimated_cycles":"(\d+)"', i.rest):
@@ -190,8 +196,11 @@ class Program:
             return 2.0 * math.prod(i.arrays[0].shape) * math.prod(lhs[d] for d in contracted)
         if i.opcode == "convolution":
             return _convolution_flops(i, *(around[name].arrays[0].shape for name in i.operands[:2]))
-        if i.opcode == "ragged-dot":
-            return 2.0 * math.prod(i.arrays[0].shape) * around[i.operands[0]].arrays[0].shape[-1]
+        if i.opcode == "ragged-dot" or (i.opcode == "custom-call" and i.name.startswith("ragged-dot-none")):
+            # The compiler's own kernel takes the groups' places first, then rows [A, E] and matrices [X, E, F].
+            rows, matrices = (around[name].arrays[0].shape for name in _matrix_operands(i, around))
+            share = matrices[0] / self.experts if self.experts else 1.0
+            return 2.0 * rows[0] * math.prod(matrices[1:]) * share
         if i.opcode == "fusion":
             inner = self.computations[i.called[0]]
             return sum(self._flops(part, inner) for part in inner.values())
@@ -366,6 +375,12 @@ def _arrays(body: dict[str, Instruction], name: str) -> tuple[Array, ...]:
 
 def _operands(i: Instruction, around: dict[str, Instruction]) -> Iterator[Array]:
     return itertools.chain.from_iterable(_arrays(around, name) for name in i.operands)
+
+
+def _matrix_operands(i: Instruction, around: dict[str, Instruction]) -> list[str]:
+    """The last two operands that are matrices: rows [A, E] and a stack [X, E, F]."""
+    found = [name for name in i.operands if any(len(a.shape) >= 2 for a in _arrays(around, name))]
+    return found[-2:] if i.opcode == "custom-call" else list(i.operands[:2])
 
 
 def _convolution_flops(i: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> float:

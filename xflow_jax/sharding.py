@@ -191,6 +191,13 @@ def divides(size: int, axes: tuple[str, ...]) -> bool:
     return not mesh.empty and set(axes) <= set(mesh.axis_names) and size % math.prod(mesh.shape[a] for a in axes) == 0
 
 
+def platform() -> str:
+    """What programs are being made for: the platform of the mesh that is set, whose devices need not be here, or else
+    the default backend: cpu, gpu or tpu."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None or not device.platform else device.platform
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """A key path of jax.tree_util as "a/b/c"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
