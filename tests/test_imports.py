@@ -18,7 +18,7 @@ RANKS = {
     name: rank
     for rank, names in enumerate(
         [
-            "strict config sandbox sharding storage plan_chips plan_hlo plan_report",
+            "strict config sandbox sharding storage hosts plan_chips plan_hlo plan_report",
             "models losses belief policy tasks tokenizer",
             "rules decode checkpoint data hf hf_names hf_write",
             "steps rollout generate lm choices records",

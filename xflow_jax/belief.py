@@ -161,23 +161,22 @@ def _run(
         weighted=jnp.zeros((b, n)),
     )
 
-    def logits_of(h: jax.Array, start: jax.Array) -> jax.Array:
-        return head(h, start, size).astype(jnp.float32)
-
     def visit(state: _Running, start: jax.Array) -> tuple[_Running, None]:
         # The last chunk is moved left to fit; what it sees twice counts once.
         shifted = jnp.minimum(start, rows - size)
         local = shifted + jnp.arange(size)
         ids = first + local
-        logits = logits_of(hidden, shifted)
+        raw = head(hidden, shifted, size)
         if unconditional is not None:
-            free = logits_of(unconditional, shifted)
-            logits = free + (options.guidance + 1) * (logits - free)
+            free = head(unconditional, shifted, size).astype(jnp.float32)
+            raw = free + (options.guidance + 1) * (raw.astype(jnp.float32) - free)
         possible = local >= start
         if options.vocab_size is not None:
             possible &= ids < options.vocab_size
-        logits = jnp.where(_without(ids, possible, options.never)[None, None, :], logits, -jnp.inf)
-        noisy = logits
+        raw = jnp.where(_without(ids, possible, options.never)[None, None, :], raw, -jnp.inf)
+        if options.temperature > 0 or options.doubted:
+            raw = raw.astype(jnp.float32)
+        logits = noisy = raw
         if options.temperature > 0:
             noisy = logits + options.temperature * jax.vmap(_noise, (0, None, None))(keys, ids, n)
         if options.doubted:
@@ -286,15 +285,17 @@ def _without(ids: jax.Array, possible: jax.Array, banned: tuple[int, ...]) -> ja
 
 
 def _merge(state: _Running, noisy: jax.Array, logits: jax.Array, start: int | jax.Array) -> _Running:
+    """The state after a chunk; logits and noisy float32, or the same array in the model's dtype."""
     # Taken of plain logits: behind a softmax the compiler would fuse the two and be many times slower.
     chunk_top, chunk_tokens = _largest(logits, min(TOP, logits.shape[-1]))
+    plain, logits = noisy is logits, logits.astype(jnp.float32)
     # The earlier chunk stands first, so that among equals the lower id does.
     top, place = _largest(jnp.concatenate([state.top, chunk_top], axis=-1), TOP)
     ids = jnp.concatenate([state.top_tokens, chunk_tokens + start], axis=-1)
     finite = _finite(top[..., 0])
     weights = jnp.exp(logits - finite[..., None])
     rescale = jnp.exp(state.top[..., 0] - finite)
-    if noisy is logits:
+    if plain:
         best = best_logit = chunk_top[..., 0]
         index = chunk_tokens[..., 0]
     else:
@@ -329,11 +330,14 @@ def _first(z: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def _largest(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest of z [..., V], descending, and their indices, [..., k] each; of equal ones the lowest index first,
-    and each counts.
+    """The k largest of z [..., V] as float32, descending, and their indices, [..., k] each; of equal ones the lowest
+    index first, and each counts.
 
     In k rounds of reductions: top_k would sort all of z, on CPUs and TPUs alike.
     """
+    if z.dtype == jnp.bfloat16 and z.shape[-1] <= 2**16:
+        return _largest_packed(z, k)
+    z = z.astype(jnp.float32)
     ids = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
 
     def two_passes(z: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -357,3 +361,18 @@ def _largest(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
     # A reduction of pairs is one pass over z, but CPUs do not vectorise it.
     return jax.lax.platform_dependent(z, cpu=lambda z: rounds(z, two_passes), default=lambda z: rounds(z, one_pass))
+
+
+def _largest_packed(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`_largest` of bfloat16: value and index fit one integer, so that a round is a single maximum."""
+    bits = jax.lax.bitcast_convert_type(z, jnp.int16).astype(jnp.int32)
+    # Integers in the order of the numbers, both zeros 0; below them the index, counted down.
+    ordered = jnp.where(bits < 0, (bits ^ 0x7FFF) + 1, bits)
+    packed = (ordered << 16) | (0xFFFF - jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1))
+    found = [packed.max(axis=-1)]
+    for _ in range(k - 1):
+        found.append(jnp.where(packed < found[-1][..., None], packed, jnp.iinfo(jnp.int32).min).max(axis=-1))
+    best = jnp.stack(found, axis=-1)
+    ordered = best >> 16
+    bits = jnp.where(ordered < 0, (ordered - 1) ^ 0x7FFF, ordered).astype(jnp.int16)
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32), 0xFFFF - (best & 0xFFFF)

@@ -119,6 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.run is None:
             parser.print_help()
             return 0
+        hosts = importlib.import_module("xflow_jax.hosts")
+        hosts.join_hosts()
+        hosts.keep_programs()
         status = importlib.import_module(f"xflow_jax.{_RUN[args.run]}").run(args)
         sys.stdout.flush()
         return status or 0

@@ -52,16 +52,12 @@ def _ring_seconds(cost: Analytic, tensor: int, chip: Chip) -> float:
     return link_seconds("all-reduce", cost.links, tensor, axes, False, chip.link)
 
 
-def _speed(work: Work, compute: float, memory: float, links: float) -> dict[str, Any]:
+def _speed(work: Work, steps: int, compute: float, memory: float, links: float) -> dict[str, Any]:
     """The least seconds of a step by each resource, which of them binds, and the response tokens/s that it allows."""
     seconds = {"compute": compute, "memory": memory, "links": links}
     bound = max(seconds, key=seconds.get)
-    steps = 1 if work.program == "align" else work.steps
-    return {
-        "seconds": seconds,
-        "bound": bound,
-        "tokens_per_second": work.batch * work.response / steps / seconds[bound],
-    }
+    tokens = work.batch * work.response / steps
+    return {"seconds": seconds, "bound": bound, "tokens_per_second": tokens / seconds[bound]}
 
 
 def compiled_row(config: Any, work: Work, topology: Topology, mesh: Mesh) -> dict[str, Any]:
@@ -76,10 +72,8 @@ def compiled_row(config: Any, work: Work, topology: Topology, mesh: Mesh) -> dic
         used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not used:
             raise
-        total, capacity = (
-            float(n) * 1024 ** " KMGT".index(unit or " ") for n, unit in (used.groups()[:2], used.groups()[2:])
-        )
-        memory = {"total": total, "capacity": capacity}
+        sizes = [float(n) * 1024 ** " KMGT".index(unit or " ") for n, unit in (used.groups()[:2], used.groups()[2:])]
+        memory = dict(zip(("total", "capacity"), sizes, strict=True))
         return row | {"fits": False, "memory": memory, "compile_seconds": time.perf_counter() - began}
     stats, text = compiled.memory_analysis(), compiled.as_text()
     memory = {
@@ -286,6 +280,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if not args.device:
         jax.config.update("jax_platforms", "cpu")  # nothing is run, so no accelerator is taken
+        jax.config.update("jax_enable_compilation_cache", False)  # what comes out of it tells less of itself
     file = Path(args.json) if args.json else None
     kept = json.loads(file.read_text())["rows"] if file and file.exists() else []
     rows = []

@@ -25,8 +25,9 @@ class Chip:
     pod: int
 
 
-# TPUs: Google Cloud's pages of each version (peak compute, HBM bandwidth, ICI bandwidth per chip over its ports, pod
-# size); the memory is what the compiler leaves to programs. GPUs: NVIDIA's data sheets, dense bfloat16; NVLink as one axis.
+# TPUs: Google Cloud's pages of each version (peak compute, memory bandwidth, interconnect bandwidth per chip over its
+# ports, pod size), memory as the compiler leaves it to programs. GPUs: NVIDIA's data sheets, dense bfloat16; NVLink is
+# taken as one axis.
 CHIPS: dict[str, Chip] = {
     "v5e": Chip("TPU v5e", 197e12, 15.75 * GIB, 819e9, 50e9, 2, 256),
     "v5p": Chip("TPU v5p", 459e12, 95.74 * GIB, 2765e9, 100e9, 3, 8960),

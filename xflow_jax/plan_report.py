@@ -59,11 +59,11 @@ def markdown(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
         f"Prompts of {args.prompt_length} tokens, responses of {args.gen_length}, bfloat16. Each row is a program that "
         "the compiler has made; nothing here was run. A step is one forward pass with all that the decoder does around "
         "it, or one update. Memory is what the compiler assigns on a chip, of what it leaves to programs there. FLOPs, "
-        "memory traffic and collectives are counted in the compiled program, with loops as often as they run; `/ least` "
-        "is the FLOPs over those of the matrix products that the step cannot do without. The three times are what a step "
-        "takes at the chip's peak rates if nothing else held it up; tokens/s is the bound that the largest of them sets, "
-        "response tokens of all rows. `decoder %` is the share of the compiler's own cycle estimate that is neither "
-        "backbone nor head.",
+        "memory traffic and collectives are counted in the compiled program, with loops as often as they run; "
+        "`/ least` is the FLOPs over those of the matrix products that the step cannot do without. The three times are "
+        "what a step takes at the chip's peak rates if nothing else held it up; tokens/s is the bound that the largest "
+        "of them sets, response tokens of all rows. `decoder %` is the share of the compiler's own cycle estimate that "
+        "is neither backbone nor head.",
         "",
     ]
     for preset in dict.fromkeys(row["preset"] for row in rows):
