@@ -22,8 +22,7 @@ RANKS = {
             "models losses belief policy tasks tokenizer",
             "rules decode checkpoint data hf hf_names hf_write",
             "steps rollout generate lm choices records",
-            "plan_programs",
-            "evaluate bench plan plot demo answer",
+            "evaluate bench plan plan_programs plot demo answer",
             "cli __init__ __main__",
         ]
     )
