@@ -37,7 +37,7 @@ def test_a_task_can_set_options_that_the_user_can_overrule():
     defaults = (("logits_eos_inf", True),)
     assert parse_rule("mask", defaults)[1].logits_eos_inf
     assert not parse_rule("mask:logits_eos_inf=false", defaults)[1].logits_eos_inf
-    assert parse_rule("flow", defaults)[1] == Flow()
+    assert parse_rule("flow", (*defaults, ("tau", 0.5)))[1] == Flow(logits_eos_inf=True)
 
 
 def test_every_option_is_known_by_its_type():
@@ -55,7 +55,7 @@ def test_a_flow_takes_a_policy_from_its_file(tmp_path):
     ("text", "sentence"),
     [
         ("flo", "did you mean flow?"),
-        ("", "there are mask, threshold, flow"),
+        ("", "there are mask, threshold, factor, eb"),
         ("flow:pwer=2", "did you mean power?"),
         ("flow:", "must look like flow:option=value"),
         ("flow:power", "must look like flow:option=value"),

@@ -10,10 +10,20 @@ from fractions import Fraction
 from typing import Any
 
 from xflow_jax.policy import load_policy
+from xflow_jax.rivals import Editing, EntropyBounded, Factor, Klass, SoftMask
 from xflow_jax.rules import Flow, MaskPrediction, Rule, Threshold
 from xflow_jax.strict import UserError, require, show, typed
 
-RULES: dict[str, type] = {"mask": MaskPrediction, "threshold": Threshold, "flow": Flow}
+RULES: dict[str, type] = {
+    "mask": MaskPrediction,
+    "threshold": Threshold,
+    "factor": Factor,
+    "eb": EntropyBounded,
+    "klass": Klass,
+    "softmask": SoftMask,
+    "edit": Editing,
+    "flow": Flow,
+}
 
 
 def options_of(cls: type) -> dict[str, Any]:

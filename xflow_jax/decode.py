@@ -29,9 +29,10 @@ class Settings:
 
     gen_length N; block_length must divide it where `block_causal` is off. steps: forward passes in each block.
     block_causal: LLaDA2.0's blocks, aligned to each sequence's first token and seen only backwards. early_exit: skip
-    passes of blocks whose positions all have a progress of at least `settled`. stop_at_eos: no further blocks after one that holds EOS. eos_early_stop: stop as
-    soon as everything up to the first EOS is settled. trace: keep every step; notes: with it what the rule noted.
-    eot_id: the end-of-turn token, where it matters.
+    passes of blocks whose positions all have a progress of at least `settled` (or of which the rule's own `open` says
+    that nothing more can happen). stop_at_eos: no further blocks after one that holds EOS. eos_early_stop: stop as soon
+    as everything up to the first EOS is settled. trace: keep every step; notes: with it what the rule noted. eot_id:
+    the end-of-turn token, where it matters.
     """
 
     gen_length: int
@@ -175,7 +176,8 @@ def decode(
                 step.steps_left == settings.steps, lambda s: _begin_block(s, step.block), lambda s: s, state
             )
         here = (block_of == step.block) & on_canvas
-        busy = ~state.finished & jnp.any(here & (state.t < settings.settled) if settings.early_exit else here, axis=-1)
+        moving = rule.open(state) if hasattr(rule, "open") else state.t < settings.settled
+        busy = ~state.finished & jnp.any(here & moving if settings.early_exit else here, axis=-1)
         candidates = here & busy[:, None]
 
         def forward(state: DecodeState) -> tuple[DecodeState, Trace | None]:
@@ -265,7 +267,7 @@ def advance(
     x = jnp.where(moving[..., None], ahead, state.x)
     x = jnp.where((real & back)[..., None], c[..., None] * x_pred + (1 - c[..., None]) * m, x)
     t = jnp.where(real & back, c, jnp.where(moving, t_ahead, state.t))
-    tokens = jnp.where(candidates & ((state.t < 1) | action.reset), belief.tokens, state.tokens)
+    tokens = jnp.where(candidates & (state.t < 1) | real & action.reset, belief.tokens, state.tokens)
     return state.replace(x=x, t=t, tokens=tokens)
 
 
