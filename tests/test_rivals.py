@@ -171,8 +171,8 @@ def test_rivals_decode_rows_by_themselves(name):
 
 
 def test_editing_stops_when_nothing_changes_and_never_differs_for_it():
-    lm, prompts = stub(sharpness=2.0), random_prompts([3, 5, 5, 2, 4, 6], top=8)
-    rule = Editing(tau=0.3, tau_edit=0.3)
+    lm, prompts = stub(sharpness=1.0), random_prompts([3, 5, 5, 2, 4, 6], top=8)
+    rule = Editing(tau=0.3, tau_edit=0.5)
     early, late = (generate(lm, prompts, rule, 8, 16, early_exit=on, trace=True) for on in (True, False))
     np.testing.assert_array_equal(early.tokens, late.tokens)
     assert early.forward_passes.mean() < 16 and (late.forward_passes == 16).all()

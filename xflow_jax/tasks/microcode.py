@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from xflow_jax.strict import UserError
-from xflow_jax.tasks import Settings, Task
+from xflow_jax.tasks import Settings, Task, extract_code
 from xflow_jax.tasks.microcode_answers import USUAL, WIDE, Habits, answer, training_pair
 from xflow_jax.tasks.microcode_language import NAME, Problem, compositions, make_problem, parse, problems
 
@@ -27,12 +27,12 @@ __all__ = [
     "training_pair",
 ]
 HELD_OUT_PROBLEMS = 512
+SETTINGS = Settings(gen_length=48, block_length=16)
 
 
 def extract(text: str) -> str:
     """The code in a model's answer: the inside of its first fence where there is one, else all of it."""
-    fence = re.search(r"```(?:python)?\n(.*?)(?:```|\Z)", text, re.DOTALL)
-    return (fence.group(1) if fence else text).strip("\n")
+    return extract_code(SETTINGS, text)
 
 
 def checks(problem: Problem, code: str) -> str:
@@ -65,5 +65,5 @@ TASK = Task(
     extract=lambda problem, text: extract(text),
     program=lambda problem, code: (code, checks(problem, code)),
     canonical=_canonical,
-    settings=Settings(gen_length=48, block_length=16),
+    settings=SETTINGS,
 )
