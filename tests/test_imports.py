@@ -18,11 +18,11 @@ RANKS = {
     name: rank
     for rank, names in enumerate(
         [
-            "strict config sandbox sharding storage",
+            "strict config sandbox sharding storage hosts stats",
             "models losses belief policy tasks tokenizer",
             "rules rivals decode checkpoint data hf hf_names hf_write",
-            "steps rollout generate lm choices records",
-            "evaluate bench plan plot demo answer",
+            "steps rollout generate lm choices records identity",
+            "evaluate bench plan plot reports likelihood harness demo answer",
             "cli __init__ __main__",
         ]
     )

@@ -16,6 +16,7 @@ import numpy as np
 
 from xflow_jax.config import UserError
 from xflow_jax.decode import Settings, Trace, decode, read_out
+from xflow_jax.hosts import fetch
 from xflow_jax.rules import SETTLED, Rule
 from xflow_jax.sharding import batch_sharding
 from xflow_jax.tokenizer import chat_ids, decode_answers, pad_left
@@ -83,7 +84,7 @@ def generate(
         arrays = jax.device_put(arrays, batch_sharding(lm.mesh))
     with lm.scope():
         out = decode_batch(lm.model, lm.params, rule, settings, *arrays)
-    tokens, progress, passes, kept = jax.device_get(out)
+    tokens, progress, passes, kept = fetch(out)
     tokens, progress, passes = (x[: len(rows)] for x in (tokens, progress, passes))
     if kept is not None:
         kept = jax.tree.map(lambda x: x[:, : len(rows), :gen_length], kept)

@@ -12,6 +12,7 @@ import re
 import textwrap
 from pathlib import Path
 
+from xflow_jax.sandbox import Limits
 from xflow_jax.tasks import Settings, Task, extract_code
 from xflow_jax.tasks.files import read_problems
 
@@ -21,6 +22,7 @@ SETTINGS = Settings(
     prompt="Complete the following python code:\n{prompt}",
     extraction="first fence",
     rule_options=(("logits_eos_inf", True),),
+    limits=Limits(seconds=10.0),  # one reference solution takes seconds
 )
 
 
