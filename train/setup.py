@@ -37,24 +37,32 @@ class Run:
         self.metrics_file = self.folder / "metrics.jsonl"
         self.stopped = False
 
-    def restore(self, state: Any, data: Any) -> Any:
-        """`state` and the position of `data` as the last checkpoint has them; as given where there is none."""
+    def restore(self, state: Any, data: Any = None) -> Any:
+        """`state` and the position of `data` as the last checkpoint has them; as given where there is none.
+
+        data: an iterator of grain's, or None where the step alone says which data come next.
+        """
         step = self.manager.latest_step()
         self._drop_metrics_after(step or 0)
         if step is None:
             return state
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-        restored = self.manager.restore(step, args=args)
-        data.set_state(restored["data"])
+        args = {"state": ocp.args.StandardRestore(abstract)}
+        if data is not None:
+            args["data"] = ocp.args.JsonRestore()
+        restored = self.manager.restore(step, args=ocp.args.Composite(**args))
+        if data is not None:
+            data.set_state(restored["data"])
         return restored["state"]
 
-    def save(self, step: int, state: Any, data: Any) -> None:
+    def save(self, step: int, state: Any, data: Any = None) -> None:
         """Writes a checkpoint in the background; a half-written one is never taken for a whole one."""
         if self.manager.latest_step() == step:
             return
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data.get_state()))
-        self.manager.save(step, args=args)
+        args = {"state": ocp.args.StandardSave(state)}
+        if data is not None:
+            args["data"] = ocp.args.JsonSave(data.get_state())
+        self.manager.save(step, args=ocp.args.Composite(**args))
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Appends one line of metrics."""

@@ -79,7 +79,7 @@ def generate(
         # Every device needs as many rows as the others: repeat the last one, and drop its answers.
         fill = -len(rows) % (lm.mesh.shape["data"] * lm.mesh.shape["fsdp"])
         take = np.concatenate([take, np.full(fill, len(rows) - 1)])
-    arrays = (ids[take], mask[take], _keys(seed, rows)[take])
+    arrays = (ids[take], mask[take], row_keys(jax.random.key(seed), rows)[take])
     if lm.mesh is not None:
         arrays = jax.device_put(arrays, batch_sharding(lm.mesh))
     with lm.scope():
@@ -179,8 +179,8 @@ def _eot_id(lm: Any) -> int | None:
     return None if token is None else int(token)
 
 
-def _keys(seed: int, rows: list[list[int]]) -> jax.Array:
-    """A key per row of the seed, the prompt and how often the prompt came before: its neighbours do not matter."""
+def row_keys(key: jax.Array, rows: Sequence[Sequence[int]]) -> jax.Array:
+    """A key per row of `key`, the prompt and how often the prompt came before: its neighbours do not matter."""
     seen: Counter[int] = Counter()
     salts = []
     for row in rows:
@@ -189,5 +189,5 @@ def _keys(seed: int, rows: list[list[int]]) -> jax.Array:
         seen[digest] += 1
     prompts, repeats = np.asarray(salts, np.uint32).T
     fold = jax.vmap(jax.random.fold_in, (0, 0))
-    base = jnp.broadcast_to(jax.random.key(seed), (len(rows),))
+    base = jnp.broadcast_to(key, (len(rows),))
     return fold(fold(base, prompts), repeats)

@@ -62,7 +62,8 @@ def log_likelihoods(
     """A lower bound of log p(response | prompt) in nats for each (prompt ids, response ids): float64 [len(pairs)].
 
     samples: masks per response, drawn in groups of `group` that spread over the levels together. A value depends on the
-    pair and the seed alone, not on what shares its batch. cfg_scale: classifier-free guidance w. UserError on bad input.
+    pair and the seed alone, not on what shares its batch. cfg_scale: classifier-free guidance w. UserError on bad
+    input.
     """
     for name, value in (("samples", samples), ("group", group), ("batch_size", batch_size)):
         if value < 1:
@@ -220,7 +221,8 @@ def run(args: Any) -> None:
         return
     tokens = sum(len(response) for _, response in pairs)
     print(f"{len(pairs)} responses of {tokens} tokens, {samples} masks for each, seed {args.seed}")
-    print(f"log p(response | prompt) is at least {found.mean():.4f} nats on average, {found.sum() / tokens:.4f} a token")
+    per_token = found.sum() / tokens
+    print(f"log p(response | prompt) is at least {found.mean():.4f} nats on average, {per_token:.4f} a token")
     if args.out is not None:
         folder = Path(args.out)
         try:

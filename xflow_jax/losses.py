@@ -76,3 +76,32 @@ def alignment_errors(
 
     _, (error, nll) = jax.lax.scan(visit, None, (cut(hidden), cut(tokens)))
     return tuple(jnp.moveaxis(x, 0, 1).reshape(b, -1)[:, :n] for x in (error, nll))
+
+
+def group_advantages(rewards: jax.Array, per_position: bool = False, floor: float = 1e-4) -> jax.Array:
+    """GRPO's advantages of rewards float32 [B, G, N]: less the group's mean, by its standard deviation plus `floor`.
+
+    A group is all G x N rewards of a prompt, or with per_position the G of each of its positions. Where all of a group
+    are equal the advantages are 0.
+    """
+    axes = (1,) if per_position else (1, 2)
+    centred = rewards - rewards.mean(axis=axes, keepdims=True)
+    return centred / (rewards.std(axis=axes, keepdims=True) + floor)
+
+
+def clipped_surrogate(
+    log_prob: jax.Array, old_log_prob: jax.Array, advantages: jax.Array, acted: jax.Array, epsilon: float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Eq. 18, negated to be minimised: the mean over actions of -min(r A, clip(r, 1 - epsilon, 1 + epsilon) A).
+
+    r = exp(log_prob - old_log_prob), all float32 [T, R, N]; advantages [R, N], the same in every step; acted bool
+    [T, R, N]: the actions that mattered. The metrics are shares of these, under TRL's names, and the mean ratio.
+    """
+    a = advantages[None]
+    # Beyond e^20 nothing is told apart anyway, and the gradient stays finite.
+    ratio = jnp.exp(jnp.clip(log_prob - old_log_prob, -20.0, 20.0))
+    gain = jnp.minimum(ratio * a, jnp.clip(ratio, 1 - epsilon, 1 + epsilon) * a)
+    low, high = (ratio < 1 - epsilon) & (a < 0), (ratio > 1 + epsilon) & (a > 0)
+    shares = {"low_mean": low, "high_mean": high, "region_mean": low | high}
+    metrics = {f"clip_ratio/{name}": masked_mean(share, acted) for name, share in shares.items()}
+    return -masked_mean(gain, acted), metrics | {"ratio": masked_mean(ratio, acted)}

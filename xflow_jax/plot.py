@@ -190,3 +190,36 @@ def alignment_losses(metrics: Sequence[dict[str, float]], path: str | Path) -> N
         figure.savefig(path, format="png")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def policy_steps(policy: Any, path: str | Path) -> None:
+    """Draws a policy's expected step over confidence and progress, at the start, middle and end of a block, as PNG.
+
+    What is left of 1 is given to the three next tokens in halves, since the policy sees four probabilities.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from xflow_jax.policy import features
+
+    # Confidence on a scale of its distance from 1, where all that matters happens.
+    c = 1 - np.geomspace(0.75, 1e-3, 80)
+    t = np.linspace(0, 1, 60)
+    top = np.stack([c, (1 - c) / 2, (1 - c) / 4, (1 - c) / 8], axis=-1)
+    top = -np.sort(-np.broadcast_to(top, (t.size, c.size, 4)), axis=-1).astype(np.float32)
+    progress = np.broadcast_to(t[:, None], (t.size, c.size)).astype(np.float32)
+    figure = Figure(figsize=(9.6, 3.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, rho in zip(panels, (0.0, 0.5, 1.0), strict=True):
+        a = np.asarray(policy.expected_step(features(top, progress, rho)))
+        mesh = axes.pcolormesh(1 - c, t, a, cmap="viridis", vmin=0, vmax=1, shading="nearest")
+        axes.set_xscale("log")
+        axes.invert_xaxis()
+        axes.set_xticks([0.5, 0.1, 0.01, 0.001], ["0.5", "0.9", "0.99", "0.999"])
+        axes.minorticks_off()
+        axes.set_xlabel("confidence c")
+        axes.set_title(f"position in the block's steps {rho:g}", loc="left", fontsize=10)
+    panels[0].set_ylabel("progress t")
+    figure.colorbar(mesh, ax=panels, label="expected step a")
+    figure.savefig(path)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import struct
 
 from xflow_jax.config import UserError
@@ -112,6 +114,43 @@ def init_policy(key: jax.Array, width: int = 64, **ranges: float) -> Policy:
         "b_kappa": jnp.zeros(1),
     }
     return Policy(params, **ranges)
+
+
+def fit(policy: Policy, step_of: Callable[[jax.Array], jax.Array], key: jax.Array, updates: int = 2000) -> Policy:
+    """`policy` with mu trained to give the step of a fixed rule, as far as its range allows; kappa stays.
+
+    step_of: confidence float32 [...] -> a. The features are drawn at random, all over what a decode can meet.
+    """
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, updates))
+
+    def draw(key: jax.Array) -> jax.Array:
+        keys = jax.random.split(key, 4)
+        c = jax.nn.sigmoid(jax.random.uniform(keys[0], (1024,), minval=-4.0, maxval=10.0))
+        # What is left of 1 goes to the three others in falling shares, none above the first.
+        left, top = 1 - c, [c]
+        for share in jnp.sort(jax.random.uniform(keys[1], (3, 1024), minval=0.3, maxval=1.0), axis=0)[::-1]:
+            top.append(jnp.minimum(share * left, top[-1]))
+            left = left - top[-1]
+        t, rho = jax.random.uniform(keys[2], (2, 1024))
+        return features(jnp.stack(top, axis=-1), t, rho)
+
+    def loss(params: Any, s: jax.Array) -> jax.Array:
+        u = jnp.log(step_of(s[..., 0]) / policy.a_min) / math.log(policy.a_max / policy.a_min)
+        mu, _ = policy.replace(params=params).beta(s)
+        return jnp.mean((mu - jnp.clip(u, MU_LOW, MU_LOW + MU_SPAN)) ** 2)
+
+    def update(carry: Any, key: jax.Array) -> tuple[Any, None]:
+        params, state = carry
+        grads = jax.grad(loss)(params, draw(key))
+        # The spread of a fitted policy is a fresh one's: what it explores is for training to say.
+        grads |= {name: jnp.zeros_like(grads[name]) for name in ("w_kappa", "b_kappa")}
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    start = (policy.params, optimizer.init(policy.params))
+    keys = jax.random.split(key, updates)
+    (params, _), _ = jax.jit(lambda start, keys: jax.lax.scan(update, start, keys))(start, keys)
+    return policy.replace(params=params)
 
 
 def load_policy(path: str | Path) -> Policy:

@@ -77,7 +77,7 @@ def areas(rows: Sequence[Row]) -> str:
 
 
 def ablations(label: str, rule: Flow) -> dict[str, Rule]:
-    """Table 2's variants of a flow, by name, each without one of its parts; alignment is the model's, not the rule's."""
+    """Table 2's variants of a flow, by name, each without one of its parts (alignment is the model's own)."""
     changes = {
         "asynchronous schedule": {"synchronous": True},
         "re-editing": {"reedit_margin": None},

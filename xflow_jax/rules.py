@@ -119,8 +119,9 @@ class Speech:
 class Flow(Speech):
     """x-prediction flow decoding (Eqs. 4-10), the method itself.
 
-    policy: the trained step-size policy in its expectation. Without one a = c ** power, or, with `jump`, a = 1 where
-    c > jump and a = creep elsewhere. revise_committed: positions at t = 1 are re-edited, too. reedit_margin: how far
+    policy: the trained step-size policy, in its expectation or, with `sample`, drawn from (what was drawn goes into the
+    trace's notes: see rollout.py). Without one a = c ** power, or, with `jump`, a = 1 where c > jump and a = creep
+    elsewhere. revise_committed: positions at t = 1 are re-edited, too. reedit_margin: how far
     confidence may fall behind progress; None: no re-editing. commit: one hard commitment per sequence and step.
     synchronous: one shared step, a = 1 / (steps left), as image diffusion has it. early_exit: skip the steps left in a
     block once all its positions have a progress of at least `settled`; the last predictions then stand. UserError where
@@ -138,22 +139,37 @@ class Flow(Speech):
     suppress_mask: bool = static(True, kw_only=True)
     early_exit: bool = static(False)
     settled: float = static(SETTLED)
-    needs_keys: bool = static(False)
+    sample: bool = static(False)
 
     def __post_init__(self) -> None:
+        require(self.policy is not None or not self.sample, "only a policy can be sampled from; name its file")
         within(self, power=math.inf, jump=1.0, creep=1.0, reedit_margin=math.inf, settled=1.0)
+
+    @property
+    def needs_keys(self) -> bool:
+        """Whether anything is drawn at random."""
+        return self.sample
+
+    def fixed_step(self, c: jax.Array) -> jax.Array:
+        """The step fraction of the rule without a policy, from the confidence alone."""
+        if self.jump is not None:
+            return jnp.where(c > self.jump, 1.0, self.creep)
+        return jnp.clip(c**self.power, A_MIN, 1.0)
 
     def __call__(self, belief: Belief, state: DecodeState, step: Step) -> Action:
         """Eqs. 5-10 and the hard commitment."""
-        c, t = belief.confidence, state.t
+        c, t, notes = belief.confidence, state.t, None
         if self.synchronous:
             a = jnp.broadcast_to(1.0 / step.steps_left, t.shape)
         elif self.policy is not None:
-            a = self.policy.expected_step(features(belief.top, t, step.rho))
-        elif self.jump is not None:
-            a = jnp.where(c > self.jump, 1.0, self.creep)
+            s = features(belief.top, t, step.rho)
+            if self.sample:
+                y, a, log_prob = jax.vmap(self.policy.sample)(step.keys, s)
+                notes = {"features": s, "y": y, "log_prob": log_prob, "tokens": state.tokens}
+            else:
+                a = self.policy.expected_step(s)
         else:
-            a = jnp.clip(c**self.power, A_MIN, 1.0)
+            a = self.fixed_step(c)
         reset = jnp.zeros_like(step.candidates)
         if self.reedit_margin is not None:
             reset = step.candidates & (c - t < -self.reedit_margin)
@@ -163,7 +179,9 @@ class Flow(Speech):
         if self.commit:
             after = jnp.where(reset, c, t + a * (1 - t))
             commit = highest(c, step.candidates & (after < SETTLED), 1)
-        return Action(a, reset, commit)
+        if notes is not None:
+            notes["acted"] = step.candidates & (t < 1) & ~reset
+        return Action(a, reset, commit, notes)
 
 
 @struct.dataclass

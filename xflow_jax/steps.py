@@ -11,6 +11,8 @@ import optax
 from flax import struct
 
 from xflow_jax import losses
+from xflow_jax.policy import Policy
+from xflow_jax.rollout import Rollout
 
 if TYPE_CHECKING:
     from flax import linen as nn
@@ -131,5 +133,40 @@ def make_align_step(
         grads = jax.tree.map(lambda g: g / accumulate, grads)
         metrics = jax.tree.map(jnp.mean, metrics) | {"grad_norm": optax.tree.norm(grads)}
         return state.update(grads, optimizer), metrics
+
+    return step
+
+
+def make_policy_step(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    epsilon: float = 0.2,
+    epochs: int = 1,
+    per_position: bool = False,
+) -> Callable[[TrainState, Rollout, jax.Array], tuple[TrainState, Metrics]]:
+    """The step of GRPO on the step-size policy (Eq. 18): step(state, rollout, rewards) -> (state, metrics).
+
+    policy: for its ranges; the parameters are the state's. rollout: of B prompts x G, the G of a prompt one after the
+    other. rewards float32 [B, G, N]. epochs: updates made on the one batch.
+    """
+
+    def step(state: TrainState, rollout: Rollout, rewards: jax.Array) -> tuple[TrainState, Metrics]:
+        advantages = losses.group_advantages(rewards, per_position).reshape(-1, rewards.shape[-1])
+
+        def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
+            log_prob = policy.replace(params=params).log_prob(rollout.features, rollout.y)
+            loss, metrics = losses.clipped_surrogate(
+                log_prob, rollout.log_prob, advantages, rollout.acted, epsilon
+            )
+            # Of the behaviour, not of the update: an estimate from the actions themselves.
+            entropy = -losses.masked_mean(log_prob, rollout.acted)
+            return loss, metrics | {"loss": loss, "entropy": entropy}
+
+        def update(state: TrainState, _: None) -> tuple[TrainState, Metrics]:
+            grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
+            return state.update(grads, optimizer), metrics | {"grad_norm": optax.tree.norm(grads)}
+
+        after, metrics = jax.lax.scan(update, state, None, length=epochs)
+        return after.replace(step=state.step + 1), jax.tree.map(jnp.mean, metrics)
 
     return step

@@ -47,7 +47,8 @@ class Task:
     problems(data, limit): the first `limit` problems (None = the usual number) from the file `data` (None = the task's
     own); raises UserError. task_id(problem): unique in the task. prompt(problem): one user's text, or chat messages.
     extract(problem, text): the code in a model's answer. program(problem, code): (program, checks) for the sandbox.
-    canonical(problem): a right answer, in the text that a model would write.
+    canonical(problem): a right answer, in the text that a model would write. parts(problem, code): as program, a pair
+    for each of the problem's tests. training(data, limit): problems to train on, none of which `problems` has.
     """
 
     name: str
@@ -58,6 +59,8 @@ class Task:
     program: Callable[[Any, str], tuple[str, str]]
     canonical: Callable[[Any], str]
     settings: Settings
+    parts: Callable[[Any, str], list[tuple[str, str]]]
+    training: Callable[[Path | None, int | None], Sequence[Any]]
 
     def job(self, problem: Any, text: str) -> tuple[str, str]:
         """What the sandbox runs to judge a model's answer `text`."""

@@ -13,6 +13,7 @@ import textwrap
 from pathlib import Path
 
 from xflow_jax.sandbox import Limits
+from xflow_jax.strict import UserError
 from xflow_jax.tasks import Settings, Task, extract_code
 from xflow_jax.tasks.files import read_problems
 
@@ -63,6 +64,11 @@ def _body(code: str) -> str:
     return textwrap.indent(code, "    ")
 
 
+def no_training(data: Path | None, limit: int | None) -> list[Problem]:
+    """UserError: all of the task's problems are for testing."""
+    raise UserError("humaneval has no problems to train on; use those of mbpp")
+
+
 def canonical(problem: Problem) -> str:
     """The reference solution in a fence with words around it, as models answer."""
     solution = problem.prompt + problem.canonical_solution.rstrip("\n")
@@ -78,4 +84,6 @@ TASK = Task(
     program=program,
     canonical=canonical,
     settings=SETTINGS,
+    parts=lambda problem, code: [program(problem, code)],  # its tests are one function
+    training=no_training,
 )

@@ -8,15 +8,17 @@ before the set-up code and the tests, since the set-up of two problems uses a cl
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from xflow_jax.strict import UserError
 from xflow_jax.tasks import Settings, Task, extract_code
 from xflow_jax.tasks.files import read_problems
 
-HUB = ("google-research-datasets/mbpp", "full", ("prompt", "test"))
+HUB = ("google-research-datasets/mbpp", "full", ("prompt", "test", "train"))
 SHOTS = (2, 3, 4)
 TESTS = range(11, 511)
+TRAINING = range(601, 975)
 SETTINGS = Settings(
     gen_length=256,
     shots=len(SHOTS),
@@ -40,8 +42,8 @@ class Problem:
     shots: tuple[Problem, ...] = ()
 
 
-def problems(data: Path | None, limit: int | None) -> list[Problem]:
-    """The first `limit` test problems of the file, or of the hub's data set, each with the same worked examples."""
+def problems(data: Path | None, limit: int | None, wanted: range = TESTS) -> list[Problem]:
+    """The first `limit` of the `wanted` problems of the file, or of the hub's data set, with the worked examples."""
     keys = {"task_id": int, "text": str, "code": str, "test_list": list, "test_setup_code": str}
     rows = read_problems(data, keys, "mbpp", HUB)
     found = (Problem(**{**{k: row[k] for k in keys}, "test_list": tuple(row["test_list"])}) for row in rows)
@@ -49,16 +51,21 @@ def problems(data: Path | None, limit: int | None) -> list[Problem]:
     where = HUB[0] if data is None else data
     if missing := [i for i in SHOTS if i not in by_id]:
         raise UserError(f"{where} has no problem {missing[0]}, one of the worked examples {', '.join(map(str, SHOTS))}")
-    tests = [by_id[i] for i in TESTS if i in by_id]
-    if not tests:
-        raise UserError(f"{where} has none of the test problems {TESTS[0]} to {TESTS[-1]}")
+    found = [by_id[i] for i in wanted if i in by_id]
+    if not found:
+        raise UserError(f"{where} has none of the problems {wanted[0]} to {wanted[-1]}")
     shots = tuple(by_id[i] for i in SHOTS)
-    return [dataclasses.replace(problem, shots=shots) for problem in tests[:limit]]
+    return [dataclasses.replace(problem, shots=shots) for problem in found[:limit]]
 
 
 def question(problem: Problem) -> str:
     """What is asked of one problem."""
     return SETTINGS.prompt.format(text=problem.text, tests="\n".join(problem.test_list))
+
+
+def checks(problem: Problem, tests: Sequence[str]) -> str:
+    """The program that judges a solution after it ran."""
+    return "\n".join((problem.test_setup_code, *tests, ""))
 
 
 def canonical(problem: Problem) -> str:
@@ -78,7 +85,9 @@ TASK = Task(
     task_id=lambda problem: f"MBPP/{problem.task_id}",
     prompt=prompt,
     extract=lambda problem, text: extract_code(SETTINGS, text),
-    program=lambda problem, code: (code, "\n".join((problem.test_setup_code, *problem.test_list, ""))),
+    program=lambda problem, code: (code, checks(problem, problem.test_list)),
     canonical=canonical,
     settings=SETTINGS,
+    parts=lambda problem, code: [(code, checks(problem, [test])) for test in problem.test_list],
+    training=lambda data, limit: problems(data, limit, TRAINING),
 )
