@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from tests.helpers import decode_golden, llada_tiny, random_prompts, toy
-from tests.llada2_helpers import llada2_tiny
+from tests.llada2_helpers import TINY2
 from xflow_jax.likelihood import Drawn, draws, log_likelihoods, read_pairs, row_losses
 from xflow_jax.strict import UserError
 
@@ -44,7 +45,8 @@ def test_masks_are_spread_over_the_levels():
 
 
 def pairs_of(lengths):
-    return list(zip(random_prompts([p for p, _ in lengths]), random_prompts([r for _, r in lengths], seed=1), strict=True))
+    prompts, responses = zip(*lengths, strict=True)
+    return list(zip(random_prompts(list(prompts)), random_prompts(list(responses), seed=1), strict=True))
 
 
 def test_neither_batch_nor_neighbours_nor_mesh_matter():
@@ -81,7 +83,7 @@ def test_bad_input(tmp_path):
     with pytest.raises(UserError, match="of 130 tokens exceed the model's 128 positions"):
         log_likelihoods(lm, pairs_of([(100, 30)]), 1, 1)
     with pytest.raises(UserError, match="defined for LLaDA"):
-        log_likelihoods(llada2_tiny(), [([1], [2])], 1, 1)
+        log_likelihoods(dataclasses.replace(lm, config=TINY2), [([1], [2])], 1, 1)
 
 
 def test_files_of_pairs(tmp_path):

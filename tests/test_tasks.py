@@ -17,14 +17,14 @@ from xflow_jax.tasks import extract_code, get_task, humaneval, mbpp
 HUMANEVAL = [
     {
         "task_id": "HumanEval/0",
-        "prompt": "import math\n\n\ndef half(x: float) -> float:\n    \"\"\" Half of x.\n    >>> half(3)\n    1.5\n    \"\"\"\n",
+        "prompt": 'import math\n\n\ndef half(x: float) -> float:\n    """ Half of x.\n    >>> half(3)\n    1.5 """\n',
         "entry_point": "half",
         "canonical_solution": "    y = x / 2\n    return math.fabs(y) if x > 0 else y\n",
-        "test": "METADATA = {}\n\n\ndef check(candidate):\n    assert candidate(3) == 1.5\n    assert candidate(-2) == -1\n",
+        "test": "A = {}\n\ndef check(candidate):\n    assert candidate(3) == 1.5\n    assert not candidate(0)\n",
     },
     {
         "task_id": "HumanEval/1",
-        "prompt": "def helper(x):\n    return x + 1\n\n\ndef twice(x):\n    \"\"\" helper, twice. \"\"\"\n",
+        "prompt": 'def helper(x):\n    return x + 1\n\n\ndef twice(x):\n    """ helper, twice. """\n',
         "entry_point": "twice",
         "canonical_solution": "    return helper(helper(x))\n",
         "test": "def check(candidate):\n    assert candidate(1) == 3\n",
@@ -113,7 +113,7 @@ def test_mbpps_worked_examples_are_turns(files):
 
 def test_the_protocol_is_printed():
     text = legend(get_task("mbpp"))
-    for part in ("3-shot", "256 response tokens", "[BEGIN]", "[DONE]", "confidence_eos_eot_inf=True", "You are an expert"):
+    for part in ("3-shot", "256 response", "[BEGIN]", "[DONE]", "confidence_eos_eot_inf=True", "You are an expert"):
         assert part in text
     assert "logits_eos_inf=True" in legend(get_task("humaneval")) and "512" in legend(get_task("humaneval"))
 
@@ -123,7 +123,7 @@ def test_the_protocol_is_printed():
     [
         (b"[{}]", "line 1: task_id is missing; a problem of mbpp has a whole number there"),
         (b'{"task_id": true}', "line 1: task_id is true; a problem of mbpp has a whole number there"),
-        (json.dumps(MBPP[0] | {"test_list": [1]}).encode(), "line 1: test_list is [1]; a problem of mbpp has a list of"),
+        (json.dumps(MBPP[0] | {"test_list": [1]}).encode(), "line 1: test_list is [1]; a problem of mbpp has a list"),
         (b"task_id,text\n1,a\n", "line 1 is no JSON: the file must be jsonl, a problem a line"),
         (b"\xff\xfe\x00", "cannot be read: it is neither jsonl nor jsonl.gz"),
         (b"\x1f\x8bnonsense", "cannot be read: it is neither jsonl nor jsonl.gz"),

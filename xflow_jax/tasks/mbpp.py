@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from xflow_jax.sandbox import Limits
 from xflow_jax.strict import UserError
 from xflow_jax.tasks import Settings, Task, extract_code
 from xflow_jax.tasks.files import read_problems
@@ -27,6 +28,7 @@ SETTINGS = Settings(
     extraction="[BEGIN]",
     stop=("[DONE]",),
     rule_options=(("confidence_eos_eot_inf", True),),
+    limits=Limits(seconds=10.0),  # one reference solution takes seconds
 )
 
 
