@@ -121,13 +121,13 @@ def test_masks_that_stay_are_fed_in_as_mixtures():
     lm, rule = stub(), SoftMask(scale=0.9)
     prompt, keys = jnp.asarray([[3, 1, 4]]), jax.random.split(jax.random.key(0), 1)
     settings = Settings(4, 4, 4, trace=True)
-    one_step = lambda step, start, xs: step(start, jax.tree.map(lambda x: x[0], xs))  # noqa: E731
-    state, trace = decode(lm.model, lm.params, rule, settings, prompt, jnp.ones_like(prompt, bool), keys, scan=one_step)
+    once = lambda f, start, xs: jax.lax.scan(f, start, jax.tree.map(lambda x: x[:1], xs))  # noqa: E731
+    state, trace = decode(lm.model, lm.params, rule, settings, prompt, jnp.ones_like(prompt, bool), keys, scan=once)
     table = np.asarray(lm.params["wte"]["embedding"])
     written = np.asarray(state.t[0]) == 1
     assert written.sum() == 1 and (state.t[0][~written] == 0).all()
     place = np.flatnonzero(~written)[0]
-    p, ids = np.asarray(trace.top[0, place])[:3], np.asarray(trace.top_tokens[0, place])[:3]
+    p, ids = np.asarray(trace.top[0, 0, place])[:3], np.asarray(trace.top_tokens[0, 0, place])[:3]
     mean, mask = (p / p.sum()) @ table[ids], table[lm.config.mask_id]
     share = (np.asarray(state.x[0, place]) - mask) / (mean - mask)
     np.testing.assert_allclose(share, share[0], rtol=1e-3)
