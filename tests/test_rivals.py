@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 
 from tests.helpers import random_prompts, stub
+from tests.llada2_helpers import TINY2, random_params
 from tests.test_rules import NO, YES, act, belief_of, state_of, step_of
 from xflow_jax.belief import Belief
 from xflow_jax.decode import Settings, advance, decode
 from xflow_jax.generate import generate
+from xflow_jax.lm import LM
+from xflow_jax.models import build
 from xflow_jax.rivals import Editing, EntropyBounded, Factor, Klass, SoftMask, divergence
 from xflow_jax.strict import UserError
 
@@ -168,6 +171,17 @@ def test_rivals_decode_rows_by_themselves(name):
         alone = run(prompts[i : i + 1])
         np.testing.assert_array_equal(alone.tokens[0], together.tokens[i])
         assert alone.forward_passes[0] == together.forward_passes[i]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RIVALS)
+def test_rivals_decode_from_a_cache_as_without_one(name):
+    model = build(TINY2)
+    lm = LM(model, TINY2, random_params(model), None)
+    prompts = random_prompts([3, 9, 6], top=38)
+    cached, plain = (generate(lm, prompts, RIVALS[name], 12, 12, block_length=4, cache=on) for on in (True, False))
+    np.testing.assert_array_equal(cached.tokens, plain.tokens)
+    np.testing.assert_array_equal(cached.forward_passes, plain.forward_passes)
 
 
 def test_editing_stops_when_nothing_changes_and_never_differs_for_it():

@@ -32,8 +32,8 @@ class Settings:
 
     gen_length N; block_length must divide it where `block_causal` is off. steps: forward passes in each block.
     block_causal: LLaDA2.0's blocks, aligned to each sequence's first token and seen only backwards. cache: with it,
-    finished blocks are read once and kept; the result is the same. early_exit: skip passes of blocks whose positions all
-    have a progress of at least `settled` (or of which the rule's own `open` says that nothing more can happen).
+    finished blocks are read once and kept; the result is the same. early_exit: skip passes of blocks whose positions
+    all have a progress of at least `settled` (or of which the rule's own `open` says that nothing more can happen).
     stop_at_eos: no further blocks after one that holds EOS. eos_early_stop: stop as soon as everything up to the first
     EOS is settled. trace: keep every step; notes: with it what the rule noted. eot_id: the end-of-turn token, where it
     matters.
