@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
+import subprocess
+import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -256,3 +260,35 @@ def test_a_whole_run_with_its_tables(oracle, tmp_path, monkeypatch, capsys):
         ev.run(arguments(model="tiny", limit=6, ablate=True, rules="mask"))
     with pytest.raises(UserError, match="say what answers"):
         ev.run(arguments())
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_in_the_same_table(tmp_path):
+    """SIGKILL while answers come in; the same command again gives the table of a run straight through."""
+
+    def command(folder: str) -> list[str]:
+        rules, budgets = "mask:order=random,threshold", "1/4,1/8"
+        argv = ["evaluate", "--model", "tiny", "--task", "microcode", "--rules", rules, "--budgets", budgets]
+        argv += ["--limit", "12", "--batch-size", "5", "--samples", "2", "--k", "2", "--out", str(tmp_path / folder)]
+        return [sys.executable, "-m", "xflow_jax", *argv]
+
+    def tables(folder: str) -> tuple[str, list[dict[str, str]]]:
+        """All tables but the one with seconds, and that one's rows without them."""
+        rows = list(csv.DictReader((tmp_path / folder / "results.csv").open()))
+        untimed = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+        return (tmp_path / folder / "table.md").read_text().partition("## All figures")[0], untimed
+
+    where = {"cwd": Path(__file__).parents[1], "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(command("straight"), check=True, **where)
+    killed = subprocess.Popen(command("killed"), **where)
+    kept = tmp_path / "killed" / "answers.jsonl"
+    while not kept.exists() or kept.read_bytes().count(b"\n") < 10:
+        assert killed.poll() is None, "it ended before it could be killed"
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    before = kept.read_bytes().count(b"\n")
+    subprocess.run(command("killed"), check=True, **where)
+    lines = kept.read_text().splitlines()
+    assert before < len(lines) == 12 * (2 + 1) * 2 and len(set(lines)) == len(lines)
+    assert tables("killed") == tables("straight") and len(tables("killed")[1]) == 4
