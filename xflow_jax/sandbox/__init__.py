@@ -12,43 +12,19 @@ Read worker.py for the parent's side, launch.py for the isolation, child.py for 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from xflow_jax.sandbox import worker as _worker
+from xflow_jax.sandbox.limits import FULL, Limits
 from xflow_jax.strict import UserError, require
 
-FULL = "namespaces+landlock+limits"
-
 _REASONS = ("wrong answer: ", "memory limit", "syntax error: ", "error: ")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one program may use, and the least isolation; UserError where a limit is not above 0."""
-
-    seconds: float = 5.0  # of wall clock
-    memory_mb: int = 512  # of address space
-    output_bytes: int = 1 << 18  # printed; one more ends the run
-    file_bytes: int = 1 << 20  # in each file
-    files: int = 32  # open at once, and opened for writing in all
-    processes: int = 1  # itself and its threads included; without namespaces all of this user's count
-    minimum: str = "limits"  # of namespaces+landlock+limits: what must be in force, or nothing is run
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name != "minimum":
-                require(value > 0, f"the sandbox limit {field.name} must be above 0, not {value}")
-        known = set(self.minimum.split("+")) <= set(FULL.split("+"))
-        require(known, f"the sandbox limit minimum must be some of {FULL}, not {self.minimum!r}")
 
 
 @dataclass(frozen=True)
@@ -78,7 +54,6 @@ class Pool:
         self._slots = threading.BoundedSemaphore(self.workers)
         self._idle: list[_worker.Worker] = []
         self._closed = False
-        self._resources = _resources(limits)
         first = self._start()
         self.isolation = first.isolation
         self._idle.append(first)
@@ -106,12 +81,9 @@ class Pool:
                 worker = self._take()
                 try:
                     isolation = worker.isolation
-                    limits = self.limits
-                    outcome = worker.run(
-                        program, checks, self._resources, limits.files, limits.seconds, limits.output_bytes
-                    )
+                    outcome = worker.run(program, checks, self.limits)
                 except _worker.Died:
-                    continue
+                    worker.close()
                 else:
                     reason, output = _reason(outcome), outcome.output.decode("utf-8", "replace")
                     break
@@ -209,7 +181,7 @@ def _start(scratch_bytes: int) -> _worker.Worker:
         first, _ways = len(_ways) > 1, (worker.way,)
     if first and worker.isolation != FULL:
         less = f"the sandbox is not fully isolated: {worker.isolation} instead of {FULL}"
-        warnings.warn(f"{less} ({worker.why or 'the kernel has no Landlock'})", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"{less}{worker.why and f' ({worker.why})'}", RuntimeWarning, stacklevel=4)
     return worker
 
 
@@ -221,19 +193,3 @@ def _reason(outcome: _worker.Outcome) -> str:
         return "passed"
     reason = "".join(c if c.isprintable() else " " for c in verdict.decode("utf-8", "replace"))
     return reason if reason.startswith(_REASONS) else "error: the program wrote where only the harness may"
-
-
-def _resources(limits: Limits) -> dict[int, int]:
-    import resource  # not on Windows, where this module must still import
-
-    table = {
-        resource.RLIMIT_CPU: math.ceil(limits.seconds) + 1,  # ends a busy child whose parent is gone
-        resource.RLIMIT_AS: limits.memory_mb << 20,
-        resource.RLIMIT_FSIZE: limits.file_bytes,
-        resource.RLIMIT_NOFILE: limits.files,
-        resource.RLIMIT_NPROC: limits.processes,
-        resource.RLIMIT_CORE: 0,
-    }
-    if sys.platform == "darwin":  # refuses to limit the address space
-        del table[resource.RLIMIT_AS]
-    return table

@@ -12,7 +12,6 @@ import contextlib
 import gc
 import marshal
 import os
-import re
 import resource
 import select
 import shutil
@@ -21,7 +20,7 @@ import socket
 import struct
 import sys
 from collections.abc import Callable
-from types import ModuleType
+from types import CodeType, ModuleType
 
 # What programs and checks import most. What checks name of it is also put back as it was before they run.
 WARM = (
@@ -41,7 +40,7 @@ FRAMES = ("ag_frame", "cr_frame", "gi_frame", "tb_frame")
 
 
 def serve(control: socket.socket, scratch: str, isolation: str, others: int) -> None:
-    """Until the other end closes: "r" and two descriptors run a program, "k" ends it; answers with (wait status, clean).
+    """Until the other end closes: "r" and two descriptors run a program, "k" ends it; answers (wait status, clean).
 
     Where it could not clean up, it ends itself after the answer, and is replaced.
     """
@@ -102,7 +101,10 @@ def wait(pid: int, control: socket.socket, wake: int) -> int:
             control.recv(1)
             break
     first = os.getpid() == 1  # of a process namespace: all others in it are the program's
-    quietly(os.kill, -1, signal.SIGKILL) if first else quietly(os.killpg, pid, signal.SIGKILL)
+    if first:
+        quietly(os.kill, -1, signal.SIGKILL)
+    else:
+        quietly(os.killpg, pid, signal.SIGKILL)
     if not ended:
         _, status = os.waitpid(pid, 0)
     with contextlib.suppress(ChildProcessError):
@@ -133,6 +135,12 @@ def read_exactly(descriptor: int, size: int) -> bytes:
             os._exit(1)  # the other side has given up
         data += part
     return bytes(data)
+
+
+def names(code: CodeType) -> set[str]:
+    """What code refers to by name, its functions included, and the first parts of dotted names."""
+    found = {name.partition(".")[0] for name in code.co_names} | set(code.co_names)
+    return found.union(*(names(constant) for constant in code.co_consts if isinstance(constant, CodeType)))
 
 
 def run_child(output: int, channel: int, scratch: str, others: int) -> None:
@@ -196,22 +204,33 @@ def run_child(output: int, channel: int, scratch: str, others: int) -> None:
     def run() -> bytes:
         nonlocal stage
         judge = compile(checks, "<checks>", "exec", dont_inherit=True)
+        used = names(judge)
         module = ModuleType("program")
         modules["program"] = modules["__main__"] = module
-        named = {name: modules[name] for name in re.findall(r"\w+", checks) if name in modules}  # all would take long
-        known = [(name, it, vars(it), dict(vars(it))) for name, it in named.items() if isinstance(it, ModuleType)]
+        finders = [(lasting, list(lasting)) for lasting in (sys.meta_path, sys.path_hooks, sys.path)]
+        before = set(modules)
+        named = {name: modules[name] for name in used & before}  # all would take long
+        known = [(it, vars(it), dict(vars(it))) for it in named.values() if isinstance(it, ModuleType)]
         sys.addaudithook(guard)
         code = compile(program, "<program>", "exec", dont_inherit=True)
         stage = "program"
         exec(code, vars(module))
+        # What the checks use is put back: builtins, the modules that they name, and how modules are found.
         vars(builtins).update(pristine)
-        for name, it, now, then in known:
+        modules.update(named)
+        for it, now, then in known:
             if it is not module:
-                modules[name] = it
                 now.update(then)
-        vars(module)["__builtins__"] = builtins
+        for lasting, then in finders:
+            lasting[:] = then
+        for name in used - before:
+            modules.pop(name, None)
+        # A program's name hides a builtin one from the checks only where it must be the answer: they use no other.
+        scope = dict(vars(module))
+        if used & scope.keys() - pristine.keys():
+            scope = {name: value for name, value in scope.items() if name not in pristine}
         stage = "checks"
-        exec(judge, vars(module))
+        exec(judge, scope | {"__builtins__": builtins, "__name__": "program"})
         return b""
 
     def describe(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Puts a process of its own into namespaces and a Landlock domain, and then runs a command in it: launch.py SPEC COMMAND...
+"""Puts its own process into namespaces and a Landlock domain, and then runs a command in it: launch.py SPEC COMMAND...
 
 A script, and not imported by the library: nothing of this can be undone, and it needs ctypes, which the command's fresh
 interpreter then never loads. Two arguments are added to the command: the isolation that is in force, as in
@@ -41,7 +41,7 @@ def call(name: str, *args: object) -> int:
 
 
 def enter_namespaces() -> None:
-    """This process in new namespaces; its next child is the first of the new process namespace, and dies with it all."""
+    """This process in new namespaces; its next child is the first of the new process namespace, which dies with it."""
     ready, go = os.pipe()
     mapper = os.fork()  # stays outside, where it may say which ids there are inside
     if mapper == 0:
@@ -56,7 +56,7 @@ def enter_namespaces() -> None:
     os.close(go)
     if os.waitpid(mapper, 0)[1] != 0:
         raise OSError("the user namespace: its ids cannot be set")
-    with contextlib.suppress(OSError):  # a container's /proc is read-only; then there is Landlock, which forbids to mount
+    with contextlib.suppress(OSError):  # a container's /proc may be read-only
         write("/proc/sys/user/max_user_namespaces", "0")  # none in this one: a program would have all rights there
 
 
@@ -78,7 +78,7 @@ def write(path: str, text: str) -> None:
 
 
 def enter_root(scratch: str, scratch_bytes: int, readable: list[str]) -> None:
-    """A root of its own for this mount namespace: `readable`, none of it writable, an empty scratch, and nothing else."""
+    """A new root for this mount namespace: `readable`, none of it writable, an empty scratch, and nothing else."""
     call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
     root = scratch  # an empty folder that only we know
     call("mount", b"tmpfs", root.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, b"size=1m,mode=755")
@@ -176,9 +176,9 @@ def main() -> None:
         if way == "unshare":
             enter_root(scratch, spec["scratch_bytes"], readable)
             others = become_nobody()
+            parts.append("namespaces")
         if way == "inside":
             others = 1
-        if way != "plain":
             parts.append("namespaces")
         os.chdir(scratch)
         if sys.platform == "linux":

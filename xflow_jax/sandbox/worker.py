@@ -21,12 +21,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from xflow_jax.sandbox.limits import Limits
+
 _LONGEST_VERDICT = 2000  # bytes
 _PATIENCE = 60.0  # seconds for what the machine does: to start, and to end what was killed
 _FOLDERS = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/local/lib", "/nix/store")
 _DEVICES = (os.devnull, "/dev/urandom")
 _FILES = ("/etc/ld.so.cache", "/usr/share/zoneinfo", *_DEVICES)
-WAYS = ("unshare", "bubblewrap", "plain")  # into isolation, the best first
+# Into isolation, the best first. Where not even "plain", with Landlock alone, works, the interpreter keeps its libraries
+# in a place that `readable` does not know.
+WAYS = ("unshare", "bubblewrap", "plain", "bare")
 
 
 class NotStarted(Exception):
@@ -55,15 +59,20 @@ def interpreter() -> list[str]:
 
 def readable() -> list[str]:
     """What a program may read: the interpreter, its standard library, what these load, and time zones."""
-    homes = {os.path.join(prefix, lib) for prefix in (sys.base_prefix, sys.base_exec_prefix) for lib in ("lib", "lib64")}
-    paths = [interpreter()[0], os.path.dirname(os.__file__), *sorted(homes), *_FOLDERS, *_FILES]
+    homes = [f"{prefix}/{lib}" for prefix in (sys.base_prefix, sys.base_exec_prefix) for lib in ("lib", "lib64")]
+    paths = [interpreter()[0], os.path.dirname(os.__file__), *homes, *_FOLDERS, *_FILES]
     return [path for path in dict.fromkeys(paths) if os.path.exists(path)]
+
+
+def bubblewrap() -> str | None:
+    """Its path, where it is installed."""
+    return shutil.which("bwrap")
 
 
 def launcher(way: str, landlock: bool, scratch: str, scratch_bytes: int, control: int) -> list[str]:
     """The command that isolates itself and then runs the command that follows it; the arguments are launch.py's."""
     spec = {
-        "way": "inside" if way == "bubblewrap" else way,
+        "way": {"bubblewrap": "inside", "bare": "plain"}.get(way, way),
         "landlock": landlock,
         "readable": readable(),
         "scratch": scratch,
@@ -75,7 +84,7 @@ def launcher(way: str, landlock: bool, scratch: str, scratch_bytes: int, control
         return command
     shown = sorted({*readable(), *map(os.path.realpath, readable())})
     return [
-        shutil.which("bwrap") or "bwrap", "--unshare-all", "--die-with-parent", "--as-pid-1", "--new-session",
+        bubblewrap() or "bwrap", "--unshare-all", "--die-with-parent", "--as-pid-1", "--new-session",
         "--cap-drop", "ALL", "--uid", "65534", "--gid", "65534",
         *(part for path in shown for part in ("--ro-bind", os.path.realpath(path), path)),
         *(part for path in _DEVICES for part in ("--dev-bind", path, path)),
@@ -86,12 +95,12 @@ def launcher(way: str, landlock: bool, scratch: str, scratch_bytes: int, control
 class Worker:
     """One warm zygote and its folder; runs one program at a time. NotStarted where this way does not work here."""
 
-    def __init__(self, way: str, landlock: bool, scratch_bytes: int) -> None:
+    def __init__(self, way: str, scratch_bytes: int) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="xflow-sandbox-", ignore_cleanup_errors=True)
         self.control, theirs = socket.socketpair()
         scratch = os.path.realpath(self.folder.name)
         command = [
-            *launcher(way, landlock, scratch, scratch_bytes, theirs.fileno()),
+            *launcher(way, way != "bare", scratch, scratch_bytes, theirs.fileno()),
             *interpreter(), "-c", Path(__file__).with_name("child.py").read_text(), str(theirs.fileno()), scratch,
         ]  # fmt: skip
         with theirs:
@@ -120,23 +129,20 @@ class Worker:
             raise NotStarted(json.loads(hello or '"it ended at once"'))
         self.way, self.isolation, self.why = way, hello, ""
 
-    def run(self, program: str, checks: str, limits: dict[int, int], files: int, seconds: float, most: int) -> Outcome:
-        """Runs a program and its checks: at most `seconds` of wall clock, and `most` bytes of output.
-
-        Died where the zygote ended meanwhile; after that, and where `alive` says so, the worker is of no use.
-        """
-        deadline, token = time.monotonic() + seconds, secrets.token_bytes(32)
-        job = marshal.dumps((program, checks, limits, files))
+    def run(self, program: str, checks: str, limits: Limits) -> Outcome:
+        """Runs a program and its checks; Died where the zygote ended meanwhile, and the worker is of no more use."""
+        deadline, token = time.monotonic() + limits.seconds, secrets.token_bytes(32)
+        job = marshal.dumps((program, checks, limits.resources(), limits.files))
         ours, theirs = socket.socketpair()
         output, printed = os.pipe()
         with ours, open(output, "rb", buffering=0) as output:
             with theirs, open(printed, "wb", buffering=0) as printed:
                 self._tell(b"r", [printed.fileno(), theirs.fileno()])
-            ours.settimeout(seconds)
+            ours.settimeout(limits.seconds)
             with contextlib.suppress(BrokenPipeError, ConnectionResetError, TimeoutError):  # of a child that has ended
                 ours.sendall(len(job).to_bytes(8, "little") + job)
                 ours.sendall(token)  # by itself: such a short one arrives whole
-            return _listen(self, ours, output, deadline, most, token)
+            return _listen(self, ours, output, deadline, limits.output_bytes, token)
 
     def _tell(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
         try:
@@ -182,6 +188,8 @@ def _listen(worker: Worker, ours: socket.socket, output, deadline: float, most: 
             if not cut and (now >= deadline or len(printed) > most):
                 cut, asked = ("output limit" if len(printed) > most else "timeout"), now
                 worker._tell(b"k")
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(worker.process.pid, signal.SIGCONT)  # where the program could stop the zygote
             if cut and now - asked > _PATIENCE:
                 worker.close()
                 raise Died
@@ -229,14 +237,14 @@ def _signal_name(number: int) -> str:
     return f"signal {number}"
 
 
-def start(scratch_bytes: int, ways: Sequence[str] = WAYS, landlock: bool = True) -> Worker:
+def start(scratch_bytes: int, ways: Sequence[str] = WAYS) -> Worker:
     """A worker by the best of the ways that works, `why` not by a better one; NotStarted says why by none."""
     why = []
     for way in ways:
-        if (way == "unshare" and sys.platform != "linux") or (way == "bubblewrap" and shutil.which("bwrap") is None):
+        if (way == "unshare" and sys.platform != "linux") or (way == "bubblewrap" and not bubblewrap()):
             continue
         try:
-            worker = Worker(way, landlock, scratch_bytes)
+            worker = Worker(way, scratch_bytes)
             worker.why = "; ".join(why)
             return worker
         except NotStarted as error:
