@@ -1,4 +1,4 @@
-"""The program that trains the step-size policy, on a model of a few thousand parameters: results, resumes, bad input."""
+"""The program that trains the step-size policy, on a model of a few thousand parameters: results, resumes, mistakes."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_solved_problems_are_found_once(model, tmp_path, monkeypatch):
         train(model, tmp_path / "run", "solved_only=true", "problems=3")
     lines = (tmp_path / "solved/answers.jsonl").read_text()
     assert len(lines.splitlines()) == 3
-    monkeypatch.setattr(grpo, "evaluate", lambda lm, task, problems, cells, answers, size: None)
+    monkeypatch.setattr("xflow_jax.evaluate.generate", None)
     with pytest.raises(UserError, match="0 problems"):
         train(model, tmp_path / "run", "solved_only=true", "problems=3")
     assert (tmp_path / "solved/answers.jsonl").read_text() == lines

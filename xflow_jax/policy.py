@@ -3,8 +3,8 @@
 y ~ Beta(mu kappa, (1 - mu) kappa) lies on a logarithmic scale between the smallest and the largest step:
 a = a_min (a_max / a_min)^y. Deterministic decoding takes the expectation of a, Kummer's function of the Beta's shape.
 
-mu stays below 0.95, so with the paper's a_max = 1 no step is expected to be larger than about 0.77, and a position needs
-four of them to settle. An a_max above 1, cut off at 1, lets a policy settle a position at once.
+mu stays below 0.95, so with the paper's a_max = 1 no step is expected to be larger than about 0.77, and a position
+needs four of them to settle. An a_max above 1, cut off at 1, lets a policy settle a position at once.
 """
 
 from __future__ import annotations
