@@ -86,6 +86,10 @@ def test_group_advantages_by_hand():
     mixed = jnp.array([[[1.0, 5.0], [3.0, 5.0]]])
     np.testing.assert_allclose(group_advantages(mixed, per_position=True, floor=0.0)[..., 0], [[-1, 1]])
     np.testing.assert_allclose(group_advantages(mixed, per_position=True, floor=1.0)[..., 1], [[0, 0]])
+    # Centred: 1/2, -1/2 and 0, 0, of which the standard deviation is 1 / sqrt(8).
+    batch = group_advantages(rewards, scale="batch", floor=0.0)
+    np.testing.assert_allclose(batch[..., 0], [[math.sqrt(2), -math.sqrt(2)], [0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(group_advantages(rewards, scale="none")[0, :, 0], [0.5, -0.5])
 
 
 def test_clipped_surrogate_by_hand():
