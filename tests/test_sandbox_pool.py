@@ -113,6 +113,7 @@ def ways(monkeypatch):
     return lambda *names: monkeypatch.setattr(sandbox, "_ways", names)
 
 
+@linux
 def test_with_less_isolation_it_warns_once_and_says_so(ways, monkeypatch):
     monkeypatch.setattr(worker, "bubblewrap", lambda: "/bin/false")
     ways("bubblewrap", "bare")
@@ -194,6 +195,18 @@ def test_pool_closes_and_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the sandbox's pool is closed"):
         pool.run("x = 1")
     pool.close()
+
+
+def test_an_interrupted_worker_is_not_used_again(monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with Pool(PATIENT, workers=1) as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr(worker, "_listen", stop)
+            with pytest.raises(KeyboardInterrupt):
+                pool.run("raise KeyError")
+        assert pool._idle == [] and pool.run("x = 1").passed
 
 
 def test_pool_that_is_closed_while_it_runs(tmp_path, monkeypatch):

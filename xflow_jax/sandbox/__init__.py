@@ -82,13 +82,14 @@ class Pool:
                 try:
                     isolation = worker.isolation
                     outcome = worker.run(program, checks, self.limits)
-                except _worker.Died:
-                    worker.close()
+                except BaseException as error:
+                    worker.close()  # what it still has to say belongs to this program
+                    if not isinstance(error, _worker.Died):
+                        raise
                 else:
+                    self._give_back(worker)
                     reason, output = _reason(outcome), outcome.output.decode("utf-8", "replace")
                     break
-                finally:
-                    self._give_back(worker)
         return Result(reason == "passed", reason, output, time.monotonic() - start, isolation)
 
     def run_many(
@@ -138,11 +139,13 @@ class Pool:
 
 
 def run_program(program: str, checks: str = "", limits: Limits = Limits()) -> Result:  # noqa: B008
-    """Runs `program`, untrusted source, and then `checks`, the task's source, in the same namespace of one child.
+    """Runs `program`, untrusted source, and then `checks`, the task's source, in one child, by the program's names.
 
     Passes only if both run to their end; an AssertionError that the checks themselves raise is a wrong answer.
-    `__name__` is "program", so a main guard does not run. `==` asks the answer's own `__eq__`: checks that want to be
-    sure compare types too. UserError as of Pool, which is the quick way to run many.
+    `__name__` is "program", so a main guard does not run. Builtins, and the modules that the checks name, are for them
+    as before the program; a program's name hides a builtin one only from checks that use no other name of it. `==` asks
+    the answer's own `__eq__`: checks that want to be sure compare types too. UserError as of Pool, the quick way to run
+    many.
     """
     start = time.monotonic()
     with Pool(limits, 1) as pool:

@@ -28,7 +28,7 @@ _PATIENCE = 60.0  # seconds for what the machine does: to start, and to end what
 _FOLDERS = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/local/lib", "/nix/store")
 _DEVICES = (os.devnull, "/dev/urandom")
 _FILES = ("/etc/ld.so.cache", "/usr/share/zoneinfo", *_DEVICES)
-# Into isolation, the best first. Where not even "plain", with Landlock alone, works, the interpreter keeps its libraries
+# Into isolation, the best first. Where not even "plain" works, with Landlock alone, the interpreter keeps its libraries
 # in a place that `readable` does not know.
 WAYS = ("unshare", "bubblewrap", "plain", "bare")
 
