@@ -121,7 +121,8 @@ def test_the_protocol_is_printed():
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"[{}]", "line 1: task_id is missing; a problem of mbpp has a whole number there"),
+        (b"[{}]", "line 1 is no problem of mbpp: the file must be jsonl, a problem a line"),
+        (b"{}", "line 1: task_id is missing; a problem of mbpp has a whole number there"),
         (b'{"task_id": true}', "line 1: task_id is true; a problem of mbpp has a whole number there"),
         (json.dumps(MBPP[0] | {"test_list": [1]}).encode(), "line 1: test_list is [1]; a problem of mbpp has a list"),
         (b"task_id,text\n1,a\n", "line 1 is no JSON: the file must be jsonl, a problem a line"),

@@ -26,12 +26,13 @@ def read_problems(data: Path | None, keys: dict[str, type], task: str, hub: Hub)
     where = hub[0] if data is None else data
     found = []
     for number, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{where}, line {number} is no problem of {task}: the file must be jsonl, a problem a line")
         for key, kind in keys.items():
-            value = row.get(key) if isinstance(row, dict) else None
+            value = row.get(key)
             right = isinstance(value, kind) and not isinstance(value, bool)
             if not right or (kind is list and not all(isinstance(item, str) for item in value)):
-                known = isinstance(row, dict) and key in row
-                has = f"is {show(value)[:60]}" if known else "is missing"
+                has = f"is {show(value)[:60]}" if key in row else "is missing"
                 raise UserError(f"{where}, line {number}: {key} {has}; a problem of {task} has {_TYPES[kind]} there")
         found.append(row)
     if not found:
