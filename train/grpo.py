@@ -166,7 +166,7 @@ def main(path: str, overrides: list[str]) -> None:
     if int(train.step) == config.steps and jax.process_index() == 0:
         trained, out = policy.replace(params=jax.device_get(train.params)), Path(config.out)
         made_by = {"command": "python -m train.grpo", "config": dataclasses.asdict(config)}
-        save_policy(out / "policy.safetensors", trained, made_by=json.dumps(made_by))
+        save_policy(out / "policy.safetensors", trained, switches=config.switches, made_by=json.dumps(made_by))
         policy_steps(trained, out / "policy.png")
         print(f"{out / 'policy.safetensors'}: the policy; policy.png beside it shows its steps")
 
