@@ -51,6 +51,15 @@ def test_a_flow_takes_a_policy_from_its_file(tmp_path):
     assert parse_rule("flow:policy=none")[1].policy is None
 
 
+def test_a_policy_brings_the_options_that_it_was_trained_under(tmp_path):
+    file = tmp_path / "policy.safetensors"
+    save_policy(file, init_policy(jax.random.key(0), width=8), switches="early_exit=true,reedit_margin=none")
+    rule = parse_rule(f"flow:policy={file}")[1]
+    assert rule.early_exit and rule.reedit_margin is None
+    rule = parse_rule(f"flow:reedit_margin=0.2,policy={file}", [("early_exit", False)])[1]
+    assert rule.early_exit and rule.reedit_margin == 0.2
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

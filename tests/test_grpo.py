@@ -23,6 +23,7 @@ from xflow_jax.config import UserError
 from xflow_jax.hf_write import write_hf
 from xflow_jax.models import build, init_params
 from xflow_jax.policy import features, fit, init_policy, load_policy
+from xflow_jax.sandbox import run_many
 from xflow_jax.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -126,9 +127,9 @@ def test_the_share_of_tests_is_a_reward(model, tmp_path):
     problem = task.training(None, 1)[0]
     right = task.extract(problem, task.canonical(problem))
     parts = task.parts(problem, right)
-    assert len(parts) == len(problem.cases()) and all(result.passed for result in grpo.run_many(parts))
+    assert len(parts) == len(problem.cases()) and all(result.passed for result in run_many(parts))
     constant = f"def solve(xs):\n    return {problem.cases()[0][1]!r}"
-    share = [result.passed for result in grpo.run_many(task.parts(problem, constant))]
+    share = [result.passed for result in run_many(task.parts(problem, constant))]
     assert share[0] and not all(share)
 
 

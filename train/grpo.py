@@ -33,7 +33,7 @@ from xflow_jax.policy import Policy, fit, init_policy, load_policy, save_policy
 from xflow_jax.records import Answers
 from xflow_jax.rollout import Rollout, rollout, summarise, token_rewards
 from xflow_jax.rules import Flow, MaskPrediction
-from xflow_jax.sandbox import run_many
+from xflow_jax.sandbox import Pool
 from xflow_jax.sharding import BATCH, batch_sharding, make_mesh, replicated
 from xflow_jax.steps import TrainState, make_policy_step
 from xflow_jax.tasks import Task, get_task
@@ -141,7 +141,7 @@ def main(path: str, overrides: list[str]) -> None:
     if first == 0:
         run.log(0, measure(train.params))
     made = sampler(policy.replace(params=behaviour), first) if first < config.steps else None
-    with ThreadPoolExecutor(1) as judge:
+    with ThreadPoolExecutor(1) as judge, sampler.sandbox:
         for step in run.steps(first, config.steps, "grpo"):
             verdicts, batch, last = judge.submit(sampler.judge, step, made.tokens), made, step + 1 == config.steps
             if config.overlap and not last:
@@ -166,7 +166,7 @@ def main(path: str, overrides: list[str]) -> None:
     if int(train.step) == config.steps and jax.process_index() == 0:
         trained, out = policy.replace(params=jax.device_get(train.params)), Path(config.out)
         made_by = {"command": "python -m train.grpo", "config": dataclasses.asdict(config)}
-        save_policy(out / "policy.safetensors", trained, made_by=json.dumps(made_by))
+        save_policy(out / "policy.safetensors", trained, switches=config.switches, made_by=json.dumps(made_by))
         policy_steps(trained, out / "policy.png")
         print(f"{out / 'policy.safetensors'}: the policy; policy.png beside it shows its steps")
 
@@ -185,6 +185,7 @@ class Sampler:
         settings = settings_of(lm, longest, protocol.gen_length, cell.steps, None, protocol.block_length)
         early = {"early_exit": cell.rule.early_exit, "settled": cell.rule.settled}
         self.settings = dataclasses.replace(settings, **early)
+        self.sandbox = Pool(protocol.limits)
         self.score = make_score(config, lm.config.eos_id)
         # One length for all batches, so that there is one compilation.
         self.ids, self.mask = pad_prompts(lm, self.prompts)
@@ -221,7 +222,7 @@ class Sampler:
         codes = [self.task.extract(problem, text) for problem, text in zip(problems, texts, strict=True)]
         jobs = self.task.parts if self.config.reward == "share" else lambda *pair: [self.task.program(*pair)]
         parts = [jobs(problem, code) for problem, code in zip(problems, codes, strict=True)]
-        results = iter(run_many([job for part in parts for job in part], self.task.settings.limits))
+        results = iter(self.sandbox.run_many([job for part in parts for job in part]))
         return np.asarray([np.mean([next(results).passed for _ in part]) for part in parts], np.float32)
 
     def reward(self, verdicts: Future, made: Rollout, policy: Policy) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -22,6 +22,7 @@ from flax import struct
 
 from xflow_jax.config import UserError
 
+BUNDLED = Path(__file__).parent / "tiny" / "policy.safetensors"
 FEATURES = 8
 MU_LOW, MU_SPAN = 0.05, 0.9
 A_LIMIT = 4.0  # of a_max
@@ -158,9 +159,18 @@ def fit(policy: Policy, step_of: Callable[[jax.Array], jax.Array], key: jax.Arra
 
 
 def load_policy(path: str | Path) -> Policy:
-    """Reads a policy from safetensors with its ranges in the metadata. UserError where the file is not one."""
+    """Reads a policy from safetensors with its ranges in the metadata, "tiny": that of the bundled model.
+
+    UserError where the file is not one.
+    """
+    return read_policy(path)[0]
+
+
+def read_policy(path: str | Path) -> tuple[Policy, str]:
+    """As `load_policy`, with the options of the flow that the policy was trained under, as in a rule's text."""
     from safetensors import SafetensorError, safe_open
 
+    path = BUNDLED if str(path) == "tiny" else path
     try:
         # As jax arrays: NumPy alone knows no bfloat16.
         with safe_open(str(path), framework="flax") as file:
@@ -192,7 +202,8 @@ def load_policy(path: str | Path) -> Policy:
     if not (a_ranges and 0 < ranges["kappa_min"] <= ranges["kappa_max"] < math.inf):
         right = f"0 < a_min < a_max <= {A_LIMIT:g}, a_min < 1 and 0 < kappa_min <= kappa_max"
         raise UserError(f"{path}: its ranges {ranges} must be {right}")
-    return Policy({name: params[name].reshape(shape) for name, shape in wanted.items()}, **ranges)
+    policy = Policy({name: params[name].reshape(shape) for name, shape in wanted.items()}, **ranges)
+    return policy, metadata.get("switches", "")
 
 
 def save_policy(path: str | Path, policy: Policy, **metadata: Any) -> None:
