@@ -21,7 +21,7 @@ RANKS = {
         [
             "strict config sandbox sharding storage hosts stats",
             "models losses belief policy tasks tokenizer",
-            "rules rivals decode checkpoint data hf hf_names hf_write",
+            "rules rivals decode sight checkpoint data hf hf_names hf_write",
             "steps rollout generate lm choices records identity",
             "evaluate bench plan plot reports likelihood harness demo answer",
             "cli __init__ __main__",
