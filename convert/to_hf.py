@@ -11,6 +11,7 @@ import numpy as np
 from convert import run_program
 from xflow_jax.checkpoint import described, is_checkpoint, read_leaf, read_record
 from xflow_jax.config import UserError
+from xflow_jax.hf import flatten
 from xflow_jax.hf_names import make_plan
 from xflow_jax.hf_write import MAX_SHARD, parse_size, write_tensors
 from xflow_jax.storage import refuse_existing, release_memory
@@ -21,9 +22,9 @@ DTYPES = ("source", "bfloat16", "float32")
 def convert(src: str | Path, dst: str | Path, dtype: str = "source", max_shard_size: int = MAX_SHARD) -> None:
     """Writes the Hugging Face directory `dst` from a converted one, atomically: config, tensors, tokenizer.
 
-    dtype: of the tensors; source = as they were before they were converted, or the parameters' own where these are
-    narrower or were never converted. max_shard_size: bytes of a file. Raises UserError for bad input and for what the
-    disk refuses.
+    dtype: of the tensors, but for those that are float32 always; source = as they were before they were converted, or
+    the parameters' own where these are narrower or were never converted. max_shard_size: bytes of a file. Raises
+    UserError for bad input and for what the disk refuses.
     """
     src, dst = Path(src).expanduser(), Path(dst)
     refuse_existing(dst)
@@ -31,7 +32,8 @@ def convert(src: str | Path, dst: str | Path, dtype: str = "source", max_shard_s
         state = "not a converted checkpoint" if src.is_dir() else "there is no such directory"
         raise UserError(f"{src}: {state}; make one with python -m convert.from_hf")
     record = read_record(src)
-    config, abstract = described(src, record)
+    config, abstract = described(src, record, jax.numpy.dtype("float32" if dtype == "source" else dtype))
+    asked = {path: jax.numpy.dtype(x.dtype) for path, x in flatten(abstract)}
     plan = make_plan(config, abstract, variant=record.variant)
     dtypes = {}
     for path, pieces in plan.leaves.items():
@@ -40,7 +42,7 @@ def convert(src: str | Path, dst: str | Path, dtype: str = "source", max_shard_s
             name = (record.dtypes or {}).get(piece.tensor, (record.dtypes or {}).get("", own.name))
             before = jax.numpy.dtype(name)
             exact = before if jax.numpy.promote_types(own, before) == own else own
-            dtypes[piece.tensor] = exact if dtype == "source" else jax.numpy.dtype(dtype)
+            dtypes[piece.tensor] = exact if dtype == "source" else asked[path]
 
     def leaf(path: str) -> np.ndarray:
         dtype, *shape = record.leaves[path]

@@ -12,6 +12,7 @@ from xflow_jax.config import LLaDAConfig
 from xflow_jax.models import abstract_params, build
 
 GOLDEN = Path(__file__).parent / "goldens" / "llada_tiny"
+GOLDEN2 = GOLDEN.with_name("llada2_tiny")
 PREFIX = "model.transformer."
 Q2 = PREFIX + "blocks.2.q_proj.weight"
 TOY = LLaDAConfig(
@@ -30,14 +31,14 @@ def tensors_of(directory):
     return found
 
 
-def edited(folder, change=None, config=None, drop=()):
-    """A copy of the golden checkpoint in one file, after `change(tensors)` and with other keys in its config.json."""
+def edited(folder, change=None, config=None, drop=(), golden=GOLDEN):
+    """A copy of a golden checkpoint in one file, after `change(tensors)` and with other keys in its config.json."""
     folder.mkdir()
-    tensors = {name: x for file in sorted(GOLDEN.glob("*.safetensors")) for name, x in load_file(file).items()}
+    tensors = {name: x for file in sorted(golden.glob("*.safetensors")) for name, x in load_file(file).items()}
     if change is not None:
         change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    told = json.loads((GOLDEN / "config.json").read_text()) | (config or {})
+    told = json.loads((golden / "config.json").read_text()) | (config or {})
     (folder / "config.json").write_text(json.dumps({key: value for key, value in told.items() if key not in drop}))
     return folder
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from tests.helpers import GOLDENS
 from xflow_jax.config import LLaDA2Config
-from xflow_jax.models import abstract_params
+from xflow_jax.lm import LM, load
+from xflow_jax.models import abstract_params, build
 from xflow_jax.sharding import path_name
 
 TINY2 = LLaDA2Config(
@@ -42,3 +46,19 @@ def random_params(model: nn.Module, seed: int = 0) -> dict[str, Any]:
         return jnp.asarray(draw + 1 if path_name(path).endswith("scale") else draw, x.dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, abstract_params(model))
+
+
+@functools.cache
+def llada2_tiny() -> LM:
+    """The golden checkpoint in float32, told which token is the mask."""
+    lm = load(GOLDENS / "llada2_tiny")
+    config = dataclasses.replace(lm.config, mask_token_id=310)
+    return dataclasses.replace(lm, config=config, model=build(config))
+
+
+def toy2(seed: int = 0, config: LLaDA2Config = TINY2, **fields: Any) -> LM:
+    """A random model, opinionated enough that every rule has something to decide."""
+    model = build(config, **fields)
+    params = random_params(model, seed)
+    params["ff_out"]["kernel"] *= 4
+    return LM(model, config, params, None)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from llada2_helpers import TINY2, random_params
 
+from tests.llada2_helpers import TINY2, random_params
 from xflow_jax.config import LLaDA2Config, LLaDAConfig
 from xflow_jax.models import build
 from xflow_jax.models import cache as kv

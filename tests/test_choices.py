@@ -37,7 +37,7 @@ def test_a_task_can_set_options_that_the_user_can_overrule():
     defaults = (("logits_eos_inf", True),)
     assert parse_rule("mask", defaults)[1].logits_eos_inf
     assert not parse_rule("mask:logits_eos_inf=false", defaults)[1].logits_eos_inf
-    assert parse_rule("flow", defaults)[1] == Flow()
+    assert parse_rule("flow", (*defaults, ("tau", 0.5)))[1] == Flow(logits_eos_inf=True)
 
 
 def test_every_option_is_known_by_its_type():
@@ -51,11 +51,20 @@ def test_a_flow_takes_a_policy_from_its_file(tmp_path):
     assert parse_rule("flow:policy=none")[1].policy is None
 
 
+def test_a_policy_brings_the_options_that_it_was_trained_under(tmp_path):
+    file = tmp_path / "policy.safetensors"
+    save_policy(file, init_policy(jax.random.key(0), width=8), switches="early_exit=true,reedit_margin=none")
+    rule = parse_rule(f"flow:policy={file}")[1]
+    assert rule.early_exit and rule.reedit_margin is None
+    rule = parse_rule(f"flow:reedit_margin=0.2,policy={file}", [("early_exit", False)])[1]
+    assert rule.early_exit and rule.reedit_margin == 0.2
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
         ("flo", "did you mean flow?"),
-        ("", "there are mask, threshold, flow"),
+        ("", "there are mask, threshold, factor, eb"),
         ("flow:pwer=2", "did you mean power?"),
         ("flow:", "must look like flow:option=value"),
         ("flow:power", "must look like flow:option=value"),

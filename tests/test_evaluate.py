@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
+import subprocess
+import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +20,7 @@ from helpers import toy
 
 from xflow_jax import evaluate as ev
 from xflow_jax.choices import parse_rules
+from xflow_jax.identity import describe_rule, describe_task, fingerprint
 from xflow_jax.policy import init_policy
 from xflow_jax.records import Answers
 from xflow_jax.rules import Flow, MaskPrediction
@@ -28,6 +33,8 @@ SHORT = dataclasses.replace(TASK, settings=dataclasses.replace(TASK.settings, ge
 TOKENIZER = load_tokenizer(Path(ev.__file__).parent / "tiny")
 RULES = parse_rules("mask,flow:power=4")
 BUDGETS = [Fraction(1), Fraction(1, 2)]
+RULES_OF_ALL_KINDS = ("mask", "mask:order=entropy", "mask:order=margin", "mask:temperature=0.5", "mask:cfg_scale=1")
+RULES_OF_ALL_KINDS += ("threshold", "factor", "eb", "klass:tau=0.5", "softmask", "edit", "flow", "flow:jump=0.9")
 
 
 def tiny_lm(mesh: str | None = None):
@@ -98,9 +105,17 @@ def test_a_stopped_run_goes_on_where_it_was(oracle, tmp_path):
     assert len(lines) == len({(a["task_id"], a["rule"], a["budget"]) for a in lines}) == 40
 
 
-def answers_of(lm, batch_size: int) -> dict:
+def arguments(**given) -> SimpleNamespace:
+    """What the command line would have parsed."""
+    defaults = {"task": "microcode", "data": None, "limit": None, "canonical": False, "answers": None, "out": None}
+    defaults |= {"model": None, "rules": "mask,flow", "budgets": "1,1/2", "seed": 0, "samples": 1, "k": 1}
+    defaults |= {"batch_size": 64, "mesh": "1,1,1", "dtype": "float32", "ablate": False, "base": None}
+    return SimpleNamespace(**defaults | given)
+
+
+def answers_of(lm, batch_size: int, rules: str = "mask:order=random") -> dict:
     problems, answers = SHORT.problems(None, 13), Answers(None, {})
-    cells = ev.make_cells(lm, SHORT, parse_rules("mask:order=random"), [Fraction(1, 2)])
+    cells = ev.make_cells(lm, SHORT, parse_rules(rules), [Fraction(1, 2)])
     ev.evaluate(lm, SHORT, problems, cells, answers, batch_size=batch_size, seed=3)
     ids = [SHORT.task_id(p) for p in problems]
     kept = [a for c in cells for a in answers.of(c.label, "1/2", ids)]
@@ -112,6 +127,27 @@ def test_answers_depend_on_neither_batch_nor_mesh():
     assert len(alone) == 13 and len(set(alone.values())) > 10
     assert answers_of(tiny_lm(), 7) == alone
     assert answers_of(tiny_lm("1,8,1"), 32) == alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES_OF_ALL_KINDS)
+def test_no_rules_answers_depend_on_batch_or_mesh(rule):
+    alone = answers_of(tiny_lm(), 1, rule)
+    assert len(alone) == 13 and len(set(alone.values())) > 3
+    assert answers_of(tiny_lm(), 7, rule) == answers_of(tiny_lm(), 32, rule) == alone
+    assert answers_of(tiny_lm("1,8,1"), 32, rule) == answers_of(tiny_lm("2,2,2"), 7, rule) == alone
+
+
+def test_several_answers_to_a_problem(oracle):
+    """A rule that draws answers as often as it is asked to, another one once; pass@k counts them."""
+    lm, problems = tiny_lm(), TASK.problems(None, 4)
+    cells = ev.make_cells(lm, TASK, parse_rules("mask:order=random,flow"), [Fraction(1)])
+    answers = Answers(None, {})
+    rows = ev.evaluate(lm, TASK, problems, cells, answers, batch_size=4, seed=5, samples=3, k=2)
+    ids = [TASK.task_id(p) for p in problems]
+    assert [a.seed for a in answers.of("mask:order=random", "1", ids)] == [5, 6, 7] * 4
+    assert [a.seed for a in answers.of("flow", "1", ids)] == [5] * 4 and len(oracle.sizes) == 4
+    assert [(row.k, row.accuracy, row.pass_at_k) for row in rows] == [(2, 50.0, 50.0), (2, 50.0, None)]
 
 
 def test_compilation_is_told_from_decoding():
@@ -130,19 +166,19 @@ def test_compilation_is_told_from_decoding():
 
 def test_fingerprint():
     params = tiny_lm().params
-    same = ev.fingerprint(params)
-    assert same == ev.fingerprint(tiny_lm("1,8,1").params) == ev.fingerprint(jax.tree.map(np.asarray, params))
+    same = fingerprint(params)
+    assert same == fingerprint(tiny_lm("1,8,1").params) == fingerprint(jax.tree.map(np.asarray, params))
     flipped = {**params, "ln_f": {"scale": params["ln_f"]["scale"].at[3].add(1e-6)}}
     swapped = {**params, "wte": {"embedding": params["wte"]["embedding"][::-1]}}
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    assert len({same, *map(ev.fingerprint, (flipped, swapped, half))}) == 4
+    assert len({same, *map(fingerprint, (flipped, swapped, half))}) == 4
 
 
 def test_a_run_says_what_its_rules_are():
-    assert ev.describe_rule(MaskPrediction(temperature=0.5))["temperature"] == 0.5
-    policies = [ev.describe_rule(Flow(init_policy(jax.random.key(k), 8))) for k in (0, 0, 1)]
+    assert describe_rule(MaskPrediction(temperature=0.5))["temperature"] == 0.5
+    policies = [describe_rule(Flow(init_policy(jax.random.key(k), 8))) for k in (0, 0, 1)]
     assert policies[0] == policies[1] != policies[2]
-    about = {**ev.describe_task(TASK, None), "rules": policies}
+    about = {**describe_task(TASK, None), "rules": policies}
     assert json.loads(json.dumps(about)) == about
 
 
@@ -154,9 +190,7 @@ def test_reference_answers_and_answers_made_elsewhere(tmp_path, capsys):
     file = tmp_path / "answers.jsonl"
     wrong = (texts[0][0], "def f(xs):\n    return None")
     file.write_text("".join(json.dumps({"task_id": i, "completion": c}) + "\n" for i, c in [*texts, wrong]))
-    args = SimpleNamespace(
-        task="microcode", data=None, limit=4, canonical=False, answers=str(file), out=str(tmp_path / "out"), model=None
-    )
+    args = arguments(limit=4, answers=str(file), out=str(tmp_path / "out"))
     ev.run(args)
     printed = capsys.readouterr().out
     assert "87.5 %" in printed and f"failed: {wrong[0]}: wrong answer" in printed  # one of two answers to a problem
@@ -191,5 +225,70 @@ def test_bad_input():
         ev.make_cells(lm, TASK, RULES, [Fraction(3, 10)])
     with pytest.raises(UserError, match="no tokenizer.json"):
         ev.evaluate(dataclasses.replace(lm, tokenizer=None), TASK, TASK.problems(None, 1), [], Answers(None, {}))
-    with pytest.raises(UserError, match="batch_size must be at least 1"):
-        ev.evaluate(lm, TASK, TASK.problems(None, 1), [], Answers(None, {}), batch_size=0)
+    for options, sentence in (
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"samples": 0}, "samples must be at least 1, not 0"),
+        ({"samples": 2, "k": 3}, "pass@3 needs at least 3 answers to each problem, but samples is 2"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            ev.evaluate(lm, TASK, TASK.problems(None, 1), [], Answers(None, {}), **options)
+
+
+def test_a_whole_run_with_its_tables(oracle, tmp_path, monkeypatch, capsys):
+    """Every table from one command; a second call reads what is there; other arguments are another run."""
+    loaded = []
+    monkeypatch.setattr(ev, "load", lambda name, dtype, mesh: loaded.append(name) or tiny_lm())
+    args = arguments(model="tiny", limit=6, ablate=True, out=str(tmp_path / "out"))
+    ev.run(args)
+    assert loaded == ["tiny", "tiny-base"]
+    text = (tmp_path / "out" / "table.md").read_text()
+    titles = ("By budget", "The parts of the flow", "Against mask, problem by problem", "Accuracy under", "All figures")
+    for title in titles:
+        assert f"## {title}" in text
+    for part in ("asynchronous schedule", "re-editing", "hard commitment", "alignment"):
+        assert f"| flow without {part} | 50.0 (18.8-81.2) | 50.0 (18.8-81.2) |" in text
+    assert "| 1/2 | flow | 50.0 | 18.8-81.2 | 24.0 |" in text and "| 1 | flow | 0 | 0 | 1 |" in text
+    assert "arXiv" not in text  # no figures of the paper's for this task
+    assert "| flow | 100.0 | 2.0 |" in text  # 1 * 50 + (2 - 1) * (50 + 50) / 2
+    calls = len(oracle.sizes)
+    printed = capsys.readouterr().out
+    ev.run(args)
+    assert len(oracle.sizes) == calls and capsys.readouterr().out == printed
+    with pytest.raises(UserError, match="holds another run, which differs in rules, base; choose another --out"):
+        ev.run(arguments(model="tiny", limit=6, out=str(tmp_path / "out")))
+    with pytest.raises(UserError, match="--ablate takes the parts from a flow"):
+        ev.run(arguments(model="tiny", limit=6, ablate=True, rules="mask"))
+    with pytest.raises(UserError, match="say what answers"):
+        ev.run(arguments())
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_in_the_same_table(tmp_path):
+    """SIGKILL while answers come in; the same command again gives the table of a run straight through."""
+
+    def command(folder: str) -> list[str]:
+        rules, budgets = "mask:order=random,threshold", "1/4,1/8"
+        argv = ["evaluate", "--model", "tiny", "--task", "microcode", "--rules", rules, "--budgets", budgets]
+        argv += ["--limit", "12", "--batch-size", "5", "--samples", "2", "--k", "2", "--out", str(tmp_path / folder)]
+        return [sys.executable, "-m", "xflow_jax", *argv]
+
+    def tables(folder: str) -> tuple[str, list[dict[str, str]]]:
+        """All tables but the one with seconds, and that one's rows without them."""
+        rows = list(csv.DictReader((tmp_path / folder / "results.csv").open()))
+        untimed = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+        return (tmp_path / folder / "table.md").read_text().partition("## All figures")[0], untimed
+
+    where = {"cwd": Path(__file__).parents[1], "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(command("straight"), check=True, **where)
+    killed = subprocess.Popen(command("killed"), **where)
+    kept = tmp_path / "killed" / "answers.jsonl"
+    while not kept.exists() or kept.read_bytes().count(b"\n") < 10:
+        assert killed.poll() is None, "it ended before it could be killed"
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    before = kept.read_bytes().count(b"\n")
+    subprocess.run(command("killed"), check=True, **where)
+    lines = kept.read_text().splitlines()
+    assert before < len(lines) == 12 * (2 + 1) * 2 and len(set(lines)) == len(lines)
+    assert tables("killed") == tables("straight") and len(tables("killed")[1]) == 4

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert import from_hf
 from tests.hf_helpers import GOLDEN, PREFIX, Q2, TOY, edited, eight, tensors_of
+from tests.llada2_helpers import TINY2
 from xflow_jax import hf, hf_names
 from xflow_jax.config import UserError
 from xflow_jax.lm import load
@@ -24,7 +25,7 @@ from xflow_jax.sharding import AXES, make_mesh, shardings
 @pytest.mark.parametrize("family", hf_names.TABLES)
 def test_the_tables_know_the_parameters_that_the_shardings_know(family):
     for variant in hf_names.TABLES[family].values():
-        assert set(variant(TOY if family == "llada" else None)) == set(AXES[family])
+        assert set(variant({"llada": TOY, "llada2": TINY2}[family])) == set(AXES[family])
 
 
 def test_the_plan_names_every_tensor_of_the_golden_checkpoint():

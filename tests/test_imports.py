@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -18,17 +19,19 @@ RANKS = {
     name: rank
     for rank, names in enumerate(
         [
-            "strict config sandbox sharding storage hosts plan_chips plan_hlo plan_report",
+            "strict config sandbox sharding storage hosts stats plan_chips plan_hlo plan_report",
             "models losses belief policy tasks tokenizer",
-            "rules decode checkpoint data hf hf_names hf_write",
-            "steps rollout generate lm choices records",
-            "evaluate bench plan plan_programs plot demo answer",
+            "rules rivals decode sight checkpoint data hf hf_names hf_write",
+            "steps rollout generate lm choices records identity",
+            "evaluate bench plan plan_programs plot reports likelihood harness demo answer",
             "cli __init__ __main__",
         ]
     )
     for name in names.split()
 }
 TORCH = "convert.verify"
+# Their text runs in bare interpreters, of which that of child shares its memory with untrusted programs.
+SCRIPTS = ("xflow_jax.sandbox.launch", "xflow_jax.sandbox.child")
 LINEN = "xflow_jax.models"
 
 
@@ -104,6 +107,12 @@ def complaints(modules: dict[str, list[Import]]) -> list[str]:
                 continue
             if other_top == "torch" and not (module == TORCH and imported.in_function):
                 found.append(f"{where}: torch is imported only inside the functions of {TORCH}")
+            if module in SCRIPTS and imported.module.split(".")[0] not in sys.stdlib_module_names:
+                found.append(f"{where}: a script of the sandbox imports only the standard library")
+            if module == SCRIPTS[1] and imported.module.split(".")[0] == "ctypes":
+                found.append(f"{where}: ctypes must stay out of the sandbox's zygote")
+            if other in SCRIPTS:
+                found.append(f"{where}: {other} is a script, and is not imported")
             if f"{imported.module}.".startswith("flax.linen.") and not f"{module}.".startswith(f"{LINEN}."):
                 found.append(f"{where}: flax.linen is imported only in {LINEN}")
     try:
@@ -137,6 +146,12 @@ def test_imports_go_down_only():
         ({"convert/verify.py": "import torch.nn"}, "torch is imported only inside the functions"),
         ({"xflow_jax/steps.py": "from flax import linen as nn"}, "flax.linen is imported only in xflow_jax.models"),
         ({"train/align.py": "from flax.linen import Module"}, "flax.linen is imported only in xflow_jax.models"),
+        ({"xflow_jax/sandbox/child.py": "import numpy"}, "a script of the sandbox imports only the standard library"),
+        ({"xflow_jax/sandbox/child.py": "from ctypes import CDLL"}, "ctypes must stay out of the sandbox's zygote"),
+        (
+            {"xflow_jax/sandbox/x.py": "import xflow_jax.sandbox.launch", "xflow_jax/sandbox/launch.py": ""},
+            "xflow_jax.sandbox.launch is a script, and is not imported",
+        ),
         (
             {"xflow_jax/losses.py": "from xflow_jax.belief import x", "xflow_jax/belief.py": "import xflow_jax.losses"},
             "modules import each other in a circle",

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from llada2_helpers import TINY2, random_params
 from safetensors.numpy import load_file
 
+from tests.llada2_helpers import TINY2, random_params
 from xflow_jax.config import PRESETS, UserError, model_config
 from xflow_jax.models import abstract_params, build
 from xflow_jax.models.llada2 import Block

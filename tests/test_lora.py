@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from llada2_helpers import TINY2, random_params
 
+from tests.llada2_helpers import TINY2, random_params
 from xflow_jax.config import LLaDAConfig, UserError
 from xflow_jax.models import abstract_params, build
 from xflow_jax.models.lora import Adapter, LoraConfig, adapted, lora_init, merge

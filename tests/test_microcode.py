@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from xflow_jax.sandbox import run_many, run_program
+from xflow_jax.sandbox import Limits, run_many, run_program
 from xflow_jax.strict import UserError
 from xflow_jax.tasks import get_task, microcode
 
@@ -57,7 +57,7 @@ def test_every_reference_answer_passes_its_own_checks():
     for problem in TASK.problems(None, None):
         texts = [TASK.canonical(problem), microcode.answer(random.Random(problem.prompt), problem)]
         jobs += [TASK.job(problem, text) for text in texts]
-    result = run_program("", together(jobs))
+    result = run_program("", together(jobs), Limits(seconds=60))  # half a second of work, on a busy machine too
     assert result.passed, result.reason
 
 

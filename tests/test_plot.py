@@ -31,9 +31,12 @@ def trace() -> SimpleNamespace:
     confidence[:, 1] = [[0.9, 0.5, 0.1], [0.8, 0.7, 0.2], [0, 0, 0], [0.6, 0.125, 0.7]]
     reedited = np.zeros((4, 2, 3), bool)
     reedited[3, 1, 1] = True
-    return SimpleNamespace(
-        tokens=tokens, progress=progress, confidence=confidence, step_fraction=confidence, reedited=reedited
-    )
+    top = np.zeros((4, 2, 3, 4))
+    top[..., 0], top[..., 1] = confidence, (1 - confidence) / 2
+    likely = np.broadcast_to(np.arange(4), top.shape).copy()
+    likely[..., 0] = tokens
+    steps = {"tokens": tokens, "progress": progress, "confidence": confidence, "step_fraction": confidence}
+    return SimpleNamespace(**steps, reedited=reedited, top=top, top_tokens=likely)
 
 
 SPELL = ["zero", "def", " f", "</script><b>", "\n    "]
@@ -79,6 +82,8 @@ def test_the_page_stands_alone(tmp_path):
     shown = [[data["words"][i] for i in step] for step in data["standing"]]
     assert shown[-1] == ["def", " f", "def"] and data["words"][data["predicted"][1][0]] == "\n    "
     assert data["reedited"][-1] == [0, 1, 0] and data["progress"][-1] == [1, 0.125, 1]
+    assert [data["words"][i] for i in data["likely"][0][1]] == [" f", "def", " f", "</script><b>"]
+    assert data["probability"][0][1] == [0.5, 0.25, 0, 0]
     with pytest.raises(UserError, match="cannot be written"):
         trajectory_html(tmp_path / "nowhere" / "page.html", trace(), 1, SPELL, "", {})
 
@@ -86,14 +91,33 @@ def test_the_page_stands_alone(tmp_path):
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
+def browse(page, tmp_path) -> str:
+    """The page as Chromium leaves it, opened at step 2."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
+    flags += [f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=3000", "--dump-dom"]
+    command = [CHROMIUM, *flags, f"file://{page}#step=2"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_page_tells_of_a_position_under_the_mouse(tmp_path):
+    path = tmp_path / "page.html"
+    trajectory_html(path, trace(), 1, SPELL, "prompt", {"rule": "flow"})
+    over = """document.querySelectorAll(".step")[2].children[2].dispatchEvent(
+      new MouseEvent("mousemove", {bubbles: true, clientX: 40, clientY: 40}));"""
+    path.write_text(path.read_text().replace("</script>", over + "</script>"))
+    tip = re.search(r'<div id="tip"[^>]*display: block[^>]*>(.*?)</div>', browse(path, tmp_path), re.DOTALL).group(1)
+    assert 'step 4, position 2' in tip and 'predicted " f", confidence 0.125' in tip
+    assert '0.125 " f"' in tip and '0.438 "def"' in tip and "step fraction 0.125" in tip and "re-edited" in tip
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_the_page_draws_itself_in_a_browser(tmp_path):
     path = tmp_path / "page.html"
     trajectory_html(path, trace(), 1, SPELL, "prompt", {"rule": "flow"})
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
-    flags += [f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=3000", "--dump-dom"]
-    command = [CHROMIUM, *flags, f"file://{path}#step=2"]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    dom = browse(path, tmp_path)
     assert dom.count('class="step') == 3 and "step 2 of 4" in dom
     assert len(re.findall(r'<b[^>]*class="cell', dom)) == 9
     answer = re.search(r'<pre id="answer".*?</pre>', dom, re.DOTALL).group(0)

@@ -160,7 +160,7 @@ BAD = {
     "b2 holds numbers that are not finite": (lambda t: t["b2"].__setitem__(3, np.nan), {}),
     "its metadata lack a_max, kappa_min": (lambda t: None, {"a_max": None, "kappa_min": None}),
     "in the metadata must be numbers": (lambda t: None, {"a_min": "small"}),
-    "must be 0 < a_min < a_max <= 1": (lambda t: None, {"a_min": "2"}),
+    "must be 0 < a_min < a_max <= 4, a_min < 1": (lambda t: None, {"a_min": "2"}),
 }
 
 
@@ -187,3 +187,14 @@ def test_what_is_no_file_is_told(tmp_path):
     (tmp_path / "empty.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="not a whole safetensors file"):
         load_policy(tmp_path / "empty.safetensors")
+
+
+def test_steps_are_cut_off_at_one():
+    """An a_max above 1 makes 1 reachable; where everything stays below, nothing changes."""
+    policy = init_policy(jax.random.key(0), a_min=1 / 2, a_max=4.0)
+    s = jnp.zeros((3, 8)).at[:, 0].set(1.0)
+    low = policy.replace(params=policy.params | {"b_mu": jnp.full(1, -20.0)})
+    np.testing.assert_allclose(policy.step_of(jnp.array([0.0, 1 / 3, 0.5, 1.0])), [0.5, 1, 1, 1], rtol=1e-6)
+    assert (policy.expected_step(s) == 1).all() and (low.expected_step(s) < 0.7).all()
+    _, a, _ = policy.sample(jax.random.key(1), s)
+    assert (a <= 1).all()

@@ -33,7 +33,7 @@ from xflow_jax.policy import Policy, fit, init_policy, load_policy, save_policy
 from xflow_jax.records import Answers
 from xflow_jax.rollout import Rollout, rollout, summarise, token_rewards
 from xflow_jax.rules import Flow, MaskPrediction
-from xflow_jax.sandbox import run_many
+from xflow_jax.sandbox import Pool
 from xflow_jax.sharding import BATCH, batch_sharding, make_mesh, replicated
 from xflow_jax.steps import TrainState, make_policy_step
 from xflow_jax.tasks import Task, get_task
@@ -57,7 +57,8 @@ class GrpoConfig:
     """A run of GRPO; B = prompts_per_step, G = group_size.
 
     task, data: where the prompts are from; problems: how many of its training split, 0 = all. solved_only: leave out
-    those that mask prediction does not solve at full budget; solved: the folder that keeps what was found of that.
+    those that mask prediction does not solve at full budget; failed_by: and those that this rule does solve in the
+    budget of the rollouts (empty: keep them); solved: the folder that keeps what was found of that.
     budget: the share of the full number of steps that rollouts have at most. reward: "pass" or the "share" of tests
     passed, plus progress_weight times the final t of each position, less pass_weight times the forward passes by N.
     overlap: sample a batch while the one before it is judged, by a policy that is one update behind. switches: options
@@ -70,6 +71,7 @@ class GrpoConfig:
     data: str | None = None
     problems: int = 1024
     solved_only: bool = True
+    failed_by: str = ""
     solved: str = "runs/grpo_solved"
     budget: str = "1/4"
     switches: str = ""
@@ -80,6 +82,7 @@ class GrpoConfig:
     progress_weight: float = 0.1
     pass_weight: float = 0.0
     per_position: bool = False
+    scale_rewards: Literal["group", "batch", "none"] = "group"
     epsilon: float = 0.2
     epochs: int = 1
     rate: float = 3e-4
@@ -117,7 +120,11 @@ def main(path: str, overrides: list[str]) -> None:
     sampler = Sampler(lm, task, config, read_problems(config, task, lm), cell)
     policy = start_policy(config)
     optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(config.rate))
-    step_fn = jax.jit(make_policy_step(policy, optimizer, config.epsilon, config.epochs, config.per_position))
+    step_fn = jax.jit(
+        make_policy_step(
+            policy, optimizer, config.epsilon, config.epochs, config.per_position, config.scale_rewards
+        )
+    )
     held_out = task.problems(None if config.data is None else Path(config.data), config.evaluate_problems)
 
     def measure(params: Any) -> dict[str, float]:
@@ -134,7 +141,7 @@ def main(path: str, overrides: list[str]) -> None:
     if first == 0:
         run.log(0, measure(train.params))
     made = sampler(policy.replace(params=behaviour), first) if first < config.steps else None
-    with ThreadPoolExecutor(1) as judge:
+    with ThreadPoolExecutor(1) as judge, sampler.sandbox:
         for step in run.steps(first, config.steps, "grpo"):
             verdicts, batch, last = judge.submit(sampler.judge, step, made.tokens), made, step + 1 == config.steps
             if config.overlap and not last:
@@ -159,7 +166,7 @@ def main(path: str, overrides: list[str]) -> None:
     if int(train.step) == config.steps and jax.process_index() == 0:
         trained, out = policy.replace(params=jax.device_get(train.params)), Path(config.out)
         made_by = {"command": "python -m train.grpo", "config": dataclasses.asdict(config)}
-        save_policy(out / "policy.safetensors", trained, made_by=json.dumps(made_by))
+        save_policy(out / "policy.safetensors", trained, switches=config.switches, made_by=json.dumps(made_by))
         policy_steps(trained, out / "policy.png")
         print(f"{out / 'policy.safetensors'}: the policy; policy.png beside it shows its steps")
 
@@ -178,6 +185,7 @@ class Sampler:
         settings = settings_of(lm, longest, protocol.gen_length, cell.steps, None, protocol.block_length)
         early = {"early_exit": cell.rule.early_exit, "settled": cell.rule.settled}
         self.settings = dataclasses.replace(settings, **early)
+        self.sandbox = Pool(protocol.limits)
         self.score = make_score(config, lm.config.eos_id)
         # One length for all batches, so that there is one compilation.
         self.ids, self.mask = pad_prompts(lm, self.prompts)
@@ -214,7 +222,7 @@ class Sampler:
         codes = [self.task.extract(problem, text) for problem, text in zip(problems, texts, strict=True)]
         jobs = self.task.parts if self.config.reward == "share" else lambda *pair: [self.task.program(*pair)]
         parts = [jobs(problem, code) for problem, code in zip(problems, codes, strict=True)]
-        results = iter(run_many([job for part in parts for job in part], self.task.settings.limits))
+        results = iter(self.sandbox.run_many([job for part in parts for job in part]))
         return np.asarray([np.mean([next(results).passed for _ in part]) for part in parts], np.float32)
 
     def reward(self, verdicts: Future, made: Rollout, policy: Policy) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -261,18 +269,21 @@ def read_problems(config: GrpoConfig, task: Task, lm: LM) -> list[Any]:
     data = None if config.data is None else Path(config.data)
     problems = list(task.training(data, config.problems or None))
     if config.solved_only:
-        rule = MaskPrediction()
+        cells = make_cells(lm, task, {"mask": MaskPrediction()}, [Fraction(1)])
+        if config.failed_by:
+            cells += make_cells(lm, task, dict([parse_rule(config.failed_by)]), [parse_budget(config.budget)])
         about = describe_task(task, data) | {
             "model": f"{fingerprint(lm.params)} {config.dtype}",
-            "rule": describe_rule(rule),
+            "rules": [[str(cell.budget), describe_rule(cell.rule)] for cell in cells],
             "problems": config.problems,
         }
         answers = Answers(config.solved, json.loads(json.dumps(about)))
-        cells = make_cells(lm, task, {"mask": rule}, [Fraction(1)])
-        evaluate(lm, task, problems, cells, answers, config.batch_size)
-        passed = [answers.of("mask", "1", [task.task_id(problem)])[0].passed for problem in problems]
-        print(f"{sum(passed)} of {len(problems)} problems are solved at full budget; the policy trains on these")
-        problems = [problem for problem, good in zip(problems, passed, strict=True) if good]
+        for cell in cells:
+            evaluate(lm, task, problems, [cell], answers, config.batch_size)
+            given = answers.of(cell.label, str(cell.budget), [task.task_id(problem) for problem in problems])
+            wanted = cell is cells[0]
+            problems = [problem for problem, answer in zip(problems, given, strict=True) if answer.passed == wanted]
+        print(f"{len(problems)} problems to train on")
     if len(problems) < config.prompts_per_step:
         raise UserError(f"{len(problems)} problems do not fill a batch of {config.prompts_per_step}; use more")
     return problems

@@ -9,11 +9,21 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from xflow_jax.policy import load_policy
+from xflow_jax.policy import read_policy
+from xflow_jax.rivals import Editing, EntropyBounded, Factor, Klass, SoftMask
 from xflow_jax.rules import Flow, MaskPrediction, Rule, Threshold
 from xflow_jax.strict import UserError, require, show, typed
 
-RULES: dict[str, type] = {"mask": MaskPrediction, "threshold": Threshold, "flow": Flow}
+RULES: dict[str, type] = {
+    "mask": MaskPrediction,
+    "threshold": Threshold,
+    "factor": Factor,
+    "eb": EntropyBounded,
+    "klass": Klass,
+    "softmask": SoftMask,
+    "edit": Editing,
+    "flow": Flow,
+}
 
 
 def options_of(cls: type) -> dict[str, Any]:
@@ -26,25 +36,36 @@ def parse_rule(text: str, defaults: Iterable[tuple[str, Any]] = ()) -> tuple[str
     """(label, rule) of "flow", "threshold:tau=0.7" or "mask:order=entropy,temperature=0.5".
 
     The label is the text without its spaces. defaults: options that are used where the rule has them and the text does
-    not set them. A flow's policy is the path of its file. Raises UserError, with the nearest name for an unknown one.
+    not set them. A flow's policy is the path of its file, or tiny; the options that it was trained under hold unless
+    the text sets them. Raises UserError, with the nearest name for an unknown one.
     """
     text = "".join(text.split())
     name, colon, rest = text.partition(":")
     if name not in RULES:
         raise UserError(f"there is no rule {name!r}; {_suggest(name, RULES)}")
     known = options_of(RULES[name])
-    given = {option: value for option, value in defaults if option in known}
-    for part in rest.split(",") if colon else []:
-        option, equals, value = part.partition("=")
-        if not equals:
-            raise UserError(f"the rule {text!r} must look like {name}:option=value, with commas between options")
-        if option not in known:
-            raise UserError(f"the rule {name} has no option {option!r}; {_suggest(option, known)}")
-        given[option] = _value(name, option, value, known[option])
+    given = _options(name, rest, known) if colon else {}
+    if (file := given.pop("policy", "none")) != "none":
+        policy, switches = read_policy(file)
+        given = (_options(name, switches, known) if switches else {}) | given | {"policy": policy}
+    given = {option: value for option, value in defaults if option in known} | given
     try:
         return text, RULES[name](**given)
     except UserError as error:
         raise UserError(f"the rule {text}: {error}") from None
+
+
+def _options(name: str, text: str, known: dict[str, Any]) -> dict[str, Any]:
+    """The values in "option=value,option=value"; a policy's stays the name of its file."""
+    given = {}
+    for part in text.split(","):
+        option, equals, value = part.partition("=")
+        if not equals:
+            raise UserError(f"the rule {name}:{text} must look like {name}:option=value, with commas between options")
+        if option not in known:
+            raise UserError(f"the rule {name} has no option {option!r}; {_suggest(option, known)}")
+        given[option] = value if option == "policy" else _value(name, option, value, known[option])
+    return given
 
 
 def parse_rules(text: str, defaults: Sequence[tuple[str, Any]] = ()) -> dict[str, Rule]:
@@ -112,8 +133,6 @@ def _suggest(name: str, known: Iterable[str]) -> str:
 
 
 def _value(rule: str, option: str, text: str, hint: Any) -> Any:
-    if option == "policy":
-        return None if text == "none" else load_policy(text)
     value: Any = {"true": True, "false": False, "none": None}.get(text.lower(), text)
     if isinstance(value, str):
         for kind in (int, float):

@@ -13,7 +13,10 @@ from typing import NoReturn
 from xflow_jax.strict import UserError
 
 MODEL = "directory of a model (Hugging Face format or converted), its name on the hub, or tiny, the bundled one"
-RULE = "flow, mask or threshold, with options like flow:power=4 or mask:order=entropy,temperature=0.5"
+RULE = (
+    "flow, mask, threshold, factor, eb, klass, softmask or edit, with options like flow:power=4 or "
+    "mask:order=entropy,temperature=0.5"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,12 +99,22 @@ def _evaluate(parser: Parser) -> None:
     source.add_argument("--model", metavar="DIR", help=MODEL)
     source.add_argument("--canonical", action="store_true", help="score the task's own reference answers")
     source.add_argument("--answers", metavar="FILE", help="score answers made elsewhere: jsonl, task_id and completion")
-    parser.add_argument("--task", required=True, metavar="TASK", help="microcode")
+    parser.add_argument(
+        "--task", required=True, metavar="TASK", help="microcode, humaneval or mbpp; likelihood, of given responses"
+    )
     parser.add_argument("--rules", default="mask,threshold,flow", metavar="RULES", help="separated by commas: " + RULE)
     parser.add_argument("--budgets", default="1,1/2,1/4,1/8", metavar="LIST", help="(default: %(default)s)")
+    parser.add_argument("--ablate", action="store_true", help="the first flow of RULES without each of its parts, too")
+    parser.add_argument(
+        "--base", metavar="DIR", help="with --ablate: the model before its alignment (default: tiny-base with tiny)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=1, metavar="N", help="answers to each problem, where a rule draws (default: 1)"
+    )
+    parser.add_argument("--k", type=int, default=1, metavar="K", help="pass@K beside pass@1 (default: %(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first problems")
     parser.add_argument("--out", metavar="DIR", help="keep every answer here; the same command again continues")
-    parser.add_argument("--data", metavar="FILE", help="the task's problems, where it does not make them itself")
+    parser.add_argument("--data", metavar="FILE", help="the task's public jsonl or jsonl.gz (default: from the hub)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="(default: %(default)s)")
     _device_arguments(parser)
 

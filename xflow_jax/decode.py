@@ -2,13 +2,15 @@
 
 Each response position carries a progress t in [0, 1] and a state x in the space of input embeddings, which starts at
 the mask embedding m and moves toward the embedding of the token that the model now predicts. A rule (rules.py) says how
-far. With steps of 0 and 1 only, the same loop is mask prediction; the schedule is data, and blocks are a part of it.
+far. With steps of 0 and 1 only, the same loop is mask prediction; the schedule is data. Blocks are an outer scan, and
+what the model is shown of them is in sight.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,6 +20,7 @@ from flax import struct
 
 from xflow_jax.belief import TOP, Belief, believe, model_head
 from xflow_jax.rules import SETTLED, Action, Rule
+from xflow_jax.sight import Cached, Whole
 
 if TYPE_CHECKING:
     from flax import linen as nn
@@ -28,16 +31,19 @@ class Settings:
     """The static part of a decode: what a compilation is for.
 
     gen_length N; block_length must divide it where `block_causal` is off. steps: forward passes in each block.
-    block_causal: LLaDA2.0's blocks, aligned to each sequence's first token and seen only backwards. early_exit: skip
-    passes of blocks whose positions all have a progress of at least `settled`. stop_at_eos: no further blocks after one
-    that holds EOS. eos_early_stop: stop as soon as everything up to the first EOS is settled. trace: keep every step;
-    notes: with it what the rule noted. eot_id: the end-of-turn token, where it matters.
+    block_causal: LLaDA2.0's blocks, aligned to each sequence's first token and seen only backwards. cache: with it,
+    finished blocks are read once and kept; the result is the same. early_exit: skip passes of blocks whose positions
+    all have a progress of at least `settled` (or of which the rule's own `open` says that nothing more can happen).
+    stop_at_eos: no further blocks after one that holds EOS. eos_early_stop: stop as soon as everything up to the first
+    EOS is settled. trace: keep every step; notes: with it what the rule noted. eot_id: the end-of-turn token, where it
+    matters.
     """
 
     gen_length: int
     block_length: int
     steps: int
     block_causal: bool = False
+    cache: bool = False
     early_exit: bool = False
     settled: float = SETTLED
     stop_at_eos: bool = False
@@ -82,6 +88,8 @@ class Trace:
     tokens: the step's predictions. progress: t after the step. confidence: of the predictions. step_fraction: the
     rule's a. reedited: where it was reset. top, top_tokens [B, N, 4]: the belief's. notes: what the rule handed out,
     arrays [B, ...], where Settings.notes asks. Steps that were skipped have confidence, step_fraction, top and notes 0.
+    Outside the active block of block-causal attention the model is not asked: there tokens are those that stand there,
+    and confidence is 0.
     """
 
     tokens: jax.Array
@@ -147,40 +155,44 @@ def decode(
     table = params["wte"]["embedding"]
     m = table[config.mask_id].astype(jnp.float32)[None, None, :]
     prompt_x = model.apply({"params": params}, prompt, method="embed")
-    mask = jnp.concatenate([prompt_mask, on_canvas], axis=1)
     options = rule.belief_options(config, settings.eot_id)
+    copies = 2 if options.guidance else 1  # the second one sees no prompt
+    if options.guidance:
+        prompt_x = jnp.concatenate([prompt_x, jnp.broadcast_to(m, prompt_x.shape).astype(prompt_x.dtype)])
+    seen = Cached if settings.cache else Whole
+    masks = (jnp.tile(mask, (copies, 1)) for mask in (prompt_mask, on_canvas))
+    sight = seen(model, params, settings, prompt_x, *masks)
 
     def embed(tokens: jax.Array) -> jax.Array:
         return table[tokens].astype(jnp.float32)
 
-    def hidden(prompt_x: jax.Array, x: jax.Array, mask: jax.Array) -> jax.Array:
-        both = jnp.concatenate([prompt_x, x.astype(prompt_x.dtype)], axis=1)
-        block_length = settings.block_length if settings.block_causal else None
-        h = model.apply({"params": params}, both, mask, block_length, method="hidden")
-        return h[:, -canvas:]  # the head never sees the prompt's positions
+    def look(kept: Any, state: DecodeState, block: jax.Array, keys: jax.Array | None) -> Belief:
+        h = sight.hidden(kept, jnp.tile(state.x, (copies, 1, 1)), block)
+        unconditional = h[batch:] if options.guidance else None
+        belief = believe(model_head(model, params), h[:batch], config.vocab_rows, options, keys, unconditional)
+        if not settings.block_causal:
+            return belief
+        return _onto_canvas(belief, sight.window(block)[:batch, :1], (block_of == block) & on_canvas, state.tokens)
 
-    def look(x: jax.Array, keys: jax.Array | None) -> Belief:
-        unconditional = None
-        if options.guidance:
-            nothing = jnp.broadcast_to(m, prompt_x.shape).astype(prompt_x.dtype)
-            h = hidden(jnp.concatenate([prompt_x, nothing]), jnp.tile(x, (2, 1, 1)), jnp.tile(mask, (2, 1)))
-            h, unconditional = h[:batch], h[batch:]
-        else:
-            h = hidden(prompt_x, x, mask)
-        return believe(model_head(model, params), h, config.vocab_rows, options, keys, unconditional)
-
-    def one_step(state: DecodeState, step: Step) -> tuple[DecodeState, Trace | None]:
+    def one_block(carry: tuple[DecodeState, Any], steps: Step) -> tuple[tuple[DecodeState, Any], Trace | None]:
+        state, kept = carry
+        block = steps.block[0]
         if settings.blocks > 1:
-            state = jax.lax.cond(
-                step.steps_left == settings.steps, lambda s: _begin_block(s, step.block), lambda s: s, state
-            )
+            state = begin_block(state, block)
+            going_on = jnp.any((block_of == block) & on_canvas & ~state.finished[:, None])
+            kept = sight.keep(kept, jnp.tile(state.x, (copies, 1, 1)), block, going_on)
+        state, trace = scan(partial(one_step, kept), state, steps)
+        return (state, kept), trace
+
+    def one_step(kept: Any, state: DecodeState, step: Step) -> tuple[DecodeState, Trace | None]:
         here = (block_of == step.block) & on_canvas
-        busy = ~state.finished & jnp.any(here & (state.t < settings.settled) if settings.early_exit else here, axis=-1)
+        moving = rule.open(state) if hasattr(rule, "open") else state.t < settings.settled
+        busy = ~state.finished & jnp.any(here & moving if settings.early_exit else here, axis=-1)
         candidates = here & busy[:, None]
 
         def forward(state: DecodeState) -> tuple[DecodeState, Trace | None]:
             row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step.index) if rule.needs_keys else None
-            belief = look(state.x, row_keys)
+            belief = look(kept, state, step.block, row_keys)
             action = rule(belief, state, step.replace(candidates=candidates, keys=row_keys))
             after = advance(state, belief, action, candidates, embed(belief.tokens), m, config.mask_id)
             if action.mixture is not None:
@@ -189,7 +201,7 @@ def decode(
                 after = after.replace(x=jnp.where((candidates & (after.t < 1))[..., None], mixed, after.x))
             if action.memory is not None:
                 after = after.replace(memory=action.memory)
-            finished = _ended(state, after) if settings.eos_early_stop else state.finished
+            finished = ended(state, after) if settings.eos_early_stop else state.finished
             after = after.replace(forward_passes=state.forward_passes + busy, finished=finished)
             a = jnp.where(candidates, action.a, 0.0)
             notes = action.notes if settings.notes else None
@@ -207,7 +219,7 @@ def decode(
 
         return jax.lax.cond(jnp.any(busy), forward, skip, state)
 
-    def _begin_block(state: DecodeState, block: jax.Array) -> DecodeState:
+    def begin_block(state: DecodeState, block: jax.Array) -> DecodeState:
         """Hardens the tokens of the blocks before."""
         old = (block_of < block) & on_canvas
         x = jnp.where((old & (state.t < 1))[..., None], embed(state.tokens), state.x)
@@ -217,7 +229,7 @@ def decode(
             finished |= jnp.any(answer & (state.tokens == config.eos_id), axis=-1)
         return state.replace(x=x, t=jnp.where(old, 1.0, state.t), finished=finished)
 
-    def _ended(before: DecodeState, after: DecodeState) -> jax.Array:
+    def ended(before: DecodeState, after: DecodeState) -> jax.Array:
         """Rows whose positions up to their first settled EOS are all settled.
 
         LLaDA2.0's own loop looks only in steps that write an EOS; so do we under its block-causal blocks.
@@ -238,7 +250,9 @@ def decode(
         finished=jnp.zeros(batch, bool),
         memory=rule.init_memory(batch, canvas) if hasattr(rule, "init_memory") else None,
     )
-    return scan(one_step, start, jax.tree.map(jnp.asarray, schedule(settings)))
+    by_block = jax.tree.map(lambda x: jnp.reshape(x, (settings.blocks, settings.steps)), schedule(settings))
+    (state, _), trace = scan(one_block, (start, sight.start()), by_block)
+    return state, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), trace)
 
 
 def advance(
@@ -265,8 +279,25 @@ def advance(
     x = jnp.where(moving[..., None], ahead, state.x)
     x = jnp.where((real & back)[..., None], c[..., None] * x_pred + (1 - c[..., None]) * m, x)
     t = jnp.where(real & back, c, jnp.where(moving, t_ahead, state.t))
-    tokens = jnp.where(candidates & ((state.t < 1) | action.reset), belief.tokens, state.tokens)
+    tokens = jnp.where(candidates & (state.t < 1) | real & action.reset, belief.tokens, state.tokens)
     return state.replace(x=x, t=t, tokens=tokens)
+
+
+def _onto_canvas(belief: Belief, first: jax.Array, here: jax.Array, tokens: jax.Array) -> Belief:
+    """A belief of a block [B, block_length, ...] that begins at the canvas position `first` int [B, 1], on the canvas.
+
+    here bool [B, N]: the block's positions. Elsewhere the model was not asked: what stands there, with confidence 0.
+    """
+    slot = jnp.clip(jnp.arange(here.shape[1])[None, :] - first, 0, belief.tokens.shape[1] - 1)
+
+    def spread(x: jax.Array) -> jax.Array:
+        rest = (...,) + (None,) * (x.ndim - 2)
+        return jnp.where(here[rest], jnp.take_along_axis(x, slot[rest], axis=1), jnp.zeros((), x.dtype))
+
+    belief = jax.tree.map(spread, belief)
+    certain = jnp.arange(belief.top.shape[-1])[None, None, :] == 0  # so that nobody divides by zero
+    top = jnp.where(here[..., None], belief.top, certain)
+    return belief.replace(tokens=jnp.where(here, belief.tokens, tokens), top=top)
 
 
 def _layout(settings: Settings, prompt_mask: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -13,11 +13,12 @@ import jax
 from xflow_jax.answer import judge, say, spelling
 from xflow_jax.checkpoint import save_params
 from xflow_jax.choices import parse_rule
-from xflow_jax.evaluate import evaluate, legend, make_cells, report
+from xflow_jax.evaluate import evaluate, make_cells
 from xflow_jax.generate import generate
 from xflow_jax.lm import BUNDLED, LM, load
 from xflow_jax.plot import trajectory_html
 from xflow_jax.records import Answers, table
+from xflow_jax.reports import legend, report
 from xflow_jax.rules import MaskPrediction
 from xflow_jax.sharding import make_mesh
 from xflow_jax.strict import UserError

@@ -1,10 +1,12 @@
-"""Evaluation: one task, many rules and budgets; every answer is run, kept and counted."""
+"""Evaluation: one task, many rules and budgets; every answer is run, kept and counted.
+
+Several processes decode together on one mesh, each runs its own share of the programs, and the first one writes.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -13,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from xflow_jax import hosts
 from xflow_jax.choices import blocks_of, parse_budgets, parse_rules, steps_of
 from xflow_jax.generate import generate
+from xflow_jax.identity import describe_rule, describe_task, fingerprint, hash_file
 from xflow_jax.lm import load
-from xflow_jax.plot import accuracy_over_budget
-from xflow_jax.records import Answer, Answers, Row, as_csv, markdown, summarise, table, write_whole
-from xflow_jax.rules import Rule
+from xflow_jax.records import Answer, Answers, Row, summarise, table
+from xflow_jax.reports import ablation_table, ablations, against, areas, by_budget, legend, report
+from xflow_jax.rules import Flow, Rule
 from xflow_jax.sandbox import run_many
 from xflow_jax.sharding import make_mesh
 from xflow_jax.strict import UserError
@@ -58,29 +61,37 @@ def evaluate(
     answers: Answers,
     batch_size: int = 64,
     seed: int = 0,
+    samples: int = 1,
+    k: int = 1,
 ) -> list[Row]:
     """Decodes, runs and keeps in `answers` what is not there yet; a row for each cell.
 
-    An answer depends on the problem, the cell and the seed alone, not on the batch. Raises UserError on bad input.
+    An answer depends on the problem, the cell and the seed alone, not on the batch. samples: answers to each problem,
+    of the seeds from `seed` on; a rule that draws nothing gives one. k: of pass@k. Raises UserError on bad input.
     """
     if lm.tokenizer is None:
         raise UserError("the model's directory has no tokenizer.json, which a task needs for its prompts")
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, not {batch_size}")
+    for name, value in (("batch_size", batch_size), ("samples", samples), ("k", k)):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
+    if k > samples:
+        raise UserError(f"pass@{k} needs at least {k} answers to each problem, but samples is {samples}")
     ids = [task.task_id(problem) for problem in problems]
     prompts = [chat_ids(lm.tokenizer, task.prompt(problem)) for problem in problems]
     # Prompts of like length share a batch, so that little of it is padding.
     order = sorted(range(len(problems)), key=lambda i: (len(prompts[i]), ids[i]))
     size = min(batch_size, len(problems))
-    todo = [[i for i in order if not answers.has(c.label, str(c.budget), ids[i])] for c in cells]
-    total = len(cells) * len(problems)
-    with tqdm(total=total, initial=total - sum(map(len, todo)), unit="answer", dynamic_ncols=True) as bar:
-        for cell, missing in zip(cells, todo, strict=True):
+    turns = [(cell, seed + i) for cell in cells for i in range(samples if cell.rule.needs_keys else 1)]
+    todo = [[i for i in order if not answers.has(c.label, str(c.budget), ids[i], at)] for c, at in turns]
+    total = len(turns) * len(problems)
+    shown = {"unit": "answer", "dynamic_ncols": True, "disable": not hosts.is_first()}
+    with tqdm(total=total, initial=total - sum(map(len, todo)), **shown) as bar:
+        for (cell, at), missing in zip(turns, todo, strict=True):
             bar.set_description(f"{cell.label} at {cell.budget}")
             for first in range(0, len(missing), size):
                 batch = missing[first : first + size]
                 filled = batch + batch[-1:] * (size - len(batch))  # one size of batch, one compilation
-                texts, passes, seconds = _decode(lm, task, [prompts[i] for i in filled], cell, seed)
+                texts, passes, seconds = _decode(lm, task, [prompts[i] for i in filled], cell, at)
                 given = [(problems[i], text) for i, text in zip(batch, texts, strict=False)]
                 answers.add(
                     [
@@ -88,7 +99,7 @@ def evaluate(
                             task_id=ids[i],
                             rule=cell.label,
                             budget=str(cell.budget),
-                            seed=seed,
+                            seed=at,
                             text=text,
                             passed=passed,
                             reason=reason,
@@ -102,15 +113,18 @@ def evaluate(
                 )
                 bar.update(len(batch))
     length = task.settings.gen_length
-    return [summarise(c.label, str(c.budget), c.steps, length, answers.of(c.label, str(c.budget), ids)) for c in cells]
+    kept = [answers.of(c.label, str(c.budget), ids) for c in cells]
+    return [summarise(c.label, str(c.budget), c.steps, length, a, k) for c, a in zip(cells, kept, strict=True)]
 
 
 def judge(task: Task, given: Sequence[tuple[Any, str]], answers: Answers) -> list[tuple[bool, str]]:
     """(passed, reason) of each (problem, text); what `answers` has judged before is not run again."""
     known = [answers.verdict(task.task_id(problem), text) for problem, text in given]
     new = [task.job(*pair) for pair, verdict in zip(given, known, strict=True) if verdict is None]
-    results = iter(run_many(new, task.settings.limits))
-    return [verdict or ((result := next(results)).passed, result.reason) for verdict in known]
+    mine = range(jax.process_index(), len(new), jax.process_count())
+    shares = hosts.gather([[r.passed, r.reason] for r in run_many([new[i] for i in mine], task.settings.limits)])
+    results = (tuple(shares[i % len(shares)][i // len(shares)]) for i in range(len(new)))
+    return [verdict or next(results) for verdict in known]
 
 
 def _decode(
@@ -158,56 +172,14 @@ def union(spans: Sequence[tuple[float, float]]) -> float:
     return covered
 
 
-@jax.jit
-def _checksum(x: jax.Array) -> jax.Array:
-    """Two sums of the bits of x, uint32 [2], the second weighted by position: the same on every mesh."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-    place = jnp.zeros_like(bits)
-    for axis in range(x.ndim):
-        place = place * jnp.uint32(2654435761) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return jnp.stack([jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)])
-
-
-def fingerprint(tree: Any) -> str:
-    """A short hash of a tree of arrays: of their paths, shapes, types and bits, wherever they are."""
-    digest = hashlib.sha256()
-    for path, x in jax.tree_util.tree_leaves_with_path(tree):
-        x = jnp.asarray(x)
-        sums = np.asarray(_checksum(x)).tolist()
-        digest.update(f"{jax.tree_util.keystr(path)} {x.shape} {x.dtype} {sums}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def describe_rule(rule: Rule) -> dict[str, Any]:
-    """A rule in JSON's types: its class, its options, and the fingerprint of its policy where it has one."""
-    options = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)}
-    policy = options.pop("policy", None)
-    if policy is not None:
-        options["policy"] = fingerprint(policy.params)
-        options |= {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy) if f.name != "params"}
-    return {"kind": type(rule).__name__, **options}
-
-
-def describe_task(task: Task, data: Path | None) -> dict[str, Any]:
-    """A task in JSON's types: its name, its settings, and the hash of its data file."""
-    settings = json.loads(json.dumps(dataclasses.asdict(task.settings)))
-    return {"task": task.name, "settings": settings, "data": None if data is None else _hash(data)}
-
-
-def _hash(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-
-
 def score(
     task: Task, problems: Sequence[Any], texts: Sequence[tuple[str, str]], label: str, answers: Answers
 ) -> tuple[Row, list[Answer]]:
     """Runs answers made elsewhere, (task_id, text) each; the row and the answers that failed."""
     by_id = {task.task_id(problem): problem for problem in problems}
     todo = [(i, text) for i, text in texts if not answers.has(label, "", i)]
-    with tqdm(total=len(texts), initial=len(texts) - len(todo), unit="answer", desc=label, dynamic_ncols=True) as bar:
+    shown = {"unit": "answer", "dynamic_ncols": True, "disable": not hosts.is_first()}
+    with tqdm(total=len(texts), initial=len(texts) - len(todo), desc=label, **shown) as bar:
         for first in range(0, len(todo), 64):
             batch = todo[first : first + 64]
             verdicts = judge(task, [(by_id[i], text) for i, text in batch], answers)
@@ -246,46 +218,47 @@ def read_answers(path: Path, wanted: Sequence[str], known: Sequence[str]) -> lis
     return [(i, text) for i, text in found if i in keep]
 
 
-def report(folder: Path, task: Task, rows: Sequence[Row], notes: Sequence[str]) -> list[Path]:
-    """Writes table.md and results.csv, and the picture where anything was decoded; the paths."""
-    made = [folder / "table.md", folder / "results.csv"]
-    write_whole(made[0], markdown(rows) + "\n" + "\n\n".join(notes) + "\n")
-    write_whole(made[1], as_csv(rows))
-    if any(row.steps for row in rows):
-        made.append(folder / "accuracy-over-budget.png")
-        accuracy_over_budget(rows, made[-1], title=f"{task.name}, {rows[0].n} problems")
-    return made
+def open_answers(folder: str | Path | None, about: dict[str, Any]) -> Answers:
+    """The answers of a run, of which the first process alone has the folder; all know what is there."""
+    mine: list[Answers] = []
 
+    def make() -> list[dict[str, Any]]:
+        mine.append(Answers(folder, about))
+        return [dataclasses.asdict(answer) for answer in mine[0].all()] if jax.process_count() > 1 else []
 
-def legend(task: Task) -> str:
-    """What the columns of the table mean, and the task's protocol, in two lines."""
-    settings = task.settings
-    block = "one block" if settings.block_length is None else f"blocks of {settings.block_length}"
-    options = "".join(f", {k}={v}" for k, v in settings.rule_options)
-    return (
-        f"{task.name}: {settings.shots}-shot, {settings.gen_length} response tokens, {block}{options}.\n"
-        "passes: forward passes per sequence, mean; seconds: of decoding, compilation left out; "
-        "tokens/s: response tokens."
-    )
+    kept = hosts.of_first(make)
+    if mine:
+        return mine[0]
+    answers = Answers(None, about)
+    answers.add([Answer(**fields) for fields in kept])
+    return answers
 
 
 def run(args: Any) -> None:
     """`xflow evaluate`."""
+    if args.task == "likelihood":
+        from xflow_jax import likelihood
+
+        return likelihood.run(args)
     task = get_task(args.task)
     data = None if args.data is None else Path(args.data)
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit must be at least 1, not {args.limit}")
     problems = task.problems(data, args.limit)
-    about: dict[str, Any] = {"format": 1, **describe_task(task, data), "limit": args.limit}
+    about: dict[str, Any] = {"format": 2, **describe_task(task, data), "limit": args.limit}
+    tables: list[tuple[str, str]] = []
     if args.canonical or args.answers is not None:
         rows = [_run_given(args, task, problems, about)]
     else:
-        rows = _run_model(args, task, problems, about)
-    print(f"\n{table(rows)}\n{legend(task)}")
+        rows, tables = _run_model(args, task, problems, about)
+    if not hosts.is_first():
+        return
+    print("\n" + "\n\n".join([table(rows), *(f"{title}\n\n{text}" for title, text in tables if text), legend(task)]))
     if args.out is None:
-        print("The answers were not kept: --out DIR keeps them, with the table and a picture.")
+        print("The answers were not kept: --out DIR keeps them, with the tables and a picture.")
     else:
-        print("Wrote " + ", ".join(map(str, report(Path(args.out), task, rows, _notes(task, about)))) + ".")
+        made = report(Path(args.out), task, rows, _notes(task, about), tables)
+        print("Wrote " + ", ".join(map(str, made)) + ".")
 
 
 def _notes(task: Task, about: dict[str, Any]) -> list[str]:
@@ -305,28 +278,55 @@ def _run_given(args: Any, task: Task, problems: Sequence[Any], about: dict[str, 
         label, known = "answers", [task.task_id(p) for p in task.problems(args.data and Path(args.data), None)]
         wanted = [task.task_id(p) for p in problems]
         texts = read_answers(Path(args.answers), wanted, known + wanted)
-        about["answers"] = _hash(Path(args.answers))
+        about["answers"] = hash_file(Path(args.answers))
     about["source"] = label
-    row, failed = score(task, problems, texts, label, Answers(args.out, about))
-    for answer in failed[:FAILURES]:
-        print(f"failed: {answer.task_id}: {answer.reason}")
-    if len(failed) > FAILURES:
-        print(f"failed: {len(failed) - FAILURES} more")
+    row, failed = score(task, problems, texts, label, open_answers(args.out, about))
+    if hosts.is_first():
+        for answer in failed[:FAILURES]:
+            print(f"failed: {answer.task_id}: {answer.reason}")
+        if len(failed) > FAILURES:
+            print(f"failed: {len(failed) - FAILURES} more")
     return row
 
 
-def _run_model(args: Any, task: Task, problems: Sequence[Any], about: dict[str, Any]) -> list[Row]:
+def _run_model(
+    args: Any, task: Task, problems: Sequence[Any], about: dict[str, Any]
+) -> tuple[list[Row], list[tuple[str, str]]]:
+    """The rows of all cells, and the tables that are made of them."""
     if args.model is None:
         raise UserError("say what answers: --model DIR, --canonical or --answers FILE")
     rules = parse_rules(args.rules, task.settings.rule_options)
     budgets = parse_budgets(args.budgets)
+    flow = next((label for label, rule in rules.items() if isinstance(rule, Flow)), None)
+    if args.ablate and flow is None:
+        raise UserError("--ablate takes the parts from a flow, so put one among --rules")
     mesh = make_mesh(args.mesh) if args.mesh or jax.device_count() > 1 else None
     lm = load(args.model, dtype=args.dtype, mesh=mesh)
-    cells = make_cells(lm, task, rules, budgets)
+    variants = ablations(flow, rules[flow]) if args.ablate else {}
+    cells = make_cells(lm, task, rules | variants, budgets)
+    base_name = args.base or ("tiny-base" if args.model == "tiny" else None)
+    base = load(base_name, dtype=args.dtype, mesh=mesh) if args.ablate and base_name else None
     about |= {
         "model": f"{fingerprint(lm.params)} {args.dtype}",
-        "rules": {label: describe_rule(rule) for label, rule in rules.items()},
+        "rules": {label: describe_rule(rule) for label, rule in (rules | variants).items()},
         "budgets": [str(budget) for budget in budgets],
         "seed": args.seed,
+        "samples": args.samples,
     }
-    return evaluate(lm, task, problems, cells, Answers(args.out, about), args.batch_size, args.seed)
+    if base is not None:
+        about["base"] = f"{fingerprint(base.params)} {args.dtype}"
+    answers = open_answers(args.out, about)
+    options = {"batch_size": args.batch_size, "seed": args.seed, "samples": args.samples, "k": args.k}
+    rows = evaluate(lm, task, problems, cells, answers, **options)
+    if base is not None:
+        unaligned = make_cells(base, task, {f"{flow} without alignment": rules[flow]}, budgets)
+        rows += evaluate(base, task, problems, unaligned, answers, **options)
+    ids = [task.task_id(problem) for problem in problems]
+    own = [row for row in rows if row.rule in rules]
+    tables = [
+        ("By budget", by_budget(own, rules, lm.config.family, task.name)),
+        ("The parts of the flow", ablation_table(flow, rows) if args.ablate else ""),
+        (f"Against {own[0].rule}, problem by problem", against(own, answers, ids, args.seed)),
+        ("Accuracy under parallelism", areas(own)),
+    ]
+    return rows, tables

@@ -52,6 +52,7 @@ def generate(
     seed: int = 0,
     trace: bool = False,
     early_exit: bool | None = None,
+    cache: bool | None = None,
 ) -> Generation:
     """Decodes an answer of up to `gen_length` tokens to each prompt.
 
@@ -59,14 +60,18 @@ def generate(
     forward passes for the whole response; steps_per_block: for each block, instead of it, as LLaDA2.0's code counts.
     block_length: of the semi-autoregressive blocks; None: one block for LLaDA, 32 for LLaDA2.0. eos_early_stop: stop a
     sequence when everything up to its first EOS is settled. early_exit: skip forward passes that can change nothing
-    (None: as the rule's original does). seed: of rules that draw; a sequence's draws depend on the seed and its own
-    prompt alone. One compilation per shape of the batch, rule and lengths. Raises UserError on bad input.
+    (None: as the rule's original does). cache: keep finished blocks' keys and values, which changes no token (None:
+    wherever there is such a cache, as in LLaDA2.0). seed: of rules that draw; a sequence's draws depend on the seed and
+    its own prompt alone. One compilation per shape of the batch, rule and lengths. Raises UserError on bad input.
     """
     rows = _ids(lm, prompts)
     longest = max(len(row) for row in rows)
     settings = settings_of(lm, longest, gen_length, steps, steps_per_block, block_length)
+    if cache and not settings.cache:
+        raise UserError(f"{lm.config.family} attends to later blocks, so it has no exact cache; leave cache out")
     settings = dataclasses.replace(
         settings,
+        cache=settings.cache if cache is None else cache,
         early_exit=rule.early_exit if early_exit is None else early_exit,
         settled=getattr(rule, "settled", SETTLED),
         eos_early_stop=eos_early_stop,
@@ -157,7 +162,7 @@ def settings_of(
             f"{steps_per_block} steps for a block of {size} tokens: it must be 1 to {MOST_STEPS * size} "
             f"(for the response of {gen_length} tokens, at most {most})"
         )
-    settings = Settings(gen_length, size, steps_per_block, block_causal=causal, stop_at_eos=causal)
+    settings = Settings(gen_length, size, steps_per_block, block_causal=causal, cache=causal, stop_at_eos=causal)
     if longest + settings.canvas > lm.config.max_length:
         raise UserError(
             f"a prompt of {longest} tokens and a response of {settings.canvas} exceed the model's "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,9 @@ class Source:
     def check(self, plan: Plan) -> None:
         """Holds the tensors against a plan, both ways; UserError names what is missing, extra or of a wrong shape."""
         kind = f"a {plan.family} model of this {CONFIG}"
+        ours = _experts({name: entry.shape for name, entry in self.entries.items()})
+        if ours != (wanted := _experts(plan.tensors)) and ours and wanted:
+            raise UserError(f"{self.directory}: the layers have {ours} experts, but {kind} has {wanted}")
         if missing := [name for name in plan.tensors if name not in self.entries]:
             raise UserError(f"{self.directory}: the tensor {_first(missing)} is missing, but {kind} has it")
         extra = [name for name in self.entries if name not in plan.tensors and not plan.ignores(name)]
@@ -104,6 +107,13 @@ class Source:
     def dtype_of(self, pieces: Collection[Piece]) -> np.dtype:
         """The dtype that holds all these pieces without loss."""
         return np.dtype(jnp.result_type(*{self.entries[piece.tensor].dtype for piece in pieces}))
+
+
+def _experts(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many experts the layers have by the names of tensors, or by their shapes where a layer's are one tensor."""
+    single = [int(match[1]) + 1 for name in shapes if (match := re.search(r"\.experts\.(\d+)\.", name))]
+    stacked = [shape[0] for name, shape in shapes.items() if re.search(r"\.experts\.\w+$", name) and shape]
+    return max(single + stacked, default=0)
 
 
 def _first(names: list[str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -47,12 +48,55 @@ def _llada(config: Any) -> Table:
     return table
 
 
+_MLP = {"ff_proj": "gate_proj", "up_proj": "up_proj", "ff_out": "down_proj"}
+# Of LLaDA2.0, parameters of a layer -> tensors of a layer; q, k and v are one tensor, in this order.
+_LLADA2_ATTENTION = {
+    "attn_norm/scale": "input_layernorm.weight",
+    "ff_norm/scale": "post_attention_layernorm.weight",
+    "q_norm/scale": "attention.query_layernorm.weight",
+    "k_norm/scale": "attention.key_layernorm.weight",
+    **{f"{name}/kernel": "attention.query_key_value.weight" for name in ("q_proj", "k_proj", "v_proj")},
+    **{f"{name}/bias": "attention.query_key_value.bias" for name in ("q_proj", "k_proj", "v_proj")},
+    "attn_out/kernel": "attention.dense.weight",
+    "attn_out/bias": "attention.dense.bias",
+}
+_LLADA2_DENSE = {f"{ours}/kernel": f"mlp.{its}.weight" for ours, its in _MLP.items()}
+_LLADA2_EXPERTS = {
+    "router/kernel": "mlp.gate.weight",
+    "router/bias": "mlp.gate.expert_bias",
+    **{f"experts/{name}": f"mlp.experts.{{expert}}.{name}_proj.weight" for name in ("gate", "up", "down")},
+    **{f"shared/{ours}/kernel": f"mlp.shared_experts.{its}.weight" for ours, its in _MLP.items()},
+}
+# A layer's experts in one tensor [X, out, in], as inclusionAI/dFactory's moe_convertor.py merges them.
+_LLADA2_STACKED = {f"experts/{name}": f"mlp.experts.{name}_proj" for name in ("gate", "up", "down")}
+
+
+def _llada2(config: Any, experts: dict[str, str] = _LLADA2_EXPERTS) -> Table:
+    table = {"wte/embedding": Leaf("model.word_embeddings.weight")}
+    for stack, first, names in (("dense", 0, _LLADA2_DENSE), ("blocks", config.dense_layers, experts)):
+        for path, tensor in (_LLADA2_ATTENTION | names).items():
+            matrix = path.endswith("/kernel") or path.startswith("experts/")
+            table[f"{stack}/{path}"] = Leaf("model.layers.{layer}." + tensor, matrix, first)
+    table["ln_f/scale"] = Leaf("model.norm.weight")
+    table["ff_out/kernel"] = Leaf("lm_head.weight", transpose=True)
+    return table
+
+
 # family -> variant -> configuration -> table: it may name more parameters than a configuration has (biases). Variants
-# are other tensors for the same parameters; the first is what is written where nothing else is known.
-TABLES: dict[str, dict[str, Callable[[Any], Table]]] = {"llada": {"llada": _llada}}
+# are other tensors for the same parameters.
+TABLES: dict[str, dict[str, Callable[[Any], Table]]] = {
+    "llada": {"llada": _llada},
+    "llada2": {"experts": _llada2, "stacked": partial(_llada2, experts=_LLADA2_EXPERTS | _LLADA2_STACKED)},
+}
+
+# model_type in a config.json -> the variant that its code reads; of all others it is the family's first.
+WRITTEN: dict[str, str] = {"llada2_moe_veomni": "stacked"}
 
 # family -> tensors that carry no parameters (buffers that the code computes by itself) and are passed over when read.
-IGNORED: dict[str, str] = {"llada": r"model\.transformer\.(blocks\.\d+\.)?rotary_emb\.inv_freq"}
+IGNORED: dict[str, str] = {
+    "llada": r"model\.transformer\.(blocks\.\d+\.)?rotary_emb\.inv_freq",
+    "llada2": r"model\.(layers\.\d+\.attention\.)?rotary_emb\.inv_freq",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +141,12 @@ class Plan:
 def make_plan(config: Any, abstract: Any, names: Collection[str] = (), variant: str | None = None) -> Plan:
     """The plan for a tree of parameters (anything with shapes) of a configuration's family.
 
-    names: of the tensors at hand, by which the variant is chosen where it is not given. Raises KeyError for a parameter
-    that the table does not know.
+    The variant, where it is not given, is the one that fits the names of the tensors at hand best, or without names the
+    one that the configuration's own code reads. Raises KeyError for a parameter that the table does not know.
     """
     variants = TABLES[config.family]
+    if variant is None and not names:
+        variant = WRITTEN.get(config.to_hf()["model_type"], next(iter(variants)))
     if variant is not None:
         return _plan(config, variant, abstract)
     plans = (_plan(config, name, abstract) for name in variants)

@@ -34,14 +34,15 @@ def write_hf(
 ) -> None:
     """Writes parameters (arrays, of this process) as a Hugging Face directory, atomically.
 
-    dtype: of the tensors (None: the parameters' own). tokenizer_dir: where the tokenizer's files are. max_shard_size:
-    bytes; more become several files and an index. Raises UserError where `path` exists or the disk is full, ValueError
-    where the parameters are not those of the configuration.
+    dtype: of the tensors (None: the parameters' own), but for those that are float32 always. tokenizer_dir: where the
+    tokenizer's files are. max_shard_size: bytes; more become several files and an index. Raises UserError where `path`
+    exists or the disk is full, ValueError where the parameters are not those of the configuration.
     """
     leaves = dict(flatten(params))
-    check_shapes(abstract_params(build(config)), {name: x.shape for name, x in leaves.items()})
+    abstract = abstract_params(build(config, param_dtype=dtype or np.float32))
+    check_shapes(abstract, {name: x.shape for name, x in leaves.items()})
     plan = make_plan(config, params)
-    kinds = {name: np.dtype(dtype or x.dtype) for name, x in leaves.items()}
+    kinds = {name: np.dtype(x.dtype) for name, x in (leaves.items() if dtype is None else flatten(abstract))}
     dtypes = {piece.tensor: kinds[name] for name, pieces in plan.leaves.items() for piece in pieces}
 
     def leaf(name: str) -> np.ndarray:

@@ -1,14 +1,16 @@
-"""What a command does before its first computation: join the other processes of its run, and keep compiled programs."""
+"""Several processes that run one program: what one of them knows, told to all. With one process all of it is free."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
+import numpy as np
 
 from xflow_jax.strict import UserError
 
@@ -41,8 +43,48 @@ def keep_programs() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
+def is_first() -> bool:
+    """Whether this process is the one that writes files and prints."""
+    return jax.process_index() == 0
+
+
 def fetch(tree: Any) -> Any:
-    """Arrays as NumPy's on every process, wherever their parts lie."""
-    if all(getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves(tree)):
+    """A tree of device arrays as NumPy arrays, whole on every process, however they are sharded."""
+    if jax.process_count() == 1:
         return jax.device_get(tree)
-    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
+    from jax.experimental.multihost_utils import process_allgather
+
+    def whole(x: jax.Array) -> np.ndarray:
+        return np.asarray(x if x.is_fully_addressable else process_allgather(x, tiled=True))
+
+    return jax.tree.map(whole, tree)
+
+
+def gather(item: Any) -> list[Any]:
+    """What every process has, in their order; `item` is of JSON's types. All processes must call this."""
+    if jax.process_count() == 1:
+        return [item]
+    from jax.experimental.multihost_utils import process_allgather
+
+    data = np.frombuffer(json.dumps(item).encode(), np.uint8)
+    sizes = process_allgather(np.array([data.size], np.int32)).ravel()
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: data.size] = data
+    rows = process_allgather(padded).reshape(len(sizes), -1)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def of_first(make: Callable[[], Any]) -> Any:
+    """What `make` returns on the first process, of JSON's types, on all of them; its UserError is raised on all."""
+    if jax.process_count() == 1:
+        return make()
+    said: dict[str, Any] = {}
+    if is_first():
+        try:
+            said["value"] = make()
+        except UserError as error:
+            said["error"] = str(error)
+    said = gather(said)[0]
+    if "error" in said:
+        raise UserError(said["error"])
+    return said["value"]

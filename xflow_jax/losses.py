@@ -78,15 +78,20 @@ def alignment_errors(
     return tuple(jnp.moveaxis(x, 0, 1).reshape(b, -1)[:, :n] for x in (error, nll))
 
 
-def group_advantages(rewards: jax.Array, per_position: bool = False, floor: float = 1e-4) -> jax.Array:
-    """GRPO's advantages of rewards float32 [B, G, N]: less the group's mean, by its standard deviation plus `floor`.
+def group_advantages(
+    rewards: jax.Array, per_position: bool = False, scale: str = "group", floor: float = 1e-4
+) -> jax.Array:
+    """GRPO's advantages of rewards float32 [B, G, N]: less the group's mean, by a standard deviation plus `floor`.
 
-    A group is all G x N rewards of a prompt, or with per_position the G of each of its positions. Where all of a group
-    are equal the advantages are 0.
+    A group is all G x N rewards of a prompt, or with per_position the G of each of its positions. scale: whose standard
+    deviation: "group" (Eq. 18), "batch" (of all that is left after the means: small differences of a unanimous group
+    then stay small), or "none" = 1.
     """
     axes = (1,) if per_position else (1, 2)
     centred = rewards - rewards.mean(axis=axes, keepdims=True)
-    return centred / (rewards.std(axis=axes, keepdims=True) + floor)
+    if scale == "none":
+        return centred
+    return centred / (centred.std(axis=axes if scale == "group" else None, keepdims=True) + floor)
 
 
 def clipped_surrogate(

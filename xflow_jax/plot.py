@@ -124,17 +124,18 @@ def trajectory_html(
 ) -> None:
     """Writes one self-contained page: tokens over steps, coloured by progress, with the answer at each step.
 
-    trace: of `generate`, arrays [T, B, N]; row: which sequence of it. spell: token id -> its text. facts: what to say
+    trace: of `generate`, [T, B, N]; row: which sequence of it. spell: token id -> its text. facts: what to say
     of the decode (rule, steps, verdict). Steps that were skipped by early exit are left out. Raises UserError where the
     file cannot be written.
     """
     steps = np.flatnonzero(trace.confidence[:, row].max(axis=-1) > 0)
     pick = {
         name: np.asarray(getattr(trace, name))[steps, row]
-        for name in ("tokens", "progress", "confidence", "step_fraction", "reedited")
+        for name in ("tokens", "progress", "confidence", "step_fraction", "reedited", "top", "top_tokens")
     }
     standing = standing_tokens(pick["tokens"], pick["progress"], pick["reedited"])
-    used = np.unique(np.concatenate([pick["tokens"], standing]))
+    likely = pick["top_tokens"]
+    used = np.unique(np.concatenate([pick["tokens"].ravel(), standing.ravel(), likely.ravel()]))
     data = {
         "steps": (steps + 1).tolist(),
         "of": len(trace.tokens),
@@ -145,6 +146,8 @@ def trajectory_html(
         "confidence": np.round(pick["confidence"], 3).tolist(),
         "fraction": np.round(pick["step_fraction"], 3).tolist(),
         "reedited": pick["reedited"].astype(int).tolist(),
+        "likely": np.searchsorted(used, likely).tolist(),
+        "probability": np.round(pick["top"], 3).tolist(),
     }
     # No "<" in the script's data, or a token could end the script.
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")

@@ -2,6 +2,9 @@
 
 y ~ Beta(mu kappa, (1 - mu) kappa) lies on a logarithmic scale between the smallest and the largest step:
 a = a_min (a_max / a_min)^y. Deterministic decoding takes the expectation of a, Kummer's function of the Beta's shape.
+
+mu stays below 0.95, so with the paper's a_max = 1 no step is expected to be larger than about 0.77, and a position
+needs four of them to settle. An a_max above 1, cut off at 1, lets a policy settle a position at once.
 """
 
 from __future__ import annotations
@@ -19,8 +22,10 @@ from flax import struct
 
 from xflow_jax.config import UserError
 
+BUNDLED = Path(__file__).parent / "tiny" / "policy.safetensors"
 FEATURES = 8
 MU_LOW, MU_SPAN = 0.05, 0.9
+A_LIMIT = 4.0  # of a_max
 _TENSORS = ("w1", "b1", "w2", "b2", "w_mu", "b_mu", "w_kappa", "b_kappa")
 _RANGES = ("a_min", "a_max", "kappa_min", "kappa_max")
 # y is kept off 0 and 1 by this much: below it float32 cannot tell 1 - y from 1, and log-densities lose their meaning.
@@ -49,14 +54,14 @@ class Policy:
         return mu.reshape(s.shape[:-1]), kappa.reshape(s.shape[:-1])
 
     def step_of(self, y: jax.Array) -> jax.Array:
-        """y in [0, 1] -> a on the logarithmic scale between a_min and a_max (Eq. 17)."""
-        return self.a_min * jnp.exp(y * math.log(self.a_max / self.a_min))
+        """y in [0, 1] -> a on the logarithmic scale between a_min and a_max (Eq. 17), at most 1."""
+        return jnp.minimum(self.a_min * jnp.exp(y * math.log(self.a_max / self.a_min)), 1.0)
 
     def expected_step(self, s: jax.Array) -> jax.Array:
-        """E[a] float32 [...] at features s [..., 8]: a_min 1F1(mu kappa; kappa; ln(a_max / a_min))."""
+        """E[a] float32 [...] at features s [..., 8]: a_min 1F1(mu kappa; kappa; ln(a_max / a_min)), at most 1."""
         mu, kappa = self.beta(s)
         z = math.log(self.a_max / self.a_min)
-        return self.a_min * kummer(mu * kappa, kappa, z)
+        return jnp.minimum(self.a_min * kummer(mu * kappa, kappa, z), 1.0)
 
     def sample(self, key: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Draws (y, a, log-density of y), float32 [...] each, at features s [..., 8]."""
@@ -154,9 +159,18 @@ def fit(policy: Policy, step_of: Callable[[jax.Array], jax.Array], key: jax.Arra
 
 
 def load_policy(path: str | Path) -> Policy:
-    """Reads a policy from safetensors with its ranges in the metadata. UserError where the file is not one."""
+    """Reads a policy from safetensors with its ranges in the metadata, "tiny": that of the bundled model.
+
+    UserError where the file is not one.
+    """
+    return read_policy(path)[0]
+
+
+def read_policy(path: str | Path) -> tuple[Policy, str]:
+    """As `load_policy`, with the options of the flow that the policy was trained under, as in a rule's text."""
     from safetensors import SafetensorError, safe_open
 
+    path = BUNDLED if str(path) == "tiny" else path
     try:
         # As jax arrays: NumPy alone knows no bfloat16.
         with safe_open(str(path), framework="flax") as file:
@@ -184,9 +198,12 @@ def load_policy(path: str | Path) -> Policy:
         ranges = {name: float(json.loads(metadata[name])) for name in _RANGES}
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {', '.join(_RANGES)} in the metadata must be numbers, not {metadata}") from error
-    if not (0 < ranges["a_min"] < ranges["a_max"] <= 1 and 0 < ranges["kappa_min"] <= ranges["kappa_max"] < math.inf):
-        raise UserError(f"{path}: its ranges {ranges} must be 0 < a_min < a_max <= 1 and 0 < kappa_min <= kappa_max")
-    return Policy({name: params[name].reshape(shape) for name, shape in wanted.items()}, **ranges)
+    a_ranges = 0 < ranges["a_min"] < ranges["a_max"] <= A_LIMIT and ranges["a_min"] < 1
+    if not (a_ranges and 0 < ranges["kappa_min"] <= ranges["kappa_max"] < math.inf):
+        right = f"0 < a_min < a_max <= {A_LIMIT:g}, a_min < 1 and 0 < kappa_min <= kappa_max"
+        raise UserError(f"{path}: its ranges {ranges} must be {right}")
+    policy = Policy({name: params[name].reshape(shape) for name, shape in wanted.items()}, **ranges)
+    return policy, metadata.get("switches", "")
 
 
 def save_policy(path: str | Path, policy: Policy, **metadata: Any) -> None:

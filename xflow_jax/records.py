@@ -6,12 +6,12 @@ import csv
 import dataclasses
 import io
 import json
-import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from xflow_jax.stats import pass_at_k, wilson
 from xflow_jax.strict import UserError
 
 
@@ -40,7 +40,8 @@ class Row:
 
     steps: allowed for the response. n: problems. accuracy, low, high: percent, with the 95 % Wilson interval.
     forward_passes: mean per sequence; passes_per_token: the same by N. seconds: of decoding, in all, compilation left
-    out. tokens_per_second: response positions, all N of each sequence, by those seconds.
+    out. tokens_per_second: response positions, all N of each sequence, by those seconds. pass_at_k: in percent, of k
+    answers to each problem; None where not so many were given.
     """
 
     rule: str
@@ -54,20 +55,15 @@ class Row:
     passes_per_token: float
     seconds: float
     tokens_per_second: float
+    k: int = 1
+    pass_at_k: float | None = None
 
 
-def wilson(passed: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson score interval of `passed` out of `n`, as shares (95 % by default); (0, 1) where n is 0."""
-    if n == 0:
-        return 0.0, 1.0
-    p = passed / n
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(middle - half, 0.0), min(middle + half, 1.0)
+def summarise(rule: str, budget: str, steps: int, gen_length: int, answers: Sequence[Answer], k: int = 1) -> Row:
+    """The row of all answers of one rule and budget; with several answers to a problem, pass@1 is their mean.
 
-
-def summarise(rule: str, budget: str, steps: int, gen_length: int, answers: Sequence[Answer]) -> Row:
-    """The row of all answers of one rule and budget; with several answers to a problem, pass@1 is their mean."""
+    The interval is for as many problems as there are, so it is wide rather than narrow where answers are several.
+    """
     verdicts: dict[str, list[bool]] = {}
     for answer in answers:
         verdicts.setdefault(answer.task_id, []).append(answer.passed)
@@ -78,7 +74,10 @@ def summarise(rule: str, budget: str, steps: int, gen_length: int, answers: Sequ
     seconds = sum(a.seconds for a in answers)
     speed = len(answers) * gen_length / seconds if seconds else 0.0
     share = 100 * passed / max(n, 1)
-    return Row(rule, budget, steps, n, share, 100 * low, 100 * high, passes, passes / gen_length, seconds, speed)
+    enough = n > 0 and min(map(len, verdicts.values())) >= k
+    at_k = 100 * sum(pass_at_k(len(v), sum(v), k) for v in verdicts.values()) / n if enough else None
+    per_token = passes / gen_length
+    return Row(rule, budget, steps, n, share, 100 * low, 100 * high, passes, per_token, seconds, speed, k, at_k)
 
 
 class Answers:
@@ -149,9 +148,14 @@ class Answers:
         for answer in answers:
             self._keep(answer)
 
-    def has(self, rule: str, budget: str, task_id: str) -> bool:
-        """Whether there is an answer to this problem by this rule at this budget."""
-        return (rule, budget, task_id) in self._answers
+    def has(self, rule: str, budget: str, task_id: str, seed: int | None = None) -> bool:
+        """Whether there is an answer to this problem by this rule at this budget, of this seed (None: of any)."""
+        kept = self._answers.get((rule, budget, task_id), ())
+        return any(seed is None or answer.seed == seed for answer in kept)
+
+    def all(self) -> list[Answer]:
+        """Every answer, in the order in which problems were first answered."""
+        return [answer for kept in self._answers.values() for answer in kept]
 
     def verdict(self, task_id: str, text: str) -> tuple[bool, str] | None:
         """(passed, reason) of this very answer to this problem, where another rule or budget has come to it before."""
@@ -175,6 +179,16 @@ def write_whole(path: Path, text: str) -> None:
 _HEADER = ("rule", "budget", "steps", "n", "accuracy", "95 % CI", "passes", "seconds", "tokens/s")
 
 
+def _lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The header and a line for each row; pass@k has a column where k is not 1."""
+    several = [row for row in rows if row.k > 1]
+    lines = [(*_HEADER, f"pass@{several[0].k}") if several else _HEADER]
+    for row in rows:
+        at_k = ("-" if row.pass_at_k is None else f"{row.pass_at_k:.1f} %",) if several else ()
+        lines.append((*_cells(row), *at_k))
+    return lines
+
+
 def _cells(row: Row) -> tuple[str, ...]:
     interval = f"{row.low:.1f}-{row.high:.1f}"
     # Answers made elsewhere have neither steps nor seconds.
@@ -185,8 +199,8 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as text for a terminal, numbers to the right."""
-    lines = [_HEADER, *map(_cells, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
+    lines = _lines(rows)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     aligned = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
                for line in lines]  # fmt: skip
     return "\n".join([aligned[0], "-" * len(aligned[0]), *aligned[1:]])
@@ -194,8 +208,14 @@ def table(rows: Sequence[Row]) -> str:
 
 def markdown(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
-    lines = [_HEADER, ("---", "---", *["---:"] * (len(_HEADER) - 2)), *map(_cells, rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    header, *lines = _lines(rows)
+    return markdown_lines(header, lines, left=2)
+
+
+def markdown_lines(header: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> str:
+    """A Markdown table whose first `left` columns stand on the left, the others, numbers, on the right."""
+    rule = ["---" if i < left else "---:" for i in range(len(header))]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *lines))
 
 
 def as_csv(rows: Sequence[Row]) -> str:

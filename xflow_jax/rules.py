@@ -6,6 +6,8 @@ prediction, threshold decoding and their like are the rules that only ever take 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +22,17 @@ from xflow_jax.strict import require
 if TYPE_CHECKING:
     from xflow_jax.decode import DecodeState, Step
 
+Rule = Any  # a frozen dataclass that is called with (belief, state, step) and answers with an Action; see Threshold
+
 SETTLED = 0.99  # progress from which a position counts as decided
 A_MIN = 1 / 256
 
 
-def _static(default: Any) -> Any:
-    return struct.field(pytree_node=False, default=default)
+def static(default: Any, **more: Any) -> Any:
+    return struct.field(pytree_node=False, default=default, **more)
 
 
-def _within(rule: Any, **largest: float) -> None:
+def within(rule: Any, **largest: float) -> None:
     """Refuses a rule of which a number is neither None nor between 0 and its largest."""
     for name, top in largest.items():
         value = getattr(rule, name)
@@ -70,6 +74,18 @@ def highest(score: jax.Array, among: jax.Array, count: jax.Array | int) -> jax.A
     return among & (rank < count)
 
 
+def at_least(scheduled: jax.Array, sure: jax.Array, quota: jax.Array) -> jax.Array:
+    """bool [B, N], LLaDA2.0's choice: a row's `sure` ones where they are at least `quota`, else the `scheduled`."""
+    return jnp.where(jnp.sum(sure, axis=-1, keepdims=True) >= quota, sure, scheduled)
+
+
+def certainty(belief: Belief, order: str) -> jax.Array:
+    """float32 [B, N]: by what masks are ordered, highest first: "confidence", "entropy" or "margin" (p1 - p2)."""
+    if order == "entropy":
+        return -belief.entropy
+    return belief.top[..., 0] - belief.top[..., 1] if order == "margin" else belief.confidence
+
+
 def ahead(score: jax.Array, among: jax.Array) -> jax.Array:
     """bool [B, N, N]: at [b, i, j], whether j is one `among` those allowed and comes before i in descending `score`."""
     mine, other = score[:, :, None], score[:, None, :]
@@ -78,8 +94,29 @@ def ahead(score: jax.Array, among: jax.Array) -> jax.Array:
     return among[:, None, :] & ((other > mine) | ((other == mine) & earlier))
 
 
+@functools.partial(struct.dataclass, kw_only=True)
+class Speech:
+    """What a rule lets the model say: options that all rules share.
+
+    suppress_mask: neither the mask token nor a row without a token is predicted. logits_eos_inf: EOS is never
+    predicted. confidence_eos_eot_inf: EOS and EoT may be predicted, but with confidence 0.
+    """
+
+    suppress_mask: bool = static(False)
+    logits_eos_inf: bool = static(False)
+    confidence_eos_eot_inf: bool = static(False)
+
+    def belief_options(self, config: Any, eot_id: int | None) -> BeliefOptions:
+        """What the rule asks of the belief."""
+        never = (config.eos_id,) if self.logits_eos_inf else ()
+        doubted = tuple(i for i in (config.eos_id, eot_id) if i is not None) if self.confidence_eos_eot_inf else ()
+        if not self.suppress_mask:
+            return BeliefOptions(never, doubted)
+        return BeliefOptions((*never, config.mask_id), doubted, config.vocab_size)
+
+
 @struct.dataclass
-class Flow:
+class Flow(Speech):
     """x-prediction flow decoding (Eqs. 4-10), the method itself.
 
     policy: the trained step-size policy, in its expectation or, with `sample`, drawn from (what was drawn goes into the
@@ -92,32 +129,26 @@ class Flow:
     """
 
     policy: Policy | None = None
-    power: float = _static(2.0)
-    jump: float | None = _static(None)
-    creep: float = _static(0.1)
-    revise_committed: bool = _static(True)
-    reedit_margin: float | None = _static(0.1)
-    commit: bool = _static(True)
-    synchronous: bool = _static(False)
-    suppress_mask: bool = _static(True)
-    early_exit: bool = _static(False)
-    settled: float = _static(SETTLED)
-    sample: bool = _static(False)
+    power: float = static(2.0)
+    jump: float | None = static(None)
+    creep: float = static(0.1)
+    revise_committed: bool = static(True)
+    reedit_margin: float | None = static(0.1)
+    commit: bool = static(True)
+    synchronous: bool = static(False)
+    suppress_mask: bool = static(True, kw_only=True)
+    early_exit: bool = static(False)
+    settled: float = static(SETTLED)
+    sample: bool = static(False)
 
     def __post_init__(self) -> None:
         require(self.policy is not None or not self.sample, "only a policy can be sampled from; name its file")
-        _within(self, power=math.inf, jump=1.0, creep=1.0, reedit_margin=math.inf, settled=1.0)
+        within(self, power=math.inf, jump=1.0, creep=1.0, reedit_margin=math.inf, settled=1.0)
 
     @property
     def needs_keys(self) -> bool:
         """Whether anything is drawn at random."""
         return self.sample
-
-    def belief_options(self, config: Any, eot_id: int | None) -> BeliefOptions:
-        """What this rule asks of the belief: no mask token, no row without a token."""
-        if not self.suppress_mask:
-            return BeliefOptions()
-        return BeliefOptions(never=(config.mask_id,), vocab_size=config.vocab_size)
 
     def fixed_step(self, c: jax.Array) -> jax.Array:
         """The step fraction of the rule without a policy, from the confidence alone."""
@@ -154,29 +185,26 @@ class Flow:
 
 
 @struct.dataclass
-class MaskPrediction:
+class MaskPrediction(Speech):
     """The standard decoder of LLaDA (ML-GSAI/LLaDA, generate.py) and, with `threshold`, of LLaDA2.0.
 
     order: which masked positions are written first: "confidence", "random", "entropy" (lowest first) or "margin"
     (largest p1 - p2). temperature: of the Gumbel noise when choosing tokens; the confidence stays the one without it.
-    cfg_scale: classifier-free guidance w. logits_eos_inf: EOS is never predicted. confidence_eos_eot_inf: EOS and EoT
-    may be predicted, but with confidence 0. threshold: all positions above it are written when they are at least the
-    scheduled number, else the scheduled number; blocks then end as soon as they hold no mask. UserError for an unknown
-    order and where a number is out of range.
+    cfg_scale: classifier-free guidance w. threshold: all positions above it are written when they are at least the
+    scheduled number, else the scheduled number; blocks then end as soon as they hold no mask. The mask token and unused
+    rows are left alone unless told, as in the official code. UserError for an unknown order and where a number is out
+    of range.
     """
 
-    order: str = _static("confidence")
-    temperature: float = _static(0.0)
-    cfg_scale: float = _static(0.0)
-    logits_eos_inf: bool = _static(False)
-    confidence_eos_eot_inf: bool = _static(False)
-    threshold: float | None = _static(None)
-    suppress_mask: bool = _static(False)
+    order: str = static("confidence")
+    temperature: float = static(0.0)
+    cfg_scale: float = static(0.0)
+    threshold: float | None = static(None)
 
     def __post_init__(self) -> None:
         orders = ("confidence", "random", "entropy", "margin")
         require(self.order in orders, f"order must be {', '.join(orders[:-1])} or {orders[-1]}, not {self.order!r}")
-        _within(self, temperature=math.inf, cfg_scale=math.inf, threshold=1.0)
+        within(self, temperature=math.inf, cfg_scale=math.inf, threshold=1.0)
 
     @property
     def early_exit(self) -> bool:
@@ -189,55 +217,37 @@ class MaskPrediction:
         return self.order == "random" or self.temperature > 0
 
     def belief_options(self, config: Any, eot_id: int | None) -> BeliefOptions:
-        """What this rule asks of the belief; the mask token and unused rows are left alone, as in the official code."""
-        never = (config.eos_id,) if self.logits_eos_inf else ()
-        doubted = tuple(i for i in (config.eos_id, eot_id) if i is not None) if self.confidence_eos_eot_inf else ()
-        if self.suppress_mask:
-            never += (config.mask_id,)
-        vocab_size = config.vocab_size if self.suppress_mask else None
-        return BeliefOptions(never, doubted, vocab_size, self.temperature, self.cfg_scale)
+        """What the rule asks of the belief, with the noise and the guidance."""
+        asked = Speech.belief_options(self, config, eot_id)  # flax makes the class anew, and super() the old one
+        return dataclasses.replace(asked, temperature=self.temperature, guidance=self.cfg_scale)
 
     def __call__(self, belief: Belief, state: DecodeState, step: Step) -> Action:
         """A step of 1 on the scheduled number of masked positions."""
         masked = step.candidates & (state.t < 1)
-        if self.order == "confidence":
-            score = belief.confidence
-        elif self.order == "entropy":
-            score = -belief.entropy
-        elif self.order == "margin":
-            score = belief.top[..., 0] - belief.top[..., 1]
-        else:
+        if self.order == "random":
             # A key of its own: the noise on the logits uses the step's key itself.
             score = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), masked.shape[1:]))(step.keys)
+        else:
+            score = certainty(belief, self.order)
         chosen = highest(score, masked, step.quota)
         if self.threshold is not None:
-            sure = masked & (belief.confidence > self.threshold)
-            enough = jnp.sum(sure, axis=-1, keepdims=True) >= step.quota
-            chosen = jnp.where(enough, sure, chosen)
+            chosen = at_least(chosen, masked & (belief.confidence > self.threshold), step.quota)
         return Action.unmask(chosen)
 
 
 @struct.dataclass
-class Threshold:
+class Threshold(Speech):
     """Fast-dLLM's confidence-aware decoding: every masked position with c >= tau, at least the surest one."""
 
-    tau: float = _static(0.9)
-    suppress_mask: bool = _static(False)
-    early_exit: bool = _static(True)
-    needs_keys: bool = _static(False)
+    tau: float = static(0.9)
+    early_exit: bool = static(True)
+    needs_keys: bool = static(False)
 
     def __post_init__(self) -> None:
-        _within(self, tau=1.0)
-
-    def belief_options(self, config: Any, eot_id: int | None) -> BeliefOptions:
-        """What this rule asks of the belief; the mask token and unused rows are left alone, as in the original."""
-        return BeliefOptions((config.mask_id,), (), config.vocab_size) if self.suppress_mask else BeliefOptions()
+        within(self, tau=1.0)
 
     def __call__(self, belief: Belief, state: DecodeState, step: Step) -> Action:
         """A step of 1 where the confidence reaches tau."""
         masked = step.candidates & (state.t < 1)
         best = highest(belief.confidence, masked, 1)
         return Action.unmask((masked & (belief.confidence >= self.tau)) | best)
-
-
-Rule = Flow | MaskPrediction | Threshold

@@ -143,15 +143,17 @@ def make_policy_step(
     epsilon: float = 0.2,
     epochs: int = 1,
     per_position: bool = False,
+    scale_rewards: str = "group",
 ) -> Callable[[TrainState, Rollout, jax.Array], tuple[TrainState, Metrics]]:
     """The step of GRPO on the step-size policy (Eq. 18): step(state, rollout, rewards) -> (state, metrics).
 
     policy: for its ranges; the parameters are the state's. rollout: of B prompts x G, the G of a prompt one after the
-    other. rewards float32 [B, G, N]. epochs: updates made on the one batch.
+    other. rewards float32 [B, G, N]. epochs: updates made on the one batch. per_position, scale_rewards: as in
+    losses.group_advantages.
     """
 
     def step(state: TrainState, rollout: Rollout, rewards: jax.Array) -> tuple[TrainState, Metrics]:
-        advantages = losses.group_advantages(rewards, per_position).reshape(-1, rewards.shape[-1])
+        advantages = losses.group_advantages(rewards, per_position, scale_rewards).reshape(-1, rewards.shape[-1])
 
         def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
             log_prob = policy.replace(params=params).log_prob(rollout.features, rollout.y)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from xflow_jax.strict import UserError
-from xflow_jax.tasks import Settings, Task
+from xflow_jax.tasks import Settings, Task, extract_code
 from xflow_jax.tasks.microcode_answers import USUAL, WIDE, Habits, answer, training_pair
 from xflow_jax.tasks.microcode_language import NAME, Problem, compositions, make_problem, parse, problems
 
@@ -28,14 +28,14 @@ __all__ = [
     "training_pair",
 ]
 HELD_OUT_PROBLEMS = 512
+SETTINGS = Settings(gen_length=48, block_length=16)
 TRAINING_PROBLEMS = 2048
 POLICY_SEED = 101  # of the training requests for policies: rules are tuned on those of seed 0, alignment uses others
 
 
 def extract(text: str) -> str:
     """The code in a model's answer: the inside of its first fence where there is one, else all of it."""
-    fence = re.search(r"```(?:python)?\n(.*?)(?:```|\Z)", text, re.DOTALL)
-    return (fence.group(1) if fence else text).strip("\n")
+    return extract_code(SETTINGS, text)
 
 
 def checks(problem: Problem, code: str, cases: slice = slice(None)) -> str:
@@ -75,7 +75,7 @@ TASK = Task(
     extract=lambda problem, text: extract(text),
     program=lambda problem, code: (code, checks(problem, code)),
     canonical=_canonical,
-    settings=Settings(gen_length=48, block_length=16),
+    settings=SETTINGS,
     parts=_parts,
     training=_split("train", TRAINING_PROBLEMS, POLICY_SEED),
 )

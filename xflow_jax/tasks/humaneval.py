@@ -1,0 +1,89 @@
+"""HumanEval (Chen et al., arXiv:2107.03374), zero-shot, in the protocol of LLaDA's authors (OpenCompass).
+
+The problem is continued after "Complete the following python code:"; the first fenced block of the answer is the code,
+which is run below the problem's own text, so that the whole function may come again or only its body.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import textwrap
+from pathlib import Path
+
+from xflow_jax.sandbox import Limits
+from xflow_jax.strict import UserError
+from xflow_jax.tasks import Settings, Task, extract_code
+from xflow_jax.tasks.files import read_problems
+
+HUB = ("openai/openai_humaneval", None, ("test",))
+SETTINGS = Settings(
+    gen_length=512,
+    prompt="Complete the following python code:\n{prompt}",
+    extraction="first fence",
+    rule_options=(("logits_eos_inf", True),),
+    limits=Limits(seconds=10.0),  # one reference solution takes seconds
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A line of the public jsonl."""
+
+    task_id: str
+    prompt: str
+    entry_point: str
+    canonical_solution: str
+    test: str
+
+
+def problems(data: Path | None, limit: int | None) -> list[Problem]:
+    """The first `limit` problems of the file, or of the hub's data set."""
+    keys = [field.name for field in dataclasses.fields(Problem)]
+    rows = read_problems(data, dict.fromkeys(keys, str), "humaneval", HUB)
+    return [Problem(**{key: row[key] for key in keys}) for row in rows[:limit]]
+
+
+def program(problem: Problem, code: str) -> tuple[str, str]:
+    """(program, checks): the problem's text with the answer below it, and its tests called on its function."""
+    if not re.search(rf"^(async )?def {re.escape(problem.entry_point)}\b", code, re.MULTILINE):
+        code = _body(code)
+    checks = f"{problem.test}\n\ncheck({problem.entry_point})\n"
+    return f"{problem.prompt}\n{code}\n", checks
+
+
+def _body(code: str) -> str:
+    """The inside of a function, indented: answers often lose the indentation of all lines, or of the first one."""
+    if code[:1].isspace():
+        return code
+    try:
+        ast.parse(code)
+    except SyntaxError:
+        return "    " + code
+    return textwrap.indent(code, "    ")
+
+
+def no_training(data: Path | None, limit: int | None) -> list[Problem]:
+    """UserError: all of the task's problems are for testing."""
+    raise UserError("humaneval has no problems to train on; use those of mbpp")
+
+
+def canonical(problem: Problem) -> str:
+    """The reference solution in a fence with words around it, as models answer."""
+    solution = problem.prompt + problem.canonical_solution.rstrip("\n")
+    return f"Here is the completed function:\n\n```python\n{solution}\n```\n\nIt does what its description says."
+
+
+TASK = Task(
+    name="humaneval",
+    problems=problems,
+    task_id=lambda problem: problem.task_id,
+    prompt=lambda problem: SETTINGS.prompt.format(prompt=problem.prompt),
+    extract=lambda problem, text: extract_code(SETTINGS, text),
+    program=program,
+    canonical=canonical,
+    settings=SETTINGS,
+    parts=lambda problem, code: [program(problem, code)],  # its tests are one function
+    training=no_training,
+)
