@@ -26,7 +26,7 @@ def arguments(*argv):
 
 @pytest.fixture
 def toys(monkeypatch):
-    monkeypatch.setattr(bench, "load_or_make", lambda name, dtype: toy())
+    monkeypatch.setattr(bench, "load_or_make", lambda name, dtype, mesh: toy(mesh))
     monkeypatch.setattr(bench, "matmul_rate", lambda dtype: 1e11)
 
 
@@ -93,7 +93,7 @@ def test_rates_are_of_real_products():
 
 def test_presets_have_random_weights(monkeypatch):
     small = dataclasses.replace(toy().config, n_layers=1)
-    monkeypatch.setitem(bench.PRESETS, "small", small)
+    monkeypatch.setitem(bench.SHAPES, "small", small)
     lm = bench.load_or_make("small", "bfloat16")
     assert lm.config == small and lm.tokenizer is None
     assert {x.dtype for x in jax.tree.leaves(lm.params)} == {jnp.dtype("bfloat16")}

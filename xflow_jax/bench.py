@@ -25,15 +25,28 @@ from tqdm import tqdm
 
 from xflow_jax.belief import model_head
 from xflow_jax.choices import parse_rule
-from xflow_jax.config import PRESETS, UserError
+from xflow_jax.config import PRESETS, LLaDAConfig, UserError
 from xflow_jax.decode import Settings
 from xflow_jax.generate import decode_batch, pad_prompts, settings_of
 from xflow_jax.lm import DTYPES, LM, load
-from xflow_jax.models import build, init_params
+from xflow_jax.models import abstract_params, build, init_params
 from xflow_jax.records import write_whole
 from xflow_jax.rules import Rule
+from xflow_jax.sharding import make_mesh, shardings
 from xflow_jax.storage import refuse_existing
 
+# A vocabulary as large as LLaDA's behind a backbone that a CPU can run: 97 M parameters.
+MID = LLaDAConfig(
+    d_model=320,
+    n_layers=12,
+    n_heads=5,
+    mlp_hidden_size=960,
+    vocab_size=126464,
+    mask_token_id=126336,
+    eos_token_id=126081,
+    rope_theta=500000.0,
+)
+SHAPES = PRESETS | {"mid": MID}
 LEAST_SECONDS = 3.0  # of measurement for each batch size
 
 
@@ -165,19 +178,21 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def load_or_make(name: str, dtype: str) -> LM:
-    """The model in a directory, the bundled one ("tiny"), or a preset's shape with random weights."""
-    if name not in PRESETS:
-        return load(name, dtype)
+def load_or_make(name: str, dtype: str, mesh: str | None = None) -> LM:
+    """The model in a directory, the bundled one ("tiny"), or random weights of a known shape, over a mesh or not."""
+    if name not in SHAPES:
+        return load(name, dtype, mesh)
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}, but it must be {' or '.join(DTYPES)}")
-    model = build(PRESETS[name], jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
-    return LM(model, PRESETS[name], jax.jit(partial(init_params, model))(jax.random.key(0)), None)
+    model, mesh = build(SHAPES[name], jnp.dtype(dtype), param_dtype=jnp.dtype(dtype)), mesh and make_mesh(mesh)
+    placed = None if mesh is None else shardings(abstract_params(model), mesh, model.config.family)
+    params = jax.jit(partial(init_params, model), out_shardings=placed)(jax.random.key(0))
+    return LM(model, SHAPES[name], params, None, mesh)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `xflow bench`."""
-    models = f"a directory, tiny, or, with random weights, {' or '.join(PRESETS)}"
+    models = f"a directory, tiny, or, with random weights, {', '.join(SHAPES)}"
     parser.add_argument("--model", required=True, metavar="DIR", help=models)
     parser.add_argument("--rule", default="flow", metavar="RULE", help="mask, threshold, flow (default: %(default)s)")
     parser.add_argument("--batch-sizes", default="1,8,64", metavar="LIST", help="(default: %(default)s)")
@@ -187,6 +202,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-length", type=int, default=40, metavar="N", help="of prompts (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="repetitions (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", metavar="TYPE", help="float32 or bfloat16 (default: %(default)s)")
+    parser.add_argument("--mesh", metavar="D,F,T", help="sizes of data, fsdp and tensor (default: one device)")
     parser.add_argument("--json", metavar="FILE", help="keep every number in a new file")
 
 
@@ -199,7 +215,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         refuse_existing(Path(args.json))
     label, rule = parse_rule(args.rule)
-    lm = load_or_make(args.model, args.dtype)
+    lm = load_or_make(args.model, args.dtype, args.mesh)
     steps = max(args.gen_length // 4, 1) if args.steps is None else args.steps
     settings = settings_of(lm, args.prompt_length, args.gen_length, steps, None, args.block_length)
     with lm.scope():
