@@ -1,8 +1,7 @@
-"""Several processes are one program, on any mesh, and compiled programs are kept where a user expects them."""
+"""Several processes: what each knows, told to all, and an evaluation that they share."""
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import socket
@@ -10,133 +9,75 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from tests.helpers import random_prompts, toy
-from xflow_jax.generate import generate
-from xflow_jax.hosts import fetch, join_hosts, keep_programs
-from xflow_jax.rules import Flow, MaskPrediction
-from xflow_jax.sharding import batch_sharding, replicated, state_shardings
-from xflow_jax.steps import TrainState, make_pretrain_step
+from xflow_jax import hosts
 from xflow_jax.strict import UserError
-from xflow_jax.tokenizer import pad_left
-
-eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices, which conftest.py fakes")
-SIZES = (1, 2, 4, 8)
-MESHES = [f"{d},{f},{t}" for d in SIZES for f in SIZES for t in SIZES if d * f * t == 8]
-ROOT = Path(__file__).parents[1]
 
 
-@functools.cache
-def results(mesh: str | None):
-    """(tokens of a flow, tokens of a random draw, parameters after three updates) of a toy with eight heads."""
-    lm = toy(mesh, n_heads=8)
-    prompts = random_prompts([5, 3, 7, 2, 4, 6, 1, 5])
-    rules = (Flow(), MaskPrediction(order="random", temperature=0.7))
-    tokens = [generate(lm, prompts, rule, gen_length=8, steps=4).tokens for rule in rules]
-    ids, mask = pad_left(prompts, lm.config.pad_id)
-    rng = np.random.default_rng(0)
-    batch = {"prompt": ids, "prompt_mask": mask, "response": rng.integers(0, 20, (8, 6))}
-    optimizer = optax.adam(1e-3)
-    state = TrainState.create(jax.tree.map(jnp.copy, lm.params), optimizer)
-    step = make_pretrain_step(lm.model, optimizer, optax.constant_schedule(1.0))
-    if lm.mesh is not None:
-        placed = state_shardings(state, lm.mesh, "llada")
-        state, batch = jax.device_put((state, batch), (placed, batch_sharding(lm.mesh)))
-        step = jax.jit(step, out_shardings=(placed, replicated(lm.mesh)))
-    with lm.scope():
-        step = jax.jit(step)
-        for _ in range(3):
-            state, _ = step(state, batch, jax.random.key(3))
-    return *tokens, jax.device_get(state.params)
+def test_one_process_keeps_to_itself():
+    assert hosts.is_first() and hosts.gather({"a": 1}) == [{"a": 1}] and hosts.of_first(lambda: 3) == 3
+    np.testing.assert_array_equal(hosts.fetch({"x": jnp.arange(3)})["x"], [0, 1, 2])
+    with pytest.raises(UserError, match="no"):
+        hosts.of_first(lambda: (_ for _ in ()).throw(UserError("no")))
 
 
-@pytest.mark.slow
-@eight
-@pytest.mark.parametrize("mesh", MESHES)
-def test_every_mesh_of_eight_is_one_device(mesh):
-    flow, drawn, params = results(mesh)
-    wanted_flow, wanted_drawn, wanted = results(None)
-    np.testing.assert_array_equal(flow, wanted_flow)
-    np.testing.assert_array_equal(drawn, wanted_drawn)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5), params, wanted)
-    start = jax.device_get(toy(n_heads=8).params)
-    assert max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), wanted, start))) > 1e-3
+PROCESS = """
+import sys
+import jax
 
+rank, port, out = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
+from xflow_jax import hosts
+from xflow_jax.strict import UserError
 
-def run_processes(count: int, *argv: str) -> list[subprocess.CompletedProcess]:
-    """The command, in so many processes of eight devices together."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}"}
-    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    started = []
-    for rank in range(count):
-        told = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": count, "JAX_PROCESS_ID": rank}
-        mine = env | ({name: str(value) for name, value in told.items()} if count > 1 else {})
-        pipe = subprocess.PIPE
-        command = [sys.executable, "-m", "xflow_jax", *argv]
-        started.append(subprocess.Popen(command, env=mine, stdout=pipe, stderr=pipe, text=True, cwd=ROOT))
-    out = [process.communicate(timeout=500) for process in started]
-    return [subprocess.CompletedProcess(argv, p.returncode, *o) for p, o in zip(started, out, strict=True)]
+assert hosts.gather({"rank": int(rank), "long": "x" * 100 * int(rank)})[1]["long"] == "x" * 100
+assert hosts.of_first(lambda: int(rank)) == 0
+
+def fail():
+    raise UserError("only the first one fails")
+
+try:
+    hosts.of_first(fail)
+    raise SystemExit("no error")
+except UserError as error:
+    assert str(error) == "only the first one fails"
+
+from xflow_jax.cli import main
+
+common = ["evaluate", "--model", "tiny", "--task", "microcode", "--rules", "mask,flow:power=8", "--budgets", "1/8"]
+assert main([*common, "--limit", "6", "--batch-size", "4", "--mesh", "1,2,1", "--out", out]) == 0
+print("done")
+"""
 
 
 @pytest.mark.slow
-def test_two_processes_of_four_devices_are_one_of_eight():
-    prompts = ["--prompt", "keep the even numbers of x", "--prompt", "sum of the squares of x"]
-    argv = (
-        "generate",
-        "--model=tiny",
-        "--rule=flow",
-        "--mesh=2,2,2",
-        "--gen-length=16",
-        "--steps=4",
-        "--json",
-        *prompts,
-    )
-    (whole,), (first, second) = run_processes(1, *argv, *prompts), run_processes(2, *argv, *prompts)
-    assert whole.returncode == first.returncode == second.returncode == 0, first.stderr + second.stderr
-    answers = [json.loads(line) for line in whole.stdout.splitlines()]
-    assert len(answers) == 2
-    assert [json.loads(line) for line in first.stdout.splitlines()] == answers
-    assert second.stdout == ""
+def test_two_processes_evaluate_as_one_does(tmp_path):
+    def start(rank: int) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(rank), str(port), str(tmp_path / "two")],
+            cwd=Path(__file__).parents[1],
+            env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    said = [run.communicate(timeout=500)[0] for run in [start(0), start(1)]]
+    assert all("done" in text.splitlines() for text in said)
+    assert "microcode: 0-shot" in said[0] and "microcode: 0-shot" not in said[1]  # one of them prints
+    from xflow_jax.cli import main
 
-def test_one_process_joins_nobody(monkeypatch):
-    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
-    monkeypatch.delenv("XFLOW_DISTRIBUTED", raising=False)
-    join_hosts()
-    assert jax.process_count() == 1
+    common = ["evaluate", "--model", "tiny", "--task", "microcode", "--rules", "mask,flow:power=8", "--budgets", "1/8"]
+    assert main([*common, "--limit", "6", "--mesh", "1,1,1", "--out", str(tmp_path / "one")]) == 0
 
+    def kept(folder: str) -> list[tuple]:
+        lines = (tmp_path / folder / "answers.jsonl").read_text().splitlines()
+        keys = ("rule", "task_id", "text", "passed", "forward_passes")
+        return sorted(tuple(json.loads(line)[key] for key in keys) for line in lines)
 
-def test_a_process_without_a_place_is_told(monkeypatch):
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
-    with pytest.raises(UserError, match="the processes cannot find each other: invalid literal"):
-        join_hosts()
-
-
-def test_fetch_is_what_was_put():
-    tree = {"a": jnp.arange(3), "b": None}
-    assert fetch(tree)["a"].tolist() == [0, 1, 2] and fetch(tree)["b"] is None
-
-
-def test_compiled_programs_are_kept_unless_jax_is_told_where(monkeypatch, tmp_path):
-    before = jax.config.jax_compilation_cache_dir
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    try:
-        jax.config.update("jax_compilation_cache_dir", None)
-        keep_programs()
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "xflow_jax" / "programs")
-        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
-        jax.config.update("jax_compilation_cache_dir", None)
-        keep_programs()
-        assert jax.config.jax_compilation_cache_dir is None
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+    assert kept("two") == kept("one") and len(kept("one")) == 12

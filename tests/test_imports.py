@@ -23,8 +23,7 @@ RANKS = {
             "models losses belief policy tasks tokenizer",
             "rules rivals decode sight checkpoint data hf hf_names hf_write",
             "steps rollout generate lm choices records identity",
-            "plan_programs",
-            "evaluate bench plan plot reports likelihood harness demo answer",
+            "evaluate bench plan plan_programs plot reports likelihood harness demo answer",
             "cli __init__ __main__",
         ]
     )

@@ -136,6 +136,24 @@ def test_the_tpus_own_forms():
     assert part_cycles(found, {"backbone": "/blocks/"}) == {"backbone": 1500.0, "rest": 500.0}
 
 
+@pytest.mark.parametrize(
+    "text, groups",
+    [
+        ("replica_groups={{0,1},{2,3}}", ((0, 1), (2, 3))),
+        ("replica_groups=[2,2]<=[4]", ((0, 1), (2, 3))),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", ((0, 2), (1, 3))),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", ((0, 2), (1, 3))),
+        ("replica_groups=mesh['a'=1,'b'=2,'c'=2], device_ids=([2,2]T(1,0)) {'b'}", ((0, 1), (2, 3))),
+        ("to_apply=%add", ((0, 1, 2, 3),)),
+    ],
+)
+def test_groups_in_every_notation(text, groups):
+    line = f"  %r = f32[8]{{0}} all-reduce(%a), channel_id=1, {text}, use_global_device_ids=true"
+    body = "ENTRY %main (a: f32[8]) -> f32[8] {\n  %a = f32[8]{0} parameter(0)\n" + line + "\n}\n"
+    (found,) = Program("HloModule m, num_partitions=4\n\n" + body).cost().collectives
+    assert found.groups == groups and found.bytes == 32
+
+
 def test_a_decode_counts_what_arithmetic_says():
     """The program that runs, compiled for CPUs: all products of all steps, within the chunks' overlap."""
     lm = toy()
@@ -153,7 +171,8 @@ def test_analytic_by_hand():
     found = analytic(c, Work("decode", 8, prompt=128, response=512), (4, 1, 2))
     layer = 4 * 4096**2 + 3 * 4096 * 12288
     wanted = 2 * 640 * 32 * layer + 4 * 640**2 * 4096 * 32 + 2 * 512 * 4096 * 126464
-    assert found.flops == pytest.approx(2 * wanted / 2)
+    policy = 2 * 512 * (8 * 64 + 64 * 64 + 2 * 64)
+    assert found.flops == pytest.approx(2 * (wanted / 2 + policy))
     assert found.weights == pytest.approx((32 * layer + 2 * 4096 * 126464) * 2 / 2)
     mini = analytic(PRESETS["llada2-mini"], Work("decode", 1), (1, 1, 1))
     assert 30e9 < mini.weights < 34e9  # 16 B parameters

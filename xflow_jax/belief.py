@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from xflow_jax.sharding import BATCH, LOGICAL, MESH_AXES, divides
 
+GROUP = 64  # entries whose maximum is taken first when the largest are looked for
 TOP = 4  # how many of the largest probabilities are kept: the policy's features need four
 CHUNK = 16_384  # vocabulary entries at a time, at most
 LOGITS = 2**22  # logits at a time: in float32 they stay in an accelerator's scratch memory
@@ -296,7 +297,7 @@ def _merge(state: _Running, noisy: jax.Array, logits: jax.Array, start: int | ja
     top, place = _largest(jnp.concatenate([state.top, chunk_top], axis=-1), TOP)
     ids = jnp.concatenate([state.top_tokens, chunk_tokens + start], axis=-1)
     finite = _finite(top[..., 0])
-    weights = jnp.exp(logits - finite[..., None])
+    total, weighted = _sums(logits, finite)
     rescale = jnp.exp(state.top[..., 0] - finite)
     if plain:
         best = best_logit = chunk_top[..., 0]
@@ -312,9 +313,24 @@ def _merge(state: _Running, noisy: jax.Array, logits: jax.Array, start: int | ja
         tokens=jnp.where(better, index + start, state.tokens),
         top=top,
         top_tokens=jnp.take_along_axis(ids, place, axis=-1),
-        total=state.total * rescale + weights.sum(-1),
-        weighted=state.weighted * rescale + jnp.where(weights > 0, weights * logits, 0.0).sum(-1),
+        total=state.total * rescale + total,
+        weighted=state.weighted * rescale + weighted,
     )
+
+
+def _sums(z: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums of e^(z - shift) and of z e^(z - shift) over z [..., V], shift [...]; z may be -inf."""
+
+    def one_pass(z: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+        weights = jnp.exp(z - shift[..., None])
+        return weights.sum(-1), jnp.where(weights > 0, weights * z, 0.0).sum(-1)
+
+    def products(z: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+        weights, z = jnp.exp(z - shift[..., None]), jnp.maximum(z, jnp.finfo(z.dtype).min)
+        return weights.sum(-1), jnp.einsum("...v,...v->...", weights, z, precision="highest")
+
+    # Two sums in one loop are not vectorised on CPUs, and take five times as long.
+    return jax.lax.platform_dependent(z, shift, cpu=products, default=one_pass)
 
 
 def _finite(largest: jax.Array) -> jax.Array:
@@ -336,37 +352,41 @@ def _largest(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The k largest of z [..., V] as float32, descending, and their indices, [..., k] each; of equal ones the lowest
     index first, and each counts.
 
-    In k rounds of reductions: top_k would sort all of z, on CPUs and TPUs alike.
+    In rounds of reductions: top_k would sort all of z, on CPUs and TPUs alike.
     """
-    if z.dtype == jnp.bfloat16 and z.shape[-1] <= 2**16:
-        return _largest_packed(z, k)
-    z = z.astype(jnp.float32)
-    ids = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
+    size = z.shape[-1]
 
-    def two_passes(z: jax.Array) -> tuple[jax.Array, jax.Array]:
-        value = z.max(axis=-1)
-        return value, _first(z, value)
+    def plain(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        z = z.astype(jnp.float32)
+        return _grouped(z, k) if size % GROUP == 0 and size >= k * GROUP else _rounds(z, k)
 
-    def one_pass(z: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def larger(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            keep = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
-            return jnp.where(keep, a[0], b[0]), jnp.where(keep, a[1], b[1])
-
-        none = (jnp.asarray(-jnp.inf, z.dtype), jnp.asarray(z.shape[-1] - 1, jnp.int32))
-        return jax.lax.reduce((z, ids), none, larger, (z.ndim - 1,))
-
-    def rounds(z: jax.Array, best: Callable[[jax.Array], tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
-        found = []
-        for _ in range(k):
-            found.append(best(z))
-            z = jnp.where(ids == found[-1][1][..., None], -jnp.inf, z)
-        return tuple(jnp.stack(part, axis=-1) for part in zip(*found, strict=True))
-
-    # A reduction of pairs is one pass over z, but CPUs do not vectorise it.
-    return jax.lax.platform_dependent(z, cpu=lambda z: rounds(z, two_passes), default=lambda z: rounds(z, one_pass))
+    if z.dtype != jnp.bfloat16 or size > 2**16:
+        return plain(z)
+    return jax.lax.platform_dependent(z, cpu=plain, default=lambda z: _packed(z, k))
 
 
-def _largest_packed(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def _rounds(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`_largest`, one after the other; the indices are different ones even where all that is left is -inf."""
+    ids, found = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1), []
+    left = jnp.ones(z.shape, bool)
+    for _ in range(k):
+        value = jnp.where(left, z, -jnp.inf).max(axis=-1)
+        place = jnp.where(left & (z == value[..., None]), ids, z.shape[-1] - 1).min(axis=-1)
+        found.append((value, place))
+        left &= ids != place[..., None]
+    return tuple(jnp.stack(part, axis=-1) for part in zip(*found, strict=True))
+
+
+def _grouped(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`_largest` in one pass: they lie in the k groups of the largest maxima, of equal ones the earlier."""
+    groups = z.reshape(*z.shape[:-1], -1, GROUP)
+    chosen = jnp.sort(_rounds(groups.max(axis=-1), k)[1], axis=-1)  # in order, so that ties still go to the lowest id
+    candidates = jnp.take_along_axis(groups, chosen[..., None], axis=-2)
+    top, place = _rounds(candidates.reshape(*z.shape[:-1], -1), k)
+    return top, jnp.take_along_axis(chosen, place // GROUP, axis=-1) * GROUP + place % GROUP
+
+
+def _packed(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """`_largest` of bfloat16: value and index fit one integer, so that a round is a single maximum."""
     bits = jax.lax.bitcast_convert_type(z, jnp.int16).astype(jnp.int32)
     # Integers in the order of the numbers, both zeros 0; below them the index, counted down.

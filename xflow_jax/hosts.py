@@ -1,7 +1,4 @@
-"""Several processes that run one program: how a command joins them, and what one of them knows, told to all.
-
-With one process all of it is free. All processes must make the same calls in the same order.
-"""
+"""Several processes that run one program: what one of them knows, told to all. With one process all of it is free."""
 
 from __future__ import annotations
 
@@ -14,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from xflow_jax.strict import UserError
 
@@ -47,13 +43,6 @@ def keep_programs() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def fetch(tree: Any) -> Any:
-    """Arrays as NumPy's on every process, wherever their parts lie."""
-    if all(getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves(tree)):
-        return jax.device_get(tree)
-    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
-
-
 def is_first() -> bool:
     """Whether this process is the one that writes files and prints."""
     return jax.process_index() == 0
@@ -73,15 +62,29 @@ def spread(tree: Any, sharding: jax.sharding.Sharding) -> Any:
     return jax.tree.map(put, tree)
 
 
+def fetch(tree: Any) -> Any:
+    """A tree of device arrays as NumPy arrays, whole on every process, however they are sharded."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental.multihost_utils import process_allgather
+
+    def whole(x: jax.Array) -> np.ndarray:
+        return np.asarray(x if x.is_fully_addressable else process_allgather(x, tiled=True))
+
+    return jax.tree.map(whole, tree)
+
+
 def gather(item: Any) -> list[Any]:
     """What every process has, in their order; `item` is of JSON's types. All processes must call this."""
     if jax.process_count() == 1:
         return [item]
+    from jax.experimental.multihost_utils import process_allgather
+
     data = np.frombuffer(json.dumps(item).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array([data.size], np.int32)).ravel()
+    sizes = process_allgather(np.array([data.size], np.int32)).ravel()
     padded = np.zeros(sizes.max(), np.uint8)
     padded[: data.size] = data
-    rows = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
+    rows = process_allgather(padded).reshape(len(sizes), -1)
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 

@@ -60,8 +60,11 @@ def _speed(work: Work, steps: int, compute: float, memory: float, links: float) 
     return {"seconds": seconds, "bound": bound, "tokens_per_second": tokens / seconds[bound]}
 
 
-def compiled_row(config: Any, work: Work, topology: Topology, mesh: Mesh) -> dict[str, Any]:
-    """Compiles a program and reads what it costs; a program that the compiler finds too large does not fit."""
+def compiled_row(config: Any, work: Work, topology: Topology, mesh: Mesh, keep: Path | None = None) -> dict[str, Any]:
+    """Compiles a program and reads what it costs; a program that the compiler finds too large does not fit.
+
+    keep: a new file for the text of what the compiler made.
+    """
     began = time.perf_counter()
     program = lowerable(config, work, mesh)
     least = analytic(config, work, tuple(mesh.shape.values()))
@@ -76,6 +79,9 @@ def compiled_row(config: Any, work: Work, topology: Topology, mesh: Mesh) -> dic
         memory = dict(zip(("total", "capacity"), sizes, strict=True))
         return row | {"fits": False, "memory": memory, "compile_seconds": time.perf_counter() - began}
     stats, text = compiled.memory_analysis(), compiled.as_text()
+    if keep:
+        keep.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(keep, text)
     memory = {
         "arguments": stats.argument_size_in_bytes,
         "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
@@ -184,7 +190,9 @@ def _rows_of(
             else:
                 topology = parse_topology(text)
                 mesh = make_mesh(",".join(map(str, shape)), _devices(topology))
-                made = compiled_row(config, work, topology, mesh)
+                name = f"{preset}-{text}-{program}-{rows}-{'x'.join(map(str, shape))}.hlo".replace(":", "-")
+                keep = Path(args.hlo) / name if args.hlo else None
+                made = compiled_row(config, work, topology, mesh, keep)
             row = asked | {"batch": rows, "mesh": dict(zip(MESH_AXES, shape, strict=True)), "chip": chip.name} | made
             if made["fits"] or batch != "max" or rows == 1:
                 yield row
@@ -261,6 +269,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="forward passes (default: a quarter of the tokens)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the alignment")
     parser.add_argument("--json", metavar="FILE", help="keep the rows here; the same command again continues")
+    parser.add_argument("--hlo", metavar="DIR", help="keep the compiled programs' text here")
     parser.add_argument("--markdown", metavar="FILE", help="write the table as a page")
 
 
@@ -275,9 +284,7 @@ def run(args: argparse.Namespace) -> int:
     if args.device:
         parse_device(args.device)
     elif importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            'the TPU compiler is not installed; it comes with the extra [plan]: pip install "xflow-jax[plan]"'
-        )
+        raise UserError('the TPU compiler is missing; it comes with the extra [plan]: pip install "xflow-jax[plan]"')
     if not args.device:
         jax.config.update("jax_platforms", "cpu")  # nothing is run, so no accelerator is taken
         jax.config.update("jax_enable_compilation_cache", False)  # what comes out of it tells less of itself

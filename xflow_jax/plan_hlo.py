@@ -88,6 +88,7 @@ class Collective:
     groups: tuple[tuple[int, ...], ...]
     count: float
     op_name: str = ""
+    channel: str = ""
 
     @property
     def size(self) -> int:
@@ -181,11 +182,15 @@ class Program:
                 for part in inner.values():
                     self._note_collective(part, inner, total)
             return
+        channel = i.attribute("channel_id")
+        if channel and any(c.channel == channel for c in total.collectives):
+            return  # one that is spread over several fusions
         size = sum(a.bytes for a in _operands(i, around))
         if kind == "all-gather":
             arrays = i.arrays[len(i.operands) :] if i.opcode.endswith("-start") else i.arrays
             size = sum(a.bytes for a in arrays)
-        total.collectives.append(Collective(kind, size, _groups(i, self.partitions), 1.0, i.op_name))
+        groups = _groups(i, self.partitions)
+        total.collectives.append(Collective(kind, size, groups, 1.0, i.op_name, channel or ""))
 
     # FLOPs
 
@@ -408,11 +413,10 @@ def _groups(i: Instruction, devices: int) -> tuple[tuple[int, ...], ...]:
     """The devices of each group; all of them where none are named."""
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}(?:,|$|\s)", i.rest):
         return tuple(tuple(map(int, pair.split(","))) for pair in re.findall(r"(\d+,\d+)", pairs[1]))
-    if mesh := re.search(r"(?:replica|device)_groups=mesh\[(.*?)\]\s*\{(.*?)\}", i.rest):
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
-        # Two forms: devices in order, or a permutation behind the sizes.
-        order = re.search(r"device_ids=\(?\[([\d,]+)\](?:T\(([\d,]+)\))?", mesh[1])
-        return _mesh_groups(sizes, re.findall(r"'([^']+)'", mesh[2]), order)
+    mesh = r"(?:replica|device)_groups=mesh\[(.*?)\](?:,\s*device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{(.*?)\}"
+    if found := re.search(mesh, i.rest):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
+        return _mesh_groups(sizes, re.findall(r"'([^']+)'", found[4]), _ints(found[2]), _ints(found[3]))
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", i.rest):
         shape, source, turn = (_ints(part) for part in iota.groups())
         ids = np.arange(math.prod(source)).reshape(source)
@@ -423,10 +427,12 @@ def _groups(i: Instruction, devices: int) -> tuple[tuple[int, ...], ...]:
     return (tuple(range(devices)),)
 
 
-def _mesh_groups(sizes: dict[str, int], along: list[str], order: re.Match | None) -> tuple[tuple[int, ...], ...]:
+def _mesh_groups(
+    sizes: dict[str, int], along: list[str], source: tuple[int, ...], turn: tuple[int, ...]
+) -> tuple[tuple[int, ...], ...]:
+    """Groups along axes of a mesh of these sizes; source and turn: shape and order of its devices, if not 0, 1, ..."""
     ids = np.arange(math.prod(sizes.values()))
-    if order:
-        source, turn = (_ints(part) for part in order.groups())
+    if source:
         ids = ids.reshape(source)
         ids = (ids.transpose(turn) if turn else ids).reshape(-1)
     ids, names = ids.reshape(tuple(sizes.values())), list(sizes)

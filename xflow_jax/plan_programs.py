@@ -20,6 +20,7 @@ from xflow_jax.rules import Flow
 from xflow_jax.sharding import BATCH, batch_sharding, divides, replicated, shardings
 
 PROGRAMS = ("decode", "align", "rollout")
+BLOCK = 32  # of LLaDA2.0
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,7 @@ def lowerable(config: Any, work: Work, mesh: Mesh) -> Lowerable:
         _placed(jax.ShapeDtypeStruct((work.batch, work.prompt), jnp.bool), rows),
         _placed(keys, rows),
     )
-    policy = jax.eval_shape(init_policy, jax.random.key(0))
-    flow = Flow(policy=jax.tree.map(lambda x: _placed(x, replicated(mesh)), policy))
+    flow = Flow(policy=jax.tree.map(lambda x: _placed(x, replicated(mesh)), _policy()))
     fn = decode_batch if work.program == "decode" else rollout
     return Lowerable(fn, (model, placed, flow, settings, *batch), lm.scope, settings.blocks * settings.steps)
 
@@ -96,7 +96,7 @@ def align_settings(config: Any, work: Work) -> Any:
         "prompt_length": work.prompt,
         "gen_length": work.response,
         "batch_size": work.batch,
-        "block_length": 32 if causal else 0,
+        "block_length": BLOCK if causal else 0,
         "dtype": "bfloat16",
         **({"tune": "lora"} if causal else {"storage": "stochastic", "optimizer": {"name": "adafactor"}}),
     }
@@ -112,8 +112,8 @@ class Analytic:
     """What a step must cost at the least on one chip, by arithmetic alone.
 
     flops: of the matrix products. weights: bytes of the model's parameters there. bytes: of memory traffic, every
-    weight once and every layer's activations written and read once. links: bytes of the activations that each
-    all-reduce over `tensor` moves, summed. memory: weights, optimiser, and what grows with the batch.
+    weight that is used once and every layer's activations written and read once. links: bytes of the activations that
+    the all-reduces over `tensor` move. memory: weights, optimiser, and what grows with the batch.
     """
 
     flops: float
@@ -124,38 +124,59 @@ class Analytic:
 
 
 def analytic(config: Any, work: Work, shape: tuple[int, int, int], itemsize: int = 2) -> Analytic:
-    """The least cost of a step on a mesh of (data, fsdp, tensor); with a mixture of experts, at balanced routing."""
+    """The least cost of a step on a mesh of (data, fsdp, tensor); with a mixture of experts, at balanced routing.
+
+    A decode of LLaDA2.0 passes its active block only, on a cache, and each block once more for the cache's sake.
+    """
     data, fsdp, tensor = shape
     spread = data * fsdp if work.batch % (data * fsdp) == 0 else 1
-    rows = work.batch / spread
-    causal = config.family == "llada2"
-    canvas = work.response + (31 if causal and work.program != "align" else 0)
-    length = work.prompt + canvas
-    e, vocab = config.hidden_size, config.vocab_rows
-    layers, active, every = config.num_layers, *_matrices(config)
-    head = e * vocab
-    heads = config.n_heads * config.head_dim if not causal else config.num_attention_heads * config.head_width
-    tokens = rows * length
-    forward = 2 * tokens * active + 4 * rows * length**2 * heads * layers
-    heading = 2 * rows * canvas * head
+    rows, cached = work.batch / spread, config.family == "llada2" and work.program != "align"
+    e, layers, head = config.hidden_size, config.num_layers, config.hidden_size * config.vocab_rows
+    queries = keys = work.prompt + work.response
+    headed, held = work.response, 0.0
+    if cached:
+        count, size = passes(config, work), BLOCK
+        blocks = -(-(work.response + size - 1) // size)
+        prompt = work.prompt // size * size
+        keys = prompt + blocks * size
+        queries = (prompt * prompt / keys + size * (count + blocks - 1)) / count
+        headed, held = size, itemsize * 2 * layers * rows * keys * config.kv_heads * config.head_width / tensor
+    active, every = _matrices(config)
+    tokens, scores = rows * queries, rows * queries * keys
+    width = _head_width(config)
+    forward = 2 * tokens * active + 4 * scores * width * _heads(config) * layers
+    heading = 2 * rows * headed * head
     weights = itemsize * (every + 2 * head) / (tensor * fsdp)
     activations = itemsize * tokens * e * layers * 8
-    scores = 4 * rows * length**2 * heads / _head_width(config)
+    reduced = 2 * layers * itemsize * tokens * e if tensor > 1 else 0.0
     if work.program == "align":
-        # Forward, recomputed, backward twice; the loss multiplies by the head and by the embedding table, and LoRA
-        # spares the gradients of the matrices.
-        backward = 1 if causal else 2
-        flops = forward * (2 + backward) + heading * 2 * 2 + heading * 2 * (1 if causal else 1.5)
-        memory = weights * (1 if causal else 2.2) + itemsize * tokens * e * layers + 2 * scores / tensor
-        return Analytic(
-            flops / tensor, weights, 3 * weights + 3 * activations, 4 * layers * itemsize * tokens * e, memory
-        )
-    flops = forward + heading
-    state = rows * canvas * e * 8 + itemsize * tokens * e * 4
-    wide = itemsize * tokens * 3 * _mlp_width(config) / tensor + 1.5 * scores / tensor
-    links = 2 * layers * itemsize * tokens * e if tensor > 1 else 0.0
-    traffic = itemsize * (every + head) / tensor + activations
-    return Analytic(flops / tensor, weights, traffic, links, weights + state + wide)
+        # Forward, recomputed, backward twice, where LoRA spares the gradients of the matrices; the loss multiplies by
+        # the head and by the embedding table, again forward, recomputed, and backward.
+        lora = config.family == "llada2"
+        flops = forward * (3 if lora else 4) + heading * (6 if lora else 7)
+        memory = weights * (1 if lora else 2.2) + itemsize * tokens * e * layers + 8 * scores * _heads(config) / tensor
+        return Analytic(flops / tensor, weights, 3 * (weights + activations), 2 * reduced, memory)
+    read = itemsize * (_met(config, tokens) + head) / tensor
+    state = rows * work.response * e * 8 + itemsize * rows * (work.prompt + work.response) * e * 4
+    wide = (itemsize * tokens * 3 * _mlp_width(config) + 6 * scores * _heads(config)) / tensor
+    memory = weights + state + wide + held
+    stepping = 2 * rows * work.response * sum(x.size for x in jax.tree.leaves(_policy().params) if x.ndim == 2)
+    flops = (forward + heading) / tensor + stepping
+    return Analytic(flops, weights, read + activations + held, reduced, memory)
+
+
+def _policy() -> Any:
+    return jax.eval_shape(init_policy, jax.random.key(0))
+
+
+def _met(config: Any, tokens: float) -> float:
+    """Parameters of the layers' matrices that so many tokens meet."""
+    active, every = _matrices(config)
+    if active == every:
+        return every
+    k, experts = config.num_experts_per_tok, config.num_experts
+    routed = (every - active) / (experts - k) * experts
+    return every - routed * (1 - k / experts) ** tokens
 
 
 def _matrices(config: Any) -> tuple[int, int]:
@@ -174,6 +195,10 @@ def _matrices(config: Any) -> tuple[int, int]:
     expert = 3 * e * (config.moe_intermediate_size or 0)
     met = config.num_experts_per_tok if sparse else 0
     return shared + sparse * met * expert, shared + sparse * (config.num_experts or 0) * expert
+
+
+def _heads(config: Any) -> int:
+    return config.n_heads if config.family == "llada" else config.num_attention_heads
 
 
 def _head_width(config: Any) -> int:
