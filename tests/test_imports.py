@@ -23,7 +23,7 @@ RANKS = {
             "models losses belief policy tasks tokenizer",
             "rules rivals decode sight checkpoint data hf hf_names hf_write",
             "steps rollout generate lm choices records identity",
-            "evaluate bench plan plan_programs plot reports likelihood harness demo answer",
+            "evaluate bench bench_cache plan plan_programs plot reports likelihood harness demo answer",
             "cli __init__ __main__",
         ]
     )
