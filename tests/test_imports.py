@@ -20,9 +20,9 @@ RANKS = {
         [
             "strict config sandbox sharding storage",
             "models losses belief policy tasks tokenizer",
-            "rules decode checkpoint data hf hf_names hf_write",
+            "rules sight decode checkpoint data hf hf_names hf_write",
             "steps rollout generate lm choices records",
-            "evaluate bench plan plot demo answer",
+            "evaluate bench bench_cache plan plot demo answer",
             "cli __init__ __main__",
         ]
     )
