@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from xflow_jax import bench_cache
 from xflow_jax.belief import model_head
 from xflow_jax.choices import parse_rule
 from xflow_jax.config import PRESETS, UserError
@@ -226,15 +227,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _cache_ratio(args: argparse.Namespace, lm: LM, rule: Rule, settings: Settings, sizes: list[int]) -> None:
-    from xflow_jax import bench_cache  # which needs this module
-
     parameters = sum(x.size for x in jax.tree.leaves(lm.params))
     print(
         f"{args.model}: {parameters / 1e6:.1f} M parameters, prompts of {args.prompt_length} tokens, responses of "
         f"{settings.gen_length} in blocks of {settings.block_length} with {settings.steps} steps each"
     )
     for batch in sizes:
-        result = bench_cache.measure(lm, rule, settings, batch, args.prompt_length, args.rounds)
+        result = bench_cache.measure(lm, rule, settings, batch, args.prompt_length, args.rounds, seconds)
         print(f"batch {batch}: {bench_cache.sentence(result)}")
 
 

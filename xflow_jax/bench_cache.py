@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
-from xflow_jax.bench import seconds
 from xflow_jax.decode import Settings
 from xflow_jax.generate import decode_batch, pad_prompts
 from xflow_jax.lm import LM
@@ -32,10 +33,18 @@ class Ratio:
     same: bool
 
 
-def measure(lm: LM, rule: Rule, settings: Settings, batch: int, prompt_length: int, rounds: int) -> Ratio:
+def measure(
+    lm: LM,
+    rule: Rule,
+    settings: Settings,
+    batch: int,
+    prompt_length: int,
+    rounds: int,
+    seconds: Callable[[Callable[[], Any]], float],
+) -> Ratio:
     """Times decodes of `batch` random prompts in both ways; no step is skipped, and an EOS stops nothing.
 
-    Raises UserError for a model without an exact cache.
+    seconds: runs a program to its end and says how long it took. Raises UserError for a model without an exact cache.
     """
     if not settings.cache:
         raise UserError(f"{lm.config.family} attends to later blocks, so it has no exact cache; choose a llada2 model")
