@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xflow_jax.belief import TOP, BeliefOptions, believe, model_head
+from xflow_jax.belief import TOP, BeliefOptions, _packed, _rounds, believe, model_head
+from xflow_jax.sharding import batch_sharding, make_mesh, shardings
 
 B, N, E, V = 2, 5, 8, 64
 PLAIN = BeliefOptions()
@@ -192,3 +194,91 @@ def test_the_models_head_in_chunks_is_its_head(kind, dtype):
     wanted = (hidden @ table.T.astype(dtype)) + bias.astype(dtype)[None, None, :]
     error = np.abs(np.asarray(whole - wanted, np.float32))
     assert error.max() < (1e-5 if dtype == jnp.float32 else 0.1)
+
+
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_bfloat16_logits_are_compared_exactly(chunk):
+    """Values and ids packed into one integer come out as they went in: ties, both zeros, infinities, either sign."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(B, N, V)).astype(np.float32) * 3
+    logits[0, 0] = np.where(rng.random(V) < 0.5, 0.0, -0.0)
+    logits[0, 1] = -np.abs(np.round(logits[0, 1]))
+    logits[0, 2, 5:] = -np.inf
+    logits[0, 3, [9, 50]] = 300
+    rounded = jnp.asarray(logits, jnp.bfloat16)
+    ours = run(rounded, PLAIN, chunk)
+    agree(ours, plain(rounded.astype(jnp.float32)))
+    options = BeliefOptions(never=(3, 17), doubted=(5,), vocab_size=50)
+    agree(run(rounded, options, chunk), plain(rounded.astype(jnp.float32), options))
+
+
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_large_vocabularies_go_by_groups(name):
+    """Of groups of 64 only those with the largest maxima are looked into; ties inside and across groups are kept."""
+    rng = np.random.default_rng(5)
+    logits = np.round(rng.normal(size=(2, 6, 640)).astype(np.float32) * 2)  # many are equal
+    logits[0, 0] = 0.0
+    logits[0, 1, [64, 127, 128, 639]] = 50.0
+    logits[0, 2, 100:105] = [9, 8, 9, 8, 9]
+    agree(run(logits, OPTIONS[name], 320), plain(logits, OPTIONS[name]))
+
+
+def test_values_and_ids_packed_into_one_integer():
+    rng = np.random.default_rng(5)
+    logits = jnp.asarray(np.round(rng.normal(size=(2, 6, 640)) * 2), jnp.bfloat16).at[0, :, 3:].set(-jnp.inf)
+    logits = logits.at[1, 0].set(jnp.where(rng.random(640) < 0.5, 0.0, -0.0)).at[1, 1, [9, 500]].set(3e38)
+    for ours, wanted in zip(_packed(logits, TOP), _rounds(logits.astype(jnp.float32), TOP), strict=True):
+        np.testing.assert_array_equal(ours, wanted)
+
+
+OVER_MESH = {
+    "plain": (BeliefOptions(), "untied"),
+    "drawn": (BeliefOptions(never=(1, 33), vocab_size=60, temperature=0.8), "tied"),
+    "doubted and guided": (BeliefOptions(doubted=(0, 21, 40), guidance=1.5), "biased"),
+}
+
+
+@pytest.mark.parametrize("mesh, name", [("2,2,2", "plain"), ("1,4,2", "drawn"), ("1,1,8", "doubted and guided")])
+def test_over_a_mesh_it_is_the_same(mesh, name):
+    """Each device believes of its own part of the vocabulary; together that is the belief of one device."""
+    options, kind = OVER_MESH[name]
+    rng = np.random.default_rng(3)
+    table = rng.integers(-2, 3, size=(V, E)).astype(np.float32)  # whole numbers: sums are exact, and there are ties
+    params = {"wte": {"embedding": table}} | ({} if kind == "tied" else {"ff_out": {"kernel": table.T}})
+    if kind == "biased":
+        params["ff_out"]["bias"] = rng.integers(-2, 3, size=V).astype(np.float32)
+    hidden, free = rng.integers(-1, 2, size=(2, 4, N, E)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), 4)
+
+    def everything(params, hidden, free, keys):
+        return believe(model_head(None, params), hidden, V, options, keys, free if options.guidance else None, 7)
+
+    wanted = jax.jit(everything)(params, hidden, free, keys)
+    made = make_mesh(mesh)
+    with jax.set_mesh(made):
+        placed = jax.device_put(params, shardings(params, made, "llada"))
+        ours = jax.jit(everything)(placed, *jax.device_put((hidden, free, keys), batch_sharding(made)))
+    np.testing.assert_array_equal(ours.tokens, wanted.tokens)
+    np.testing.assert_array_equal(ours.top_tokens, wanted.top_tokens)
+    for part, far in (("confidence", 1e-6), ("top", 1e-6), ("entropy", 1e-5)):
+        np.testing.assert_allclose(getattr(ours, part), getattr(wanted, part), rtol=1e-5, atol=far)
+
+
+def test_over_a_mesh_one_small_gather_and_no_head():
+    """What travels is a dozen numbers per position, once; the head and the logits stay where they are."""
+    rows, made = 4096, make_mesh("2,1,4")
+    params = {"wte": {"embedding": jnp.zeros((rows, E))}, "ff_out": {"kernel": jnp.zeros((E, rows))}}
+    hidden = jax.ShapeDtypeStruct((4, N, E), jnp.float32, sharding=batch_sharding(made))
+
+    def everything(params, hidden):
+        return believe(model_head(None, params), hidden, rows)
+
+    with jax.set_mesh(made):
+        placed = jax.device_put(params, shardings(params, made, "llada"))
+        text = jax.jit(everything).lower(placed, hidden).compile().as_text()
+    collectives = re.findall(r"= (\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\(", text)
+    assert [kind for _, kind in collectives] == ["all-gather"]
+    (shape,) = re.findall(r"\[([\d,]+)\]", collectives[0][0])
+    assert math.prod(map(int, shape.split(","))) == 4 * 2 * N * (5 + 2 * TOP)
+    sorted_ = [shape.split(",")[-1] for shape in re.findall(r"\[([\d,]+)\]\S* sort\(", text)]
+    assert all(int(width) <= TOP for width in sorted_)

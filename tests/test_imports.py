@@ -19,11 +19,11 @@ RANKS = {
     name: rank
     for rank, names in enumerate(
         [
-            "strict config sandbox sharding storage hosts stats",
+            "strict config sandbox sharding storage hosts stats plan_chips plan_hlo plan_report",
             "models losses belief policy tasks tokenizer",
             "rules rivals decode sight checkpoint data hf hf_names hf_write",
             "steps rollout generate lm choices records identity",
-            "evaluate bench plan plot reports likelihood harness demo answer",
+            "evaluate bench bench_cache plan plan_programs plot reports likelihood harness demo answer",
             "cli __init__ __main__",
         ]
     )

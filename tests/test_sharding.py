@@ -17,8 +17,11 @@ from xflow_jax.sharding import (
     AXES,
     LOGICAL,
     batch_sharding,
+    check_heads,
     make_mesh,
+    over_slices,
     path_name,
+    platform,
     replicated,
     shardings,
     state_shardings,
@@ -169,3 +172,46 @@ def test_the_preset_divides_over_a_pod_slice():
     config = PRESETS["llada-8b"]
     tree = shardings(abstract_params(build(config)), make_mesh("1,4,2"), "llada")
     assert tree["blocks"]["ff_proj"]["kernel"].shard_shape((32, 4096, 12288)) == (32, 1024, 6144)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What is asked of a device of several slices."""
+
+    id: int
+    slice_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+    process_index: int = 0
+
+
+def test_only_data_crosses_slices():
+    devices = [Chip(n, n // 4) for n in range(8)]
+    array = over_slices((4, 1, 2), devices, 2)
+    assert array.shape == (4, 1, 2)
+    assert [[d.slice_index for d in row] for row in array[:, 0]] == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    with pytest.raises(UserError, match="data of 1 does not divide over 2 slices; the nearest is 2"):
+        over_slices((1, 4, 2), devices, 2)
+
+
+@eight
+def test_a_mesh_that_cuts_through_heads():
+    with pytest.raises(UserError) as error:
+        check_heads(CONFIG, make_mesh("1,1,8"))
+    assert str(error.value) == (
+        "the mesh axis tensor of 8 does not divide the model's 4 heads; the nearest size that does is 4"
+    )
+    check_heads(CONFIG, make_mesh("2,1,4"))
+
+
+@pytest.mark.parametrize("spec, near", [("2,8,1", "2,4,1"), ("16,1,1", "1,8,1")])
+@eight
+def test_more_devices_than_there_are(spec, near):
+    with pytest.raises(UserError, match=f"mesh {spec} needs 16 devices, but there are 8; use {near}"):
+        make_mesh(spec)
+
+
+def test_programs_know_what_they_are_for():
+    assert platform() == "cpu"
+    with jax.set_mesh(make_mesh("1,1,1")):
+        assert platform() == "cpu"

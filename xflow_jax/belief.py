@@ -1,8 +1,9 @@
 """From hidden states to what a decoder believes: the likeliest token of each position and how sure the model is.
 
 One pass over chunks of the vocabulary with a running maximum, log-sum-exp, entropy and top 4: the logits of a large
-vocabulary never stand in memory as a whole. Everything after the matrix product is float32 (SPEC of the decoders: ties
-go to the lowest index, which only exact comparisons in one dtype can keep).
+vocabulary never stand in memory as a whole. Where a mesh is set, each device does so for its own part of the
+vocabulary, and what all of them found, a dozen numbers per position, is gathered at once. Everything after the matrix
+product is float32 (SPEC of the decoders: ties go to the lowest index, which only exact comparisons in one dtype keep).
 """
 
 from __future__ import annotations
@@ -14,9 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec as P
 
+from xflow_jax.sharding import BATCH, LOGICAL, MESH_AXES, divides
+
+GROUP = 64  # entries whose maximum is taken first when the largest are looked for
 TOP = 4  # how many of the largest probabilities are kept: the policy's features need four
-CHUNK = 16_384  # vocabulary entries at a time
+CHUNK = 16_384  # vocabulary entries at a time, at most
+LOGITS = 2**22  # logits at a time: in float32 they stay in an accelerator's scratch memory
 
 
 @struct.dataclass
@@ -55,70 +61,71 @@ class BeliefOptions:
     guidance: float = 0.0
 
 
+Logits = Callable[[jax.Array, int | jax.Array, int], jax.Array]
+
+
+@struct.dataclass
+class Head:
+    """The matrix behind a model's logits. table [E, V], or [V, E] where `tied`; bias [V] or None.
+
+    head(hidden, start, size): hidden [B, N, E] -> logits [B, N, size] of the entries start ... start + size - 1, in
+    hidden's dtype. `gather`: an axis of the mesh over which the table's dimension E is spread.
+    """
+
+    table: jax.Array
+    bias: jax.Array | None
+    tied: bool = struct.field(pytree_node=False, default=False)
+    gather: str | None = struct.field(pytree_node=False, default=None)
+
+    @property
+    def rows(self) -> int:
+        """V, or a device's share of it."""
+        return self.table.shape[0 if self.tied else 1]
+
+    def __call__(self, hidden: jax.Array, start: int | jax.Array, size: int) -> jax.Array:
+        """As above."""
+        dtype, part = hidden.dtype, self.table
+        if size != self.rows:
+            part = jax.lax.dynamic_slice_in_dim(part, start, size, axis=0 if self.tied else 1)
+        part = part.T if self.tied else part
+        if self.gather:
+            part = jax.lax.all_gather(part, self.gather, axis=0, tiled=True)
+        with jax.named_scope("head"):
+            logits = jnp.einsum("bne,ev->bnv", hidden, part.astype(dtype), preferred_element_type=jnp.float32)
+        # The originals' logits come out in the model's dtype; rounding to it keeps their ties.
+        logits = logits.astype(dtype)
+        if self.bias is not None:
+            logits += jax.lax.dynamic_slice_in_dim(self.bias, start, size).astype(dtype)[None, None, :]
+        return logits
+
+
+def model_head(model: Any, params: Any) -> Head:
+    """The `head` that `believe` wants, of a model with its parameters; products accumulate in float32."""
+    if "ff_out" in params:
+        return Head(params["ff_out"]["kernel"], params["ff_out"].get("bias"))
+    return Head(params["wte"]["embedding"], None, tied=True)
+
+
 def believe(
-    head: Callable[[jax.Array, int | jax.Array, int], jax.Array],
+    head: Logits,
     hidden: jax.Array,
     rows: int,
     options: BeliefOptions = BeliefOptions(),
     keys: jax.Array | None = None,
     unconditional: jax.Array | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Belief:
     """The belief at hidden states [B, N, E]; `rows` is the height of the head's table.
 
-    head(hidden, start, size) gives the logits [B, N, size] of the vocabulary entries start ... start + size - 1.
-    keys [B]: one random key per sequence, needed where the temperature is not 0. unconditional [B, N, E]: hidden states
-    of the pass without a prompt, for guidance.
+    head(hidden, start, size) gives the logits [B, N, size] of the vocabulary entries start ... start + size - 1; a
+    `Head` is spread over the mesh that is set. keys [B]: one random key per sequence, needed where the temperature is
+    not 0. unconditional [B, N, E]: hidden states of the pass without a prompt, for guidance. chunk: vocabulary entries
+    at a time (None: as many as memory close to the processor can hold). Neither chunks nor a mesh change a draw.
     """
-    size = min(chunk, rows)
-    starts = jnp.arange(0, rows, size)
-    b, n = hidden.shape[:2]
-    first = _Running(
-        best=jnp.full((b, n), -jnp.inf),
-        best_logit=jnp.full((b, n), -jnp.inf),
-        tokens=jnp.zeros((b, n), jnp.int32),
-        top=jnp.full((b, n, TOP), -jnp.inf),
-        top_tokens=jnp.zeros((b, n, TOP), jnp.int32),
-        total=jnp.zeros((b, n)),
-        weighted=jnp.zeros((b, n)),
-    )
-
-    def logits_of(h: jax.Array, start: jax.Array) -> jax.Array:
-        return head(h, start, size).astype(jnp.float32)
-
-    def visit(state: _Running, start: jax.Array) -> tuple[_Running, None]:
-        # The last chunk is moved left to fit; what it sees twice counts once.
-        shifted = jnp.minimum(start, rows - size)
-        ids = shifted + jnp.arange(size)
-        logits = logits_of(hidden, shifted)
-        if unconditional is not None:
-            free = logits_of(unconditional, shifted)
-            logits = free + (options.guidance + 1) * (logits - free)
-        possible = ids >= start
-        if options.vocab_size is not None:
-            possible &= ids < options.vocab_size
-        logits = jnp.where(_without(ids, possible, options.never)[None, None, :], logits, -jnp.inf)
-        noisy = logits
-        if options.temperature > 0:
-            noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, start), (n, size), mode="high"))
-            noisy = logits + options.temperature * noise(keys)
-        if options.doubted:
-            logits = jnp.where(_without(ids, possible, options.doubted)[None, None, :], logits, -jnp.inf)
-        return _merge(state, noisy, logits, shifted), None
-
-    if starts.size == 1:
-        state, _ = visit(first, starts[0])
-    else:
-        state, _ = jax.lax.scan(visit, first, starts)
-    largest = state.top[..., 0]
-    log_sum = largest + jnp.log(state.total)
-    return Belief(
-        tokens=state.tokens,
-        confidence=jnp.exp(state.best_logit - log_sum),
-        top=jnp.exp(state.top - log_sum[..., None]),
-        top_tokens=state.top_tokens,
-        entropy=jnp.maximum(log_sum - state.weighted / state.total, 0.0),
-    )
+    with jax.named_scope("belief"):
+        if isinstance(head, Head) and _spread(head):
+            return _finish(_over_mesh(head, hidden, options, keys, unconditional, chunk))
+        return _finish(_run(head, hidden, rows, 0, options, keys, unconditional, chunk))
 
 
 @struct.dataclass
@@ -134,25 +141,171 @@ class _Running:
     weighted: jax.Array
 
 
+def _run(
+    head: Logits,
+    hidden: jax.Array,
+    rows: int,
+    first: int | jax.Array,
+    options: BeliefOptions,
+    keys: jax.Array | None,
+    unconditional: jax.Array | None,
+    chunk: int | None,
+) -> _Running:
+    """Visits the entries first ... first + rows - 1, which are the head's 0 ... rows - 1."""
+    b, n = hidden.shape[:2]
+    size = min(_chunk(b * n, rows) if chunk is None else chunk, rows)
+    starts = jnp.arange(0, rows, size)
+    nothing = _Running(
+        best=jnp.full((b, n), -jnp.inf),
+        best_logit=jnp.full((b, n), -jnp.inf),
+        tokens=jnp.zeros((b, n), jnp.int32),
+        top=jnp.full((b, n, TOP), -jnp.inf),
+        top_tokens=jnp.zeros((b, n, TOP), jnp.int32),
+        total=jnp.zeros((b, n)),
+        weighted=jnp.zeros((b, n)),
+    )
+
+    def visit(state: _Running, start: jax.Array) -> tuple[_Running, None]:
+        # The last chunk is moved left to fit; what it sees twice counts once.
+        shifted = jnp.minimum(start, rows - size)
+        local = shifted + jnp.arange(size)
+        ids = first + local
+        raw = head(hidden, shifted, size)
+        if unconditional is not None:
+            free = head(unconditional, shifted, size).astype(jnp.float32)
+            raw = free + (options.guidance + 1) * (raw.astype(jnp.float32) - free)
+        possible = local >= start
+        if options.vocab_size is not None:
+            possible &= ids < options.vocab_size
+        raw = jnp.where(_without(ids, possible, options.never)[None, None, :], raw, -jnp.inf)
+        if options.temperature > 0 or options.doubted:
+            raw = raw.astype(jnp.float32)
+        logits = noisy = raw
+        if options.temperature > 0:
+            noisy = logits + options.temperature * jax.vmap(_noise, (0, None, None))(keys, ids, n)
+        if options.doubted:
+            logits = jnp.where(_without(ids, possible, options.doubted)[None, None, :], logits, -jnp.inf)
+        return _merge(state, noisy, logits, first + shifted), None
+
+    if starts.size == 1:
+        return visit(nothing, starts[0])[0]
+    return jax.lax.scan(visit, nothing, starts)[0]
+
+
+def _chunk(positions: int, rows: int) -> int:
+    """Entries per chunk for so many positions: equal chunks, so that little is seen twice, of whole lanes."""
+    most = min(CHUNK, max(LOGITS // positions, 512))
+    return -(-rows // -(-rows // most) // 128) * 128
+
+
+def _noise(key: jax.Array, ids: jax.Array, n: int) -> jax.Array:
+    """Gumbel noise [n, V'] of one sequence: an entry's own, whatever chunk or device it is computed in."""
+    draw = jax.vmap(lambda token: jax.random.gumbel(jax.random.fold_in(key, token), (n,), mode="high"), out_axes=1)
+    return draw(ids)
+
+
+def _finish(state: _Running) -> Belief:
+    log_sum = state.top[..., 0] + jnp.log(state.total)
+    return Belief(
+        tokens=state.tokens,
+        confidence=jnp.exp(state.best_logit - log_sum),
+        top=jnp.exp(state.top - log_sum[..., None]),
+        top_tokens=state.top_tokens,
+        entropy=jnp.maximum(log_sum - state.weighted / state.total, 0.0),
+    )
+
+
+def _spread(head: Head) -> bool:
+    """Whether there is a mesh set over which the table's axes are spread."""
+    mesh, axes = jax.sharding.get_abstract_mesh(), (LOGICAL["vocab"], LOGICAL["embed"])
+    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names) or all(mesh.shape[axis] == 1 for axis in axes):
+        return False
+    width = head.table.shape[1 if head.tied else 0]
+    return all(divides(size, (axis,)) for size, axis in zip((head.rows, width), axes, strict=True))
+
+
+def _over_mesh(
+    head: Head,
+    hidden: jax.Array,
+    options: BeliefOptions,
+    keys: jax.Array | None,
+    unconditional: jax.Array | None,
+    chunk: int | None,
+) -> _Running:
+    """`_run` on each device for its part of the vocabulary and of the batch, and one gather of what they found.
+
+    Where the table's dimension E is spread, too (fsdp), it is gathered for a chunk at a time.
+    """
+    mesh, vocab, embed = jax.sharding.get_abstract_mesh(), LOGICAL["vocab"], LOGICAL["embed"]
+    batch = P(BATCH) if divides(hidden.shape[0], BATCH) else P()
+    table = P(vocab, embed) if head.tied else P(embed, vocab)
+    head = head.replace(gather=embed if mesh.shape[embed] > 1 else None)
+
+    def local(head: Head, hidden: jax.Array, keys: Any, unconditional: Any) -> _Running:
+        first = jax.lax.axis_index(vocab) * head.rows
+        mine = _run(head, hidden, head.rows, first, options, keys, unconditional, chunk)
+        return mine if mesh.shape[vocab] == 1 else _gather(mine, vocab)
+
+    specs = (head.replace(table=table, bias=None if head.bias is None else P(vocab)), batch, batch, batch)
+    spread = jax.shard_map(local, in_specs=specs, out_specs=batch, check_vma=False)
+    return spread(head, hidden, keys, unconditional)
+
+
+def _gather(mine: _Running, axis: str) -> _Running:
+    """What the devices of an axis found, each in its part of the vocabulary, in one collective operation."""
+    leaves, tree = jax.tree.flatten(mine)
+    flat = [x.reshape(*mine.best.shape, -1) for x in leaves]
+    bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in flat]
+    every = jax.lax.all_gather(jnp.concatenate(bits, axis=-1), axis)
+    cuts = [sum(x.shape[-1] for x in flat[: i + 1]) for i in range(len(flat) - 1)]
+    parts = zip(jnp.split(every, cuts, axis=-1), leaves, strict=True)
+    found = [jax.lax.bitcast_convert_type(part, x.dtype).reshape(-1, *x.shape) for part, x in parts]
+    return _combine(jax.tree.unflatten(tree, found))
+
+
+def _combine(parts: _Running) -> _Running:
+    """The state after all parts of the vocabulary from theirs, [parts, B, N, ...] in the vocabulary's order."""
+    # In that order the lowest id comes first among equals.
+    top, ids = (jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1) for x in (parts.top, parts.top_tokens))
+    top, place = _largest(top, TOP)
+    rescale = jnp.exp(parts.top[..., 0] - _finite(top[..., 0])[None])
+    best = parts.best.max(axis=0)
+    winner = jnp.argmax(parts.best == best[None], axis=0)[None]
+    return _Running(
+        best=best,
+        best_logit=jnp.take_along_axis(parts.best_logit, winner, axis=0)[0],
+        tokens=jnp.take_along_axis(parts.tokens, winner, axis=0)[0],
+        top=top,
+        top_tokens=jnp.take_along_axis(ids, place, axis=-1),
+        total=jnp.sum(parts.total * rescale, axis=0),
+        weighted=jnp.sum(parts.weighted * rescale, axis=0),
+    )
+
+
 def _without(ids: jax.Array, possible: jax.Array, banned: tuple[int, ...]) -> jax.Array:
     for token in banned:
         possible &= ids != token
     return possible
 
 
-def _merge(state: _Running, noisy: jax.Array, logits: jax.Array, start: jax.Array) -> _Running:
+def _merge(state: _Running, noisy: jax.Array, logits: jax.Array, start: int | jax.Array) -> _Running:
+    """The state after a chunk; logits and noisy float32, or the same array in the model's dtype."""
     # Taken of plain logits: behind a softmax the compiler would fuse the two and be many times slower.
     chunk_top, chunk_tokens = _largest(logits, min(TOP, logits.shape[-1]))
+    plain, logits = noisy is logits, logits.astype(jnp.float32)
     # The earlier chunk stands first, so that among equals the lower id does.
     top, place = _largest(jnp.concatenate([state.top, chunk_top], axis=-1), TOP)
     ids = jnp.concatenate([state.top_tokens, chunk_tokens + start], axis=-1)
-    largest = top[..., 0]
-    finite = jnp.where(jnp.isfinite(largest), largest, 0.0)
-    weights = jnp.exp(logits - finite[..., None])
+    finite = _finite(top[..., 0])
+    total, weighted = _sums(logits, finite)
     rescale = jnp.exp(state.top[..., 0] - finite)
-    best = noisy.max(axis=-1)
-    index = _first(noisy, best)
-    best_logit = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
+    if plain:
+        best = best_logit = chunk_top[..., 0]
+        index = chunk_tokens[..., 0]
+    else:
+        best = noisy.max(axis=-1)
+        index = _first(noisy, best)
+        best_logit = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
     better = best > state.best  # strictly: of equals the earlier chunk, hence the lower index, stays
     return _Running(
         best=jnp.where(better, best, state.best),
@@ -160,9 +313,29 @@ def _merge(state: _Running, noisy: jax.Array, logits: jax.Array, start: jax.Arra
         tokens=jnp.where(better, index + start, state.tokens),
         top=top,
         top_tokens=jnp.take_along_axis(ids, place, axis=-1),
-        total=state.total * rescale + weights.sum(-1),
-        weighted=state.weighted * rescale + jnp.where(weights > 0, weights * logits, 0.0).sum(-1),
+        total=state.total * rescale + total,
+        weighted=state.weighted * rescale + weighted,
     )
+
+
+def _sums(z: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums of e^(z - shift) and of z e^(z - shift) over z [..., V], shift [...]; z may be -inf."""
+
+    def one_pass(z: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+        weights = jnp.exp(z - shift[..., None])
+        return weights.sum(-1), jnp.where(weights > 0, weights * z, 0.0).sum(-1)
+
+    def products(z: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+        weights, z = jnp.exp(z - shift[..., None]), jnp.maximum(z, jnp.finfo(z.dtype).min)
+        return weights.sum(-1), jnp.einsum("...v,...v->...", weights, z, precision="highest")
+
+    # Two sums in one loop are not vectorised on CPUs, and take five times as long.
+    return jax.lax.platform_dependent(z, shift, cpu=products, default=one_pass)
+
+
+def _finite(largest: jax.Array) -> jax.Array:
+    """What is subtracted before exponentials: 0 where nothing is possible."""
+    return jnp.where(jnp.isfinite(largest), largest, 0.0)
 
 
 def _first(z: jax.Array, value: jax.Array) -> jax.Array:
@@ -176,39 +349,53 @@ def _first(z: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def _largest(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest of z [..., V], descending, and their indices, [..., k] each; of equal ones the lowest index first,
-    and each counts."""
+    """The k largest of z [..., V] as float32, descending, and their indices, [..., k] each; of equal ones the lowest
+    index first, and each counts.
 
-    def in_rounds(z: jax.Array) -> tuple[jax.Array, jax.Array]:
-        ids, found, places = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1), [], []
-        for _ in range(k):
-            found.append(z.max(axis=-1))
-            places.append(_first(z, found[-1]))
-            z = jnp.where(ids == places[-1][..., None], -jnp.inf, z)
-        return jnp.stack(found, axis=-1), jnp.stack(places, axis=-1)
+    In rounds of reductions: top_k would sort all of z, on CPUs and TPUs alike.
+    """
+    size = z.shape[-1]
 
-    # top_k on a CPU sorts, in one thread, and would take a third as long as the tiny model itself.
-    return jax.lax.platform_dependent(z, cpu=in_rounds, default=lambda z: tuple(jax.lax.top_k(z, k)))
+    def plain(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        z = z.astype(jnp.float32)
+        return _grouped(z, k) if size % GROUP == 0 and size >= k * GROUP else _rounds(z, k)
+
+    if z.dtype != jnp.bfloat16 or size > 2**16:
+        return plain(z)
+    return jax.lax.platform_dependent(z, cpu=plain, default=lambda z: _packed(z, k))
 
 
-def model_head(model: Any, params: Any) -> Callable[[jax.Array, int | jax.Array, int], jax.Array]:
-    """The `head` that `believe` wants, of a model with its parameters; products accumulate in float32."""
-    table = params["ff_out"]["kernel"] if "ff_out" in params else None
-    bias = params["ff_out"].get("bias") if table is not None else None
+def _rounds(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`_largest`, one after the other; the indices are different ones even where all that is left is -inf."""
+    ids, found = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1), []
+    left = jnp.ones(z.shape, bool)
+    for _ in range(k):
+        value = jnp.where(left, z, -jnp.inf).max(axis=-1)
+        place = jnp.where(left & (z == value[..., None]), ids, z.shape[-1] - 1).min(axis=-1)
+        found.append((value, place))
+        left &= ids != place[..., None]
+    return tuple(jnp.stack(part, axis=-1) for part in zip(*found, strict=True))
 
-    def head(hidden: jax.Array, start: int | jax.Array, size: int) -> jax.Array:
-        dtype = hidden.dtype
-        if table is None:
-            part = jax.lax.dynamic_slice_in_dim(params["wte"]["embedding"], start, size, axis=0).T
-        elif size == table.shape[1]:
-            part = table
-        else:
-            part = jax.lax.dynamic_slice_in_dim(table, start, size, axis=1)
-        logits = jnp.einsum("bne,ev->bnv", hidden, part.astype(dtype), preferred_element_type=jnp.float32)
-        # The originals' logits come out in the model's dtype; rounding to it keeps their ties.
-        logits = logits.astype(dtype)
-        if bias is not None:
-            logits += jax.lax.dynamic_slice_in_dim(bias, start, size).astype(dtype)[None, None, :]
-        return logits
 
-    return head
+def _grouped(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`_largest` in one pass: they lie in the k groups of the largest maxima, of equal ones the earlier."""
+    groups = z.reshape(*z.shape[:-1], -1, GROUP)
+    chosen = jnp.sort(_rounds(groups.max(axis=-1), k)[1], axis=-1)  # in order, so that ties still go to the lowest id
+    candidates = jnp.take_along_axis(groups, chosen[..., None], axis=-2)
+    top, place = _rounds(candidates.reshape(*z.shape[:-1], -1), k)
+    return top, jnp.take_along_axis(chosen, place // GROUP, axis=-1) * GROUP + place % GROUP
+
+
+def _packed(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`_largest` of bfloat16: value and index fit one integer, so that a round is a single maximum."""
+    bits = jax.lax.bitcast_convert_type(z, jnp.int16).astype(jnp.int32)
+    # Integers in the order of the numbers, both zeros 0; below them the index, counted down.
+    ordered = jnp.where(bits < 0, (bits ^ 0x7FFF) + 1, bits)
+    packed = (ordered << 16) | (0xFFFF - jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1))
+    found = [packed.max(axis=-1)]
+    for _ in range(k - 1):
+        found.append(jnp.where(packed < found[-1][..., None], packed, jnp.iinfo(jnp.int32).min).max(axis=-1))
+    best = jnp.stack(found, axis=-1)
+    ordered = best >> 16
+    bits = jnp.where(ordered < 0, (ordered - 1) ^ 0x7FFF, ordered).astype(jnp.int16)
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32), 0xFFFF - (best & 0xFFFF)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -57,10 +56,14 @@ def build_parser(command: str | None = None) -> Parser:
     _demo(add("demo", "the bundled model end to end: convert, load, decode, run its answers, draw"))
     _generate(add("generate", "answers to prompts"))
     _evaluate(add("evaluate", "accuracy of rules at budgets on a task"))
-    if importlib.util.find_spec("xflow_jax.bench"):
-        bench = add("bench", "tokens per second and where the time goes")
-        if command == "bench":
-            importlib.import_module("xflow_jax.bench").add_arguments(bench)
+    elsewhere = {
+        "bench": "tokens per second and where the time goes",
+        "plan": "memory, time and links of a program on a TPU slice, from its compiler; exits with 1 if too large",
+    }
+    for name, help_ in elsewhere.items():
+        sub = add(name, help_)
+        if command == name:
+            importlib.import_module(f"xflow_jax.{name}").add_arguments(sub)
     return parser
 
 
@@ -117,11 +120,11 @@ def _evaluate(parser: Parser) -> None:
 
 
 # command -> the module of the library that has its function `run`
-_RUN = {"demo": "demo", "generate": "answer", "evaluate": "evaluate", "bench": "bench"}
+_RUN = {"demo": "demo", "generate": "answer", "evaluate": "evaluate", "bench": "bench", "plan": "plan"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; the exit status: 0, 2 for a mistake of the user, 130 when interrupted."""
+    """Runs a command; the exit status: the command's own, else 0, 2 for a mistake of the user, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         parser = build_parser(argv[0] if argv else None)
@@ -129,9 +132,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.run is None:
             parser.print_help()
             return 0
-        importlib.import_module(f"xflow_jax.{_RUN[args.run]}").run(args)
+        hosts = importlib.import_module("xflow_jax.hosts")
+        hosts.join_hosts()
+        hosts.keep_programs()
+        status = importlib.import_module(f"xflow_jax.{_RUN[args.run]}").run(args)
         sys.stdout.flush()
-        return 0
+        return status or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,9 +15,51 @@ import numpy as np
 from xflow_jax.strict import UserError
 
 
+def join_hosts() -> None:
+    """Makes this process one of several, where the environment says so; all but the first then print nothing.
+
+    JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, or XFLOW_DISTRIBUTED=1 alone where JAX finds out
+    by itself: on TPU pods, under Slurm, under Open MPI. Raises UserError where the processes do not find each other.
+    """
+    told = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
+    if "JAX_COORDINATOR_ADDRESS" not in os.environ and os.environ.get("XFLOW_DISTRIBUTED") != "1":
+        return
+    try:
+        jax.distributed.initialize(**{name: int(value) for name, value in told.items() if value})
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"the processes cannot find each other: {error}") from None
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
+
+
+def keep_programs() -> None:
+    """Turns JAX's persistent cache of compiled programs on, in the user's cache folder.
+
+    JAX's own variables go first: JAX_COMPILATION_CACHE_DIR says where, JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    """
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR") or jax.config.jax_compilation_cache_dir:
+        return
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xflow_jax" / "programs"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes files and prints."""
     return jax.process_index() == 0
+
+
+def spread(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """A tree of arrays (keys, too) that every process has whole, as arrays of that sharding."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def put(x: Any) -> jax.Array:
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+        whole = np.asarray(x)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(put, tree)
 
 
 def fetch(tree: Any) -> Any:

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 from xflow_jax import checkpoint, hf
 from xflow_jax.config import UserError
 from xflow_jax.models import build
-from xflow_jax.sharding import batch_sharding, make_mesh, replicated
+from xflow_jax.sharding import batch_sharding, check_heads, make_mesh, replicated
 from xflow_jax.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -43,6 +43,10 @@ class LM:
     params: dict[str, Any] = field(repr=False)
     tokenizer: Any = field(repr=False)
     mesh: Mesh | None = None
+
+    def __post_init__(self) -> None:
+        if self.mesh is not None:
+            check_heads(self.config, self.mesh)
 
     @property
     def family(self) -> str:

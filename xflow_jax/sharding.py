@@ -9,6 +9,8 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -94,7 +96,8 @@ def make_mesh(spec: str | None = None, devices: list[Any] | None = None) -> Mesh
     """The mesh of axes data, fsdp and tensor, all of type Auto; the only place where a mesh is made.
 
     spec: their sizes, like "1,8,1"; None = all devices on fsdp. Fewer devices than there are may be asked for by a
-    single process. Raises UserError for anything but three positive integers, and for more devices than there are.
+    single process. Of several TPU slices only `data` crosses the network between them. Raises UserError for anything
+    but three positive integers, for more devices than there are, and for slices that do not divide `data`.
     """
     devices = list(jax.devices() if devices is None else devices)
     try:
@@ -105,10 +108,45 @@ def make_mesh(spec: str | None = None, devices: list[Any] | None = None) -> Mesh
         raise UserError(f"mesh {spec!r} must be three positive sizes, of {', '.join(MESH_AXES)}, like 1,8,1")
     wanted = math.prod(shape)
     if wanted > len(devices) or (wanted < len(devices) and jax.process_count() > 1):
-        raise UserError(f"mesh {spec} needs {wanted} devices, but there are {len(devices)}")
-    # Stated, since jax.make_mesh makes Explicit axes, under which a gather from a sharded vocabulary fails.
+        near = f"{shape[0]},{max(len(devices) // (shape[0] * shape[2]), 1)},{shape[2]}"
+        fits = math.prod(int(n) for n in near.split(",")) == len(devices)
+        hint = f"use {near if fits else f'1,{len(devices)},1'}"
+        raise UserError(f"mesh {spec} needs {wanted} devices, but there are {len(devices)}; {hint}")
+    # Stated, since Explicit axes may become the default, under which a gather from a sharded vocabulary fails.
     types = (AxisType.Auto,) * len(shape)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices[:wanted])
+    slices = {getattr(device, "slice_index", None) for device in devices[:wanted]} - {None}
+    if len(slices) > 1:
+        return Mesh(over_slices(shape, devices[:wanted], len(slices)), MESH_AXES, axis_types=types)
+    # An axis of the mesh may need half of one of the torus, which jax.make_mesh does not cut.
+    array = mesh_utils.create_device_mesh(shape, devices[:wanted], allow_split_physical_axes=True)
+    return Mesh(array, MESH_AXES, axis_types=types)
+
+
+def over_slices(shape: tuple[int, int, int], devices: list[Any], slices: int) -> np.ndarray:
+    """The devices of several slices as an array of the mesh's shape: only `data` crosses the network between them.
+
+    Raises UserError where the slices do not divide `data`.
+    """
+    data, *rest = shape
+    if data % slices:
+        near = max(data // slices, 1) * slices
+        raise UserError(f"the mesh axis data of {data} does not divide over {slices} slices; the nearest is {near}")
+    return mesh_utils.create_hybrid_device_mesh((data // slices, *rest), (slices, 1, 1), devices)
+
+
+def check_heads(config: Any, mesh: Mesh) -> None:
+    """UserError where the tensor axis of a mesh would cut through a head of the model."""
+    heads = config.num_attention_heads if config.family == "llada2" else config.n_heads
+    parts = mesh.shape["tensor"]
+    if heads % parts:
+        raise UserError(
+            f"the mesh axis tensor of {parts} does not divide the model's {heads} heads; "
+            f"the nearest size that does is {_nearest_divisor(heads, parts)}"
+        )
+
+
+def _nearest_divisor(size: int, parts: int) -> int:
+    return min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: (abs(n - parts), n))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -191,6 +229,13 @@ def divides(size: int, axes: tuple[str, ...]) -> bool:
     return not mesh.empty and set(axes) <= set(mesh.axis_names) and size % math.prod(mesh.shape[a] for a in axes) == 0
 
 
+def platform() -> str:
+    """What programs are being made for: the platform of the mesh that is set, whose devices need not be here, or else
+    the default backend: cpu, gpu or tpu."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None or not device.platform else device.platform
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """A key path of jax.tree_util as "a/b/c"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
@@ -204,7 +249,7 @@ def _sharding(name: str, shape: tuple[int, ...], axes: tuple[str, ...], mesh: Me
         target = LOGICAL[axis]
         parts = 1 if target is None else mesh.shape[target]
         if size % parts:
-            near = min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: (abs(n - parts), n))
+            near = _nearest_divisor(size, parts)
             raise UserError(
                 f"the mesh axis {target} of {parts} does not divide the {axis} dimension of {name}, which is {size}; "
                 f"the nearest size that does is {near}"

@@ -128,6 +128,14 @@ def load_toml(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> 
     return _build(cls, tree, "", str(path), sources)
 
 
+def with_overrides(cls: type[T], tree: dict[str, Any], overrides: Sequence[str], where: str = "settings") -> T:
+    """As `load_toml`, from a dict instead of a file."""
+    sources: dict[str, str] = {}
+    for text in overrides:
+        _override(tree, cls, text, sources)
+    return _build(cls, tree, "", where, sources)
+
+
 def _override(tree: dict[str, Any], cls: type, text: str, sources: dict[str, str]) -> None:
     """Puts "a.b=value" into the tree, and notes that the value of a.b came from there."""
     dotted, equals, value = text.partition("=")

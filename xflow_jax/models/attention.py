@@ -7,6 +7,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from xflow_jax.sharding import platform
+
 
 def attention_mask(
     length: int,
@@ -70,5 +72,5 @@ KERNELS: dict[str, Kernel] = {"einsum": _einsum, "xla": _xla}
 
 
 def default_kernel() -> str:
-    """The kernel for the default backend: our einsum on CPUs, JAX's own attention elsewhere."""
-    return "einsum" if jax.default_backend() == "cpu" else "xla"
+    """The kernel for the platform: our einsum on CPUs, JAX's own attention elsewhere."""
+    return "einsum" if platform() == "cpu" else "xla"

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from xflow_jax.config import LLaDA2Config
-from xflow_jax.sharding import BATCH, LOGICAL, MESH_AXES, divides
+from xflow_jax.sharding import BATCH, LOGICAL, MESH_AXES, divides, platform
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -60,7 +60,7 @@ class Experts(nn.Module):
     """The experts' MLPs: x [B, L, E], experts int and weights float32 [B, L, k] -> [B, L, E], their weighted sum.
 
     Every token reaches all of its experts. Where a mesh is set, each device computes its own experts on its own part of
-    the batch. kernel: a name in KERNELS; None = the default backend's.
+    the batch. kernel: a name in KERNELS; None = the platform's.
     """
 
     experts: int
@@ -220,5 +220,5 @@ KERNELS: dict[str, Kernel] = {"ragged": _ragged, "tiles": _tiles}
 
 
 def default_kernel() -> str:
-    """The kernel for the default backend: the loop over tiles on CPUs, XLA's own grouped product elsewhere."""
-    return "tiles" if jax.default_backend() == "cpu" else "ragged"
+    """The kernel for the platform: the loop over tiles on CPUs, XLA's own grouped product elsewhere."""
+    return "tiles" if platform() == "cpu" else "ragged"

@@ -1,0 +1,319 @@
+"""Will it fit, and how fast can it be? `xflow plan` compiles the real programs for TPU slices that are not there.
+
+The compiler is the one of the TPUs, from the package libtpu (extra [plan]); no TPU is needed. It says what memory the
+program takes; FLOPs, memory traffic and collectives are read from what it made (plan_hlo.py), and the peak rates of the
+chip (plan_chips.py) turn them into the least time of a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from xflow_jax.config import PRESETS
+from xflow_jax.plan_chips import GPUS, Chip, Topology, link_seconds, parse_device, parse_topology
+from xflow_jax.plan_hlo import Collective, Cost, Program, by_kind, part_cycles
+from xflow_jax.plan_programs import PROGRAMS, Analytic, Work, analytic, lowerable, meshes, passes
+from xflow_jax.plan_report import markdown, sentence, table
+from xflow_jax.records import write_whole
+from xflow_jax.sharding import MESH_AXES, make_mesh
+from xflow_jax.strict import UserError, require
+
+# Parts of a decode by the names that the compiler kept; what the backbone and the head are not is the decoder.
+PARTS = {"backbone": r"\.(hidden|embed)/|/blocks/", "head": r"belief/.*head/"}
+
+
+def predicted(config: Any, work: Work, chip: Chip, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """What arithmetic alone says of a program on a mesh (data, fsdp, tensor) of chips: a row without a compilation."""
+    cost = analytic(config, work, shape)
+    links = _ring_seconds(cost, shape[2], chip)
+    row = {"compiled": False, "flops": cost.flops, "bytes": cost.bytes, "collectives": []}
+    row["memory"] = {"weights": cost.weights, "total": cost.memory, "capacity": chip.memory}
+    row["fits"] = cost.memory <= chip.memory
+    return row | _speed(work, passes(config, work), cost.flops / chip.flops, cost.bytes / chip.bandwidth, links)
+
+
+def _ring_seconds(cost: Analytic, tensor: int, chip: Chip) -> float:
+    axes = 1 if tensor <= 16 else chip.axes
+    return link_seconds("all-reduce", cost.links, tensor, axes, False, chip.link)
+
+
+def _speed(work: Work, steps: int, compute: float, memory: float, links: float) -> dict[str, Any]:
+    """The least seconds of a step by each resource, which of them binds, and the response tokens/s that it allows."""
+    seconds = {"compute": compute, "memory": memory, "links": links}
+    bound = max(seconds, key=seconds.get)
+    tokens = work.batch * work.response / steps
+    return {"seconds": seconds, "bound": bound, "tokens_per_second": tokens / seconds[bound]}
+
+
+def compiled_row(config: Any, work: Work, topology: Topology, mesh: Mesh, keep: Path | None = None) -> dict[str, Any]:
+    """Compiles a program and reads what it costs; a program that the compiler finds too large does not fit.
+
+    keep: a new file for the text of what the compiler made.
+    """
+    began = time.perf_counter()
+    program = lowerable(config, work, mesh)
+    least = analytic(config, work, tuple(mesh.shape.values()))
+    row: dict[str, Any] = {"compiled": True, "analytic_flops": least.flops, "analytic_bytes": least.bytes}
+    try:
+        compiled = program.compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not used:
+            raise
+        sizes = [float(n) * 1024 ** " KMGT".index(unit or " ") for n, unit in (used.groups()[:2], used.groups()[2:])]
+        memory = dict(zip(("total", "capacity"), sizes, strict=True))
+        return row | {"fits": False, "memory": memory, "compile_seconds": time.perf_counter() - began}
+    stats, text = compiled.memory_analysis(), compiled.as_text()
+    if keep:
+        keep.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(keep, text)
+    memory = {
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        "temporary": stats.temp_size_in_bytes,
+        "code": stats.generated_code_size_in_bytes,
+    }
+    memory |= {"total": sum(memory.values()), "capacity": topology.chip.memory}
+    module = Program(text, experts=getattr(config, "num_experts", None))
+    cost = module.cost()
+    row |= {"memory": memory, "fits": memory["total"] <= topology.chip.memory}
+    row |= measures(cost, work, topology, mesh, program.steps)
+    return row | {"unknown_loops": cost.unknown_loops, "compile_seconds": time.perf_counter() - began}
+
+
+def measures(cost: Cost, work: Work, topology: Topology, mesh: Mesh, steps: int) -> dict[str, Any]:
+    """What a program of so many steps costs, per step and chip."""
+    links = sum(c.count * _seconds(c, mesh, topology) for c in cost.collectives) / steps
+    chip = topology.chip
+    row = {"flops": cost.flops / steps, "bytes": cost.bytes / steps}
+    row["collectives"] = [
+        dict(kind, count=kind["count"] / steps, bytes=kind["bytes"] / steps) for kind in by_kind(cost.collectives)
+    ]
+    parts = part_cycles(cost, PARTS)
+    total = sum(parts.values())
+    if total and work.program != "align":
+        row["decoder_share"] = parts["rest"] / total
+    return row | _speed(work, steps, row["flops"] / chip.flops, row["bytes"] / chip.bandwidth, links)
+
+
+def _seconds(collective: Collective, mesh: Mesh, topology: Topology) -> float:
+    """The least time of a collective, from where on the torus its groups lie."""
+    devices = mesh.devices.ravel()
+    if collective.kind == "collective-permute":
+        pairs = [(devices[a].coords, devices[b].coords) for a, b in collective.groups]
+        far = max((_hops(a, b, topology.shape) for a, b in pairs), default=0)
+        return collective.bytes * far / topology.chip.link
+    spans, closed = [], True
+    coords = np.array([devices[n].coords for n in collective.groups[0]])
+    for axis, size in enumerate(topology.shape):
+        span = len(set(coords[:, axis].tolist()))
+        if span > 1:
+            spans.append(span)
+            closed &= span == size and size % (4 if topology.chip.axes == 3 else 16) == 0
+    # Chips of a plane can always be walked in a ring.
+    return link_seconds(collective.kind, collective.bytes, collective.size, len(spans), closed, topology.chip.link)
+
+
+def _hops(a: tuple[int, ...], b: tuple[int, ...], shape: tuple[int, ...]) -> int:
+    return sum(min(abs(x - y), size - abs(x - y)) for x, y, size in zip(a, b, shape, strict=False))
+
+
+def best_meshes(config: Any, work: Work, chip: Chip, devices: int) -> list[tuple[int, int, int]]:
+    """The meshes that divide the model, the fastest by arithmetic first, those that should fit before the others."""
+    found = []
+    for shape in meshes(config, devices):
+        row = predicted(config, work, chip, shape)
+        # At equal speed less memory, and rather data than fsdp, which sends weights.
+        crowded = row["memory"]["total"] > 0.9 * chip.memory
+        step = max(row["seconds"]["compute"], row["seconds"]["memory"]) + row["seconds"]["links"]
+        found.append((crowded, step * (1 + 0.02 * math.log2(shape[1])), row["memory"]["total"], shape))
+    return [shape for *_, shape in sorted(found)]
+
+
+def largest_batch(config: Any, work: Work, chip: Chip, devices: int) -> int:
+    """The largest power of two, times the devices of data and fsdp, that should fit a mesh of its own choice."""
+    best, batch = 1, 1
+    while batch <= 2**16:
+        sized = dataclasses.replace(work, batch=batch)
+        shapes = [s for s in meshes(config, devices) if batch % (s[0] * s[1]) == 0]
+        if any(predicted(config, sized, chip, s)["memory"]["total"] <= 0.85 * chip.memory for s in shapes):
+            best = batch
+        batch *= 2
+    return best
+
+
+def plan_rows(args: argparse.Namespace, kept: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows that the arguments ask for; those that are among `kept` are not compiled again."""
+    for preset in args.preset:
+        for text in [args.device] if args.device else args.topology:
+            for program in args.program:
+                for batch in args.batch or [64 if program != "decode" else 1]:
+                    if program == "decode" or batch != "max":
+                        yield from _rows_of(args, preset, text, program, batch, kept)
+
+
+def _rows_of(
+    args: argparse.Namespace, preset: str, text: str, program: str, batch: Any, kept: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    config = PRESETS[preset]
+    chip, devices = parse_device(text) if args.device else _chips(text)
+    work = Work(program, 1, args.prompt_length, args.gen_length, args.steps or args.gen_length // 4, tuple(args.set))
+    rows = largest_batch(config, work, chip, devices) if batch == "max" else int(batch)
+    if program != "decode" and not args.batch:
+        rows = -(-rows // devices) * devices if program == "align" else rows
+    asked = {"preset": preset, "topology": text, "program": program, "asked_batch": batch, "asked_mesh": args.mesh}
+    asked |= {"prompt": work.prompt, "response": work.response, "steps": work.steps, "overrides": list(work.overrides)}
+    if not args.sweep and (old := next((r for r in kept if r.items() >= asked.items()), None)):
+        yield old
+        return
+    while True:
+        work = dataclasses.replace(work, batch=rows)
+        shapes = [_mesh_of(args.mesh, devices)] if args.mesh else best_meshes(config, work, chip, devices)
+        for shape in shapes[: args.most if args.sweep else 1]:
+            if args.device:
+                made = predicted(config, work, chip, shape)
+            else:
+                topology = parse_topology(text)
+                mesh = make_mesh(",".join(map(str, shape)), _devices(topology))
+                name = f"{preset}-{text}-{program}-{rows}-{'x'.join(map(str, shape))}.hlo".replace(":", "-")
+                keep = Path(args.hlo) / name if args.hlo else None
+                made = compiled_row(config, work, topology, mesh, keep)
+            row = asked | {"batch": rows, "mesh": dict(zip(MESH_AXES, shape, strict=True)), "chip": chip.name} | made
+            if made["fits"] or batch != "max" or rows == 1:
+                yield row
+        if made["fits"] or batch != "max" or rows == 1:
+            return
+        rows //= 2
+
+
+def _chips(text: str) -> tuple[Chip, int]:
+    topology = parse_topology(text)
+    return topology.chip, topology.chips
+
+
+def _mesh_of(text: str, devices: int) -> tuple[int, int, int]:
+    try:
+        shape = tuple(int(n) for n in text.split(","))
+    except ValueError:
+        shape = ()
+    if len(shape) != 3 or min(shape) < 1:
+        raise UserError(f"mesh {text!r} must be three positive sizes, of {', '.join(MESH_AXES)}, like 1,8,1")
+    wanted = math.prod(shape)
+    require(wanted == devices, f"mesh {text} is of {wanted} devices, but there are {devices}")
+    return shape
+
+
+_TOPOLOGIES: dict[str, list[Any]] = {}
+
+
+def _devices(topology: Topology) -> list[Any]:
+    """The devices of a slice, as the compiler describes them; UserError where it does not know the slice."""
+    if topology.text not in _TOPOLOGIES:
+        from jax.experimental import topologies
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_environment())
+            try:
+                _TOPOLOGIES[topology.text] = list(topologies.get_topology_desc(topology.text, "tpu").devices)
+            except jax.errors.JaxRuntimeError as error:
+                why = str(error).partition(": ")[2].split("\n")[0] or str(error)
+                raise UserError(f"the TPU compiler does not know the topology {topology.text!r}: {why}") from None
+    return _TOPOLOGIES[topology.text]
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """Tells libtpu that no TPU is looked for, and that another process may plan at the same time."""
+    wanted = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    wanted |= {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update({name: value for name, value in wanted.items() if before[name] is None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `xflow plan`."""
+    parser.add_argument("--preset", required=True, metavar="LIST", help=f"with commas between: {', '.join(PRESETS)}")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--topology", metavar="LIST", help="slices like v5p:4x4x4 or v5e-8, with commas between")
+    where.add_argument(
+        "--device", metavar="DEVICE", help=f"arithmetic alone: {', '.join(f'gpu:{n}' for n in GPUS)}[:N]"
+    )
+    parser.add_argument("--program", default="decode", metavar="LIST", help=f"{', '.join(PROGRAMS)} (default: decode)")
+    parser.add_argument("--mesh", metavar="D,F,T", help="sizes of data, fsdp, tensor (default: the fastest that fits)")
+    parser.add_argument("--sweep", action="store_true", help="several meshes, the best by arithmetic first")
+    parser.add_argument("--most", type=int, default=8, metavar="N", help="meshes of a sweep (default: %(default)s)")
+    parser.add_argument("--batch", metavar="LIST", help="rows, or max: as many as fit (default: 1; 64 in training)")
+    parser.add_argument("--prompt-length", type=int, default=128, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--gen-length", type=int, default=512, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, metavar="N", help="forward passes (default: a quarter of the tokens)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the alignment")
+    parser.add_argument("--json", metavar="FILE", help="keep the rows here; the same command again continues")
+    parser.add_argument("--hlo", metavar="DIR", help="keep the compiled programs' text here")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table as a page")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints a table; the exit status: 1 where something does not fit. UserError on bad input."""
+    args.preset = _choices("preset", args.preset, list(PRESETS))
+    args.program = _choices("program", args.program, list(PROGRAMS))
+    args.topology = args.topology.split(",") if args.topology else []
+    args.batch = _batches(args.batch)
+    for text in args.topology:
+        parse_topology(text)
+    if args.device:
+        parse_device(args.device)
+    elif importlib.util.find_spec("libtpu") is None:
+        raise UserError('the TPU compiler is missing; it comes with the extra [plan]: pip install "xflow-jax[plan]"')
+    if not args.device:
+        jax.config.update("jax_platforms", "cpu")  # nothing is run, so no accelerator is taken
+        jax.config.update("jax_enable_compilation_cache", False)  # what comes out of it tells less of itself
+    file = Path(args.json) if args.json else None
+    kept = json.loads(file.read_text())["rows"] if file and file.exists() else []
+    rows = []
+    for row in plan_rows(args, kept):
+        rows.append(row)
+        print(sentence(row), flush=True)
+        if file:
+            others = [r for r in kept if r not in rows]
+            write_whole(file, json.dumps({"rows": rows + others}, indent=1) + "\n")
+    print(table(rows))
+    if args.markdown:
+        write_whole(Path(args.markdown), markdown(rows, args))
+    return 0 if all(row["fits"] for row in rows) else 1
+
+
+def _choices(name: str, text: str, known: list[str]) -> list[str]:
+    chosen = text.split(",")
+    for one in chosen:
+        require(one in known, f"there is no {name} {one!r}; there are {', '.join(known)}")
+    return chosen
+
+
+def _batches(text: str | None) -> list[Any]:
+    if text is None:
+        return []
+    parts = text.split(",")
+    right = all(part == "max" or (part.isdigit() and int(part) > 0) for part in parts)
+    require(right, f"the batch {text!r} must be positive whole numbers or max, with commas between them")
+    return [part if part == "max" else int(part) for part in parts]
