@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,7 @@ def arguments(*argv):
 
 @pytest.fixture
 def toys(monkeypatch):
-    monkeypatch.setattr(bench, "load_or_make", lambda name, dtype: toy())
+    monkeypatch.setattr(bench, "load_or_make", lambda name, dtype, mesh: toy(mesh))
     monkeypatch.setattr(bench, "matmul_rate", lambda dtype: 1e11)
 
 
@@ -93,7 +95,7 @@ def test_rates_are_of_real_products():
 
 def test_presets_have_random_weights(monkeypatch):
     small = dataclasses.replace(toy().config, n_layers=1)
-    monkeypatch.setitem(bench.PRESETS, "small", small)
+    monkeypatch.setitem(bench.SHAPES, "small", small)
     lm = bench.load_or_make("small", "bfloat16")
     assert lm.config == small and lm.tokenizer is None
     assert {x.dtype for x in jax.tree.leaves(lm.params)} == {jnp.dtype("bfloat16")}
@@ -122,3 +124,20 @@ def test_models_that_are_not_there():
         bench.load_or_make("llada-8b", "float16")
     with pytest.raises(UserError):
         bench.load_or_make("/no/such/directory", "float32")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs the extra [bench]")
+def test_pytorch_writes_the_same_tokens(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(bench.SHAPES, "toy", toy().config)  # fresh weights: no confidence is 1, where ties are anyone's
+    file = tmp_path / "bench.json"
+    argv = ("--batch-sizes=3", "--gen-length=8", "--steps=3", "--prompt-length=5", "--rounds=1")
+    bench.run(arguments("--model=toy", "--against=torch", f"--json={file}", *argv))
+    assert "100.0 % of the tokens are equal" in capsys.readouterr().out
+    (rival,) = json.loads(file.read_text())["rivals"]
+    assert rival["batch"] == 3 and rival["ours"] > 0 and rival["theirs"] > 0
+
+
+def test_without_pytorch_one_sentence_names_the_extra(toys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match=r"PyTorch is missing; it comes with the extra \[bench\]"):
+        bench.run(arguments("--model=toy", "--against=torch"))

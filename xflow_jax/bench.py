@@ -26,15 +26,28 @@ from tqdm import tqdm
 from xflow_jax import bench_cache
 from xflow_jax.belief import model_head
 from xflow_jax.choices import parse_rule
-from xflow_jax.config import PRESETS, UserError
+from xflow_jax.config import PRESETS, LLaDAConfig, UserError
 from xflow_jax.decode import Settings
 from xflow_jax.generate import decode_batch, pad_prompts, settings_of
 from xflow_jax.lm import DTYPES, LM, load
-from xflow_jax.models import build, init_params
+from xflow_jax.models import abstract_params, build, init_params
 from xflow_jax.records import write_whole
-from xflow_jax.rules import Rule
+from xflow_jax.rules import MaskPrediction, Rule
+from xflow_jax.sharding import make_mesh, shardings
 from xflow_jax.storage import refuse_existing
 
+# A vocabulary as large as LLaDA's behind a backbone that a CPU can run: 97 M parameters.
+MID = LLaDAConfig(
+    d_model=320,
+    n_layers=12,
+    n_heads=5,
+    mlp_hidden_size=960,
+    vocab_size=126464,
+    mask_token_id=126336,
+    eos_token_id=126081,
+    rope_theta=500000.0,
+)
+SHAPES = PRESETS | {"mid": MID}
 LEAST_SECONDS = 3.0  # of measurement for each batch size
 
 
@@ -107,6 +120,47 @@ def measure(lm: LM, rule: Rule, settings: Settings, batch: int, prompt_length: i
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Rival:
+    """The same decode by PyTorch beside ours, medians of alternating rounds.
+
+    tokens_per_second: of both. speedup: ours / theirs, a median of its own. agreement: share of equal tokens.
+    """
+
+    batch: int
+    ours: float
+    theirs: float
+    speedup: float
+    agreement: float
+
+
+def compare(lm: LM, settings: Settings, batch: int, prompt_length: int, rounds: int) -> Rival:
+    """Times mask prediction on random prompts against `bench_torch.torch_decoder` with the same weights."""
+    from xflow_jax.bench_torch import torch_decoder
+
+    theirs = torch_decoder(lm.config, lm.params, str(lm.dtype))
+    prompt = np.random.default_rng(0).integers(0, lm.config.vocab_size, (batch, prompt_length))
+    ids, mask = jnp.asarray(prompt, jnp.int32), jnp.ones(prompt.shape, bool)
+    keys = jax.random.split(jax.random.key(0), batch)
+    steps, length = settings.blocks * settings.steps, settings.gen_length
+    programs = (
+        lambda: np.asarray(decode_batch(lm.model, lm.params, MaskPrediction(), settings, ids, mask, keys)[0]),
+        lambda: theirs(prompt, length, steps),
+    )
+    with lm.scope():
+        ours, wanted = (program() for program in programs)
+        times = [[_timed(program) for program in programs] for _ in range(rounds)]
+    mine, other = (batch * length / statistics.median(column) for column in zip(*times, strict=True))
+    speedup = statistics.median(b / a for a, b in times)
+    return Rival(batch, mine, other, speedup, float(np.mean(ours == wanted)))
+
+
+def _timed(program: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    program()
+    return time.perf_counter() - began
+
+
 @partial(jax.jit, static_argnames=("model", "settings", "head"))
 def _forward(model: Any, params: Any, settings: Settings, head: bool, x: jax.Array, mask: jax.Array) -> Any:
     """As many forward passes as a decode makes, each on what the last one left: x [B, L, E] -> the last (x, logits)."""
@@ -166,19 +220,21 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def load_or_make(name: str, dtype: str) -> LM:
-    """The model in a directory, the bundled one ("tiny"), or a preset's shape with random weights."""
-    if name not in PRESETS:
-        return load(name, dtype)
+def load_or_make(name: str, dtype: str, mesh: str | None = None) -> LM:
+    """The model in a directory, the bundled one ("tiny"), or random weights of a known shape, over a mesh or not."""
+    if name not in SHAPES:
+        return load(name, dtype, mesh)
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}, but it must be {' or '.join(DTYPES)}")
-    model = build(PRESETS[name], jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
-    return LM(model, PRESETS[name], jax.jit(partial(init_params, model))(jax.random.key(0)), None)
+    model, mesh = build(SHAPES[name], jnp.dtype(dtype), param_dtype=jnp.dtype(dtype)), mesh and make_mesh(mesh)
+    placed = None if mesh is None else shardings(abstract_params(model), mesh, model.config.family)
+    params = jax.jit(partial(init_params, model), out_shardings=placed)(jax.random.key(0))
+    return LM(model, SHAPES[name], params, None, mesh)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `xflow bench`."""
-    models = f"a directory, tiny, or, with random weights, {' or '.join(PRESETS)}"
+    models = f"a directory, tiny, or, with random weights, {', '.join(SHAPES)}"
     parser.add_argument("--model", required=True, metavar="DIR", help=models)
     parser.add_argument("--rule", default="flow", metavar="RULE", help="mask, threshold, flow (default: %(default)s)")
     parser.add_argument("--batch-sizes", default="1,8,64", metavar="LIST", help="(default: %(default)s)")
@@ -188,6 +244,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-length", type=int, default=40, metavar="N", help="of prompts (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="repetitions (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", metavar="TYPE", help="float32 or bfloat16 (default: %(default)s)")
+    parser.add_argument("--against", choices=("torch",), help="mask prediction beside a plain PyTorch model instead")
+    parser.add_argument("--mesh", metavar="D,F,T", help="sizes of data, fsdp and tensor (default: one device)")
     parser.add_argument("--json", metavar="FILE", help="keep every number in a new file")
     parser.add_argument("--cache-ratio", action="store_true", help="only: a step with the exact cache and without it")
 
@@ -201,7 +259,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         refuse_existing(Path(args.json))
     label, rule = parse_rule(args.rule)
-    lm = load_or_make(args.model, args.dtype)
+    lm = load_or_make(args.model, args.dtype, args.mesh)
     steps = max(args.gen_length // 4, 1) if args.steps is None else args.steps
     settings = settings_of(lm, args.prompt_length, args.gen_length, steps, None, args.block_length)
     if args.cache_ratio:
@@ -215,15 +273,29 @@ def run(args: argparse.Namespace) -> None:
         f"matrices at {rate / 1e9:.0f} GFLOP/s\n{label}: prompts of {args.prompt_length} tokens, responses of "
         f"{args.gen_length} in {settings.blocks * settings.steps} steps, none skipped; {args.rounds} rounds or more"
     )
+    if args.against:
+        print("mask prediction beside PyTorch on the same weights:")
+        rivals = [compare(lm, settings, batch, args.prompt_length, args.rounds) for batch in sizes]
+        for r in rivals:
+            print(
+                f"batch {r.batch}: {r.ours:.1f} tokens/s, PyTorch {r.theirs:.1f}: {r.speedup:.2f} times; "
+                f"{100 * r.agreement:.1f} % of the tokens are equal"
+            )
+        _keep(args, device, parameters, rate, {"rivals": [dataclasses.asdict(r) for r in rivals]})
+        return
     timings = []
     for batch in tqdm(sizes, desc="batch sizes", leave=False, disable=None):
         timings.append(measure(lm, rule, settings, batch, args.prompt_length, rate, args.rounds))
     print(table(timings))
+    _keep(args, device, parameters, rate, {"timings": [dataclasses.asdict(t) for t in timings]})
+
+
+def _keep(args: argparse.Namespace, device: Any, parameters: int, rate: float, found: dict[str, Any]) -> None:
+    """Writes what was measured, and under what, where --json asks for it."""
     if args.json:
         facts = vars(args) | {"device": device.device_kind, "parameters": parameters, "matmul_flops_per_second": rate}
         facts = {k: v for k, v in facts.items() if isinstance(v, str | int | float | None)}
-        facts["timings"] = [dataclasses.asdict(t) for t in timings]
-        write_whole(Path(args.json), json.dumps(facts, indent=1) + "\n")
+        write_whole(Path(args.json), json.dumps(facts | found, indent=1) + "\n")
 
 
 def _cache_ratio(args: argparse.Namespace, lm: LM, rule: Rule, settings: Settings, sizes: list[int]) -> None:

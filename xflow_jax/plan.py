@@ -34,7 +34,7 @@ from xflow_jax.sharding import MESH_AXES, make_mesh
 from xflow_jax.strict import UserError, require
 
 # Parts of a decode by the names that the compiler kept; what the backbone and the head are not is the decoder.
-PARTS = {"backbone": r"\.(hidden|embed)/|/blocks/", "head": r"belief/.*head/"}
+PARTS = {"backbone": r"\.(hidden\w*|embed)/|/(blocks|dense)/", "head": r"belief/.*head/"}
 
 
 def predicted(config: Any, work: Work, chip: Chip, shape: tuple[int, int, int]) -> dict[str, Any]:

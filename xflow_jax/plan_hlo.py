@@ -182,15 +182,16 @@ class Program:
                 for part in inner.values():
                     self._note_collective(part, inner, total)
             return
-        channel = i.attribute("channel_id")
+        # One may be spread over several fusions, as its start and its end.
+        channel = (i.attribute("channel_id") or "") if "chain_id=" in i.rest else ""
         if channel and any(c.channel == channel for c in total.collectives):
-            return  # one that is spread over several fusions
+            return
         size = sum(a.bytes for a in _operands(i, around))
         if kind == "all-gather":
             arrays = i.arrays[len(i.operands) :] if i.opcode.endswith("-start") else i.arrays
             size = sum(a.bytes for a in arrays)
         groups = _groups(i, self.partitions)
-        total.collectives.append(Collective(kind, size, groups, 1.0, i.op_name, channel or ""))
+        total.collectives.append(Collective(kind, size, groups, 1.0, i.op_name, channel))
 
     # FLOPs
 
