@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import optax
 import pytest
 
 from xflow_jax import losses
+from xflow_jax.alignment import AlignSettings
 from xflow_jax.config import LLaDAConfig
 from xflow_jax.models import build, init_params
 from xflow_jax.steps import TrainState, make_align_step, make_alignment_loss
@@ -17,6 +20,9 @@ CONFIG = LLaDAConfig(
     d_model=32, n_layers=2, n_heads=2, mlp_hidden_size=48, vocab_size=60, embedding_size=64, mask_token_id=50,
     eos_token_id=51,
 )
+
+
+SETTINGS = AlignSettings(prompt_length=5, gen_length=11, batch_size=4, steps=30, chunk=4, freeze_embedding=False)
 
 
 def batch_of(rows: int = 4, prompt: int = 5, response: int = 11) -> dict[str, jax.Array]:
@@ -66,7 +72,7 @@ def test_cross_entropy_beside_it_is_the_plain_one(setting):
     _, params, batch = setting
     hidden = jax.random.normal(jax.random.key(1), (4, 11, 32))
     logits = hidden @ params["ff_out"]["kernel"]
-    _, nll = losses.alignment_errors(
+    _, nll, _ = losses.alignment_errors(
         lambda x: x @ params["ff_out"]["kernel"], hidden, params["wte"]["embedding"], batch["response"], 4
     )
     np.testing.assert_allclose(nll, losses.cross_entropy(logits, batch["response"]), rtol=1e-5, atol=1e-6)
@@ -105,7 +111,7 @@ def test_no_logits_of_the_whole_response_stand_in_memory():
 
 def test_metrics_tell_masked_and_clean_positions_apart(setting):
     model, params, batch = setting
-    loss, metrics = make_alignment_loss(model)(params, batch, jax.random.key(3))
+    loss, metrics = make_alignment_loss(model, SETTINGS)(params, batch, jax.random.key(3))
     assert {"loss", "error_masked", "error_clean", "masked_nll"} <= set(metrics)
     low, high = sorted((float(metrics["error_masked"]), float(metrics["error_clean"])))
     assert low <= float(loss) <= high and low < high
@@ -115,7 +121,7 @@ def test_steps_lower_the_loss_and_leave_a_frozen_table_alone(setting):
     model, params, batch = setting
     labels = {k: "frozen" if k == "wte" else "trained" for k in params}
     optimizer = optax.multi_transform({"trained": optax.adam(1e-3), "frozen": optax.set_to_zero()}, labels)
-    step, loss = jax.jit(make_align_step(model, optimizer)), jax.jit(make_alignment_loss(model))
+    step, loss = jax.jit(make_align_step(model, optimizer, SETTINGS)), jax.jit(make_alignment_loss(model, SETTINGS))
     state = TrainState.create(params, optimizer)
     before, _ = loss(params, batch, jax.random.key(7))
     for _ in range(30):
@@ -132,12 +138,13 @@ def test_accumulated_parts_average_their_gradients(setting):
     optimizer = optax.sgd(1.0)
     state = TrainState.create(params, optimizer)
     key = jax.random.fold_in(jax.random.key(0), 0)
-    parts = [{k: v[i * 2 : i * 2 + 2] for k, v in batch.items()} for i in range(2)]
+    parts = [{k: v[i::2] for k, v in batch.items()} for i in range(2)]
     grads = [
-        jax.grad(make_alignment_loss(model), has_aux=True)(params, part, k)[0]
+        jax.grad(make_alignment_loss(model, SETTINGS), has_aux=True)(params, part, k)[0]
         for part, k in zip(parts, jax.random.split(key, 2), strict=True)
     ]
-    after, _ = make_align_step(model, optimizer, accumulate=2)(state, batch, jax.random.key(0))
+    step = make_align_step(model, optimizer, dataclasses.replace(SETTINGS, accumulate=2))
+    after, _ = step(state, batch, jax.random.key(0))
     wanted = jax.tree.map(lambda p, a, b: p - (a + b) / 2, params, *grads)
     for x, y in zip(jax.tree.leaves(after.params), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)

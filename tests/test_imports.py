@@ -19,9 +19,9 @@ RANKS = {
     for rank, names in enumerate(
         [
             "strict config sandbox sharding storage",
-            "models losses belief policy tasks tokenizer",
+            "models losses belief policy tasks tokenizer optimizers",
             "rules decode checkpoint data hf hf_names hf_write",
-            "steps rollout generate lm choices records",
+            "steps alignment rollout generate lm choices records",
             "evaluate bench plan plot demo answer",
             "cli __init__ __main__",
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,14 +47,23 @@ def diffusion_loss(nll: jax.Array, masked: jax.Array, sigma: jax.Array) -> jax.A
     return jnp.mean(jnp.where(masked, nll, 0) / sigma[:, None])
 
 
-def alignment_errors(
-    head: Callable[[jax.Array], jax.Array], hidden: jax.Array, table: jax.Array, tokens: jax.Array, chunk: int = 16
-) -> tuple[jax.Array, jax.Array]:
-    """What Eq. 12 averages: |softmax(Z) W_in - X_0|^2 summed over E, and -log p(token), both float32 [B, N].
+Head = Callable[[jax.Array], jax.Array]
 
-    head: hidden [B, n, E] -> logits [B, n, V]. table [V, E]: W_in; tokens int [B, N]: the clean response, X_0 its rows.
-    Table and X_0 are constants of the loss, or the embedding would collapse. Works on `chunk` positions at a time and
-    recomputes them for the backward pass, so [B, N, V] never stands in memory, and the vocabulary may be sharded.
+
+def alignment_errors(
+    head: Head,
+    hidden: jax.Array,
+    table: jax.Array,
+    tokens: jax.Array,
+    chunk: int = 16,
+    frozen: tuple[Head, jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What Eq. 12 averages: |softmax(Z) W_in - X_0|^2 summed over E; -log p(token); KL(frozen | ours), or 0 without.
+
+    All three float32 [B, N]. head: hidden [B, n, E] -> logits [B, n, V]. table [V, E]: W_in; tokens int [B, N]: the
+    clean response, X_0 its rows. frozen: head and hidden of the model that the divergence is measured from. Table, X_0
+    and the frozen belief are constants of the loss, or the embedding would collapse. Works on `chunk` positions at a
+    time and recomputes them for the backward pass, so [B, N, V] never stands in memory; the vocabulary may be sharded.
     """
     table = jax.lax.stop_gradient(table)
     b, n, _ = hidden.shape
@@ -65,14 +75,18 @@ def alignment_errors(
         return jnp.moveaxis(x.reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def visit(carry: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        h, token = part
+    def visit(carry: None, part: tuple[Any, ...]) -> tuple[None, tuple[jax.Array, ...]]:
+        h, token, *other = part
         log_p = jax.nn.log_softmax(head(h).astype(jnp.float32), axis=-1)
         p = jnp.exp(log_p).astype(table.dtype)
         x_pred = jnp.einsum("bnv,ve->bne", p, table, preferred_element_type=jnp.float32)
         error = jnp.sum((x_pred - table[token].astype(jnp.float32)) ** 2, axis=-1)
         nll = -jnp.take_along_axis(log_p, token[..., None], axis=-1)[..., 0]
-        return carry, (error, nll)
+        if frozen is None:
+            return carry, (error, nll, jnp.zeros_like(nll))
+        log_q = jax.lax.stop_gradient(jax.nn.log_softmax(frozen[0](other[0]).astype(jnp.float32), axis=-1))
+        return carry, (error, nll, jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1))
 
-    _, (error, nll) = jax.lax.scan(visit, None, (cut(hidden), cut(tokens)))
-    return tuple(jnp.moveaxis(x, 0, 1).reshape(b, -1)[:, :n] for x in (error, nll))
+    parts = (cut(hidden), cut(tokens)) + (() if frozen is None else (cut(frozen[1]),))
+    _, kept = jax.lax.scan(visit, None, parts)
+    return tuple(jnp.moveaxis(x, 0, 1).reshape(b, -1)[:, :n] for x in kept)
