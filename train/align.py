@@ -87,7 +87,7 @@ def train(
         return {f"held_out_{name}": float(sum(m[name] for m in kept) / len(kept)) for name in kept[0]}
 
     run = Run(config.out, config.keep)
-    needs_base = program.arguments[3] is not None
+    needs_base = config.tune == "lora"
     if run.latest is None or needs_base:
         state, base = program.begin(load(directory, dtype=config.kept, mesh=program.mesh).params)
     else:

@@ -22,6 +22,7 @@ from xflow_jax.checkpoint import save_params
 from xflow_jax.config import UserError
 from xflow_jax.data import read_lines
 from xflow_jax.hf_write import write_hf
+from xflow_jax.models import abstract_params, build
 from xflow_jax.sharding import path_name
 
 
@@ -121,8 +122,8 @@ class Run:
             if saved.get(name) != wanted.get(name):
                 there, here = (tree.get(name, "missing") for tree in (saved, wanted))
                 raise UserError(
-                    f"{self.folder}: its checkpoint is of another model or optimiser, {name} is {there} there and {here} "
-                    "here; choose another out, or remove the folder"
+                    f"{self.folder}: its checkpoint is of another model or optimiser, {name} is {there} there and "
+                    f"{here} here; choose another out, or remove the folder"
                 )
 
     def _drop_metrics_after(self, step: int) -> None:
@@ -155,13 +156,15 @@ def export(
     """
     if jax.process_index() == 0 and folder.exists():
         shutil.rmtree(folder)
+    # A router's bias stays float32, whatever the rest is.
+    like = abstract_params(build(config, param_dtype=jnp.dtype(dtype)))
+    params = jax.jit(lambda tree: jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), tree, like))(params)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export")
-        params = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree))(params)
         save_params(folder, params, config, tokenizer_dir, made_by)
         what = "converted; python -m convert.to_hf goes on to the Hugging Face format"
     else:
-        write_hf(folder, params, config, tokenizer_dir, dtype=jnp.dtype(dtype))
+        write_hf(folder, params, config, tokenizer_dir)
         what = "in the Hugging Face format"
     if jax.process_index() == 0:
         (folder / "provenance.json").write_text(json.dumps(made_by, indent=2, default=str) + "\n")

@@ -29,10 +29,9 @@ class AlignSettings:
 
     tune: all parameters, or LoRA adapters beside them (`lora`), which are float32. storage: of trained parameters:
     float32, or bfloat16 with stochastic rounding or with Kahan's compensation; frozen ones are in `dtype`, which is
-    also the computation's. accumulate: equal parts of a batch that pass one after the other. block_length: 0 for models of
-    full attention, the block's for block-causal ones. chunk: response positions whose logits stand in memory at a time.
-    remat: what the backward pass recomputes. anchor: weight of the divergence from the frozen model's belief at masked
-    positions, which keeps mask prediction as it was; 0 is Eq. 12 as it stands.
+    also the computation's. accumulate: equal parts of a batch that pass one after the other. block_length: 0 for models
+    of full attention, the block's for block-causal ones. chunk: vocabulary rows whose logits stand in memory at a time.
+    remat: what the backward pass recomputes.
     """
 
     prompt_length: int = 40
@@ -46,8 +45,7 @@ class AlignSettings:
     optimizer: OptimizerConfig = OptimizerConfig()
     storage: Storage = "float32"
     freeze_embedding: bool = True
-    anchor: float = 0.0
-    chunk: int = 16
+    chunk: int = 8192
     remat: Literal["none", "dots", "full"] = "full"
     dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
@@ -55,8 +53,7 @@ class AlignSettings:
     def __post_init__(self) -> None:
         for name in ("prompt_length", "gen_length", "batch_size", "accumulate", "steps", "chunk"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but it must be positive")
-        for name in ("block_length", "anchor"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, but it must not be negative")
+        require(self.block_length >= 0, f"block_length is {self.block_length}, but it must not be negative")
         require(
             self.batch_size % self.accumulate == 0,
             f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}",
@@ -78,7 +75,8 @@ class AlignProgram:
 
     step(state, batch, key, base) -> (state, metrics): donates the state. arguments: its abstract arguments, with their
     shardings. measure(params, batch, key, base) -> metrics. begin(params) -> (state, base): from the model's own
-    parameters, in the dtype `AlignSettings.kept`; it takes them over. base is None unless something frozen is needed.
+    parameters, in the dtype `AlignSettings.kept`; it takes them over. base: the frozen parameters that adapters lie
+    beside, or None.
     """
 
     mesh: Mesh
@@ -111,19 +109,16 @@ def align_program(model_config: Any, settings: AlignSettings, mesh: Mesh) -> Ali
     frozen = ("wte",) if settings.freeze_embedding and settings.tune == "all" else ()
     optimizer = make_optimizer(settings.optimizer, settings.steps, frozen, settings.storage, settings.seed)
     own = abstract_params(model)
-    with_base = settings.tune == "lora" or settings.anchor > 0
+    adapters = settings.tune == "lora"
 
     def start(params: Any) -> tuple[TrainState, Any]:
         key = jax.random.fold_in(jax.random.key(settings.seed), 2**31)
-        trained = lora_init(key, params, settings.lora) if settings.tune == "lora" else params
-        base = jax.tree.map(lambda x, like: x.astype(like.dtype), params, frozen_like) if with_base else None
+        trained, base = (lora_init(key, params, settings.lora), params) if adapters else (params, None)
         return TrainState.create(trained, optimizer), base
 
-    frozen_like = abstract_params(model.clone(param_dtype=model.dtype))
     state, base = jax.eval_shape(start, own)
     family, everywhere = model_config.family, replicated(mesh)
-    placed = state_shardings(state, mesh, family), shardings(base, mesh, family) if with_base else None
-    # What is trained itself is handed on, not copied; adapters are new, and what they lie beside is not needed twice.
+    placed = state_shardings(state, mesh, family), shardings(base, mesh, family) if adapters else None
     begin = jax.jit(start, out_shardings=placed, donate_argnums=0)
     loss_fn = make_alignment_loss(model, settings)
     step = jax.jit(make_align_step(model, optimizer, settings), donate_argnums=0, out_shardings=(placed[0], everywhere))
@@ -137,7 +132,7 @@ def align_program(model_config: Any, settings: AlignSettings, mesh: Mesh) -> Ali
             "response": jax.ShapeDtypeStruct((rows, settings.gen_length), jnp.int32, sharding=batch),
         },
         _placed(jax.eval_shape(jax.random.key, 0), everywhere),
-        jax.tree.map(_placed, base, placed[1]) if with_base else None,
+        jax.tree.map(_placed, base, placed[1]) if adapters else None,
     )
     return AlignProgram(mesh, step, measure, begin, arguments, np.dtype(model.dtype) == np.float32)
 

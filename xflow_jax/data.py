@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,8 +61,9 @@ def batches(source: Any, batch_size: int) -> grain.DatasetIterator:
 class Responses:
     """Self-generated responses from jsonl files, one {"prompt_ids": [...], "response_ids": [...]} a line.
 
-    only_passed leaves out those whose "passed" is false. All lines are read and checked at once: UserError names the
-    file and line of one that is no JSON, lacks a key, holds an id outside the vocabulary or is longer than allowed.
+    paths may be patterns ("responses.*.jsonl"). only_passed leaves out those whose "passed" is false.
+    All lines are read and checked at once: UserError names the file and line of one that is no JSON, lacks a key, holds
+    an id outside the vocabulary or is longer than allowed.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class Responses:
                 f"{config.max_length} positions"
             )
         self.rows: list[tuple[list[int], list[int]]] = []
-        for path in paths:
+        for path in _files(paths):
             for number, line in enumerate(read_lines(path), start=1):
                 record, row = self._check(line, f"{path}, line {number}")
                 if record.get("passed", True) or not only_passed:
@@ -127,6 +129,11 @@ class Responses:
         ids, mask = pad_left([prompt], self.config.pad_id, self.prompt_length)
         response = response + [self.config.eos_id] * (self.gen_length - len(response))
         return {"prompt": ids[0], "prompt_mask": mask[0], "response": np.asarray(response, np.int32)}
+
+
+def _files(paths: Sequence[str | Path]) -> list[str]:
+    """The files that paths and patterns name, each pattern's in order; a pattern that meets none stays as it is."""
+    return [file for path in map(str, paths) for file in (sorted(glob.glob(path)) if "*" in path else [path]) or [path]]
 
 
 def read_lines(path: str | Path) -> list[str]:

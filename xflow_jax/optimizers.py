@@ -19,7 +19,7 @@ class OptimizerConfig:
     """The optax chain: clipping of the global norm, then `name` on a warm-up and a constant or cosine rate.
 
     rate: the highest one; Adafactor's is relative to the parameters' own size (its updates are scaled by their RMS),
-    and it keeps sums over rows and columns instead of two moments, so its state takes next to no memory. clip: 0 = none.
+    and it keeps sums over rows and columns instead of two moments, so its state takes next to no memory. clip: 0 = none
     """
 
     name: Literal["adamw", "adafactor"] = "adamw"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -84,9 +83,9 @@ def make_alignment_loss(model: nn.Module, config: AlignSettings) -> Callable[...
     """loss(params, batch, key, base=None) -> (loss, metrics): Eqs. 11, 12 on a batch as `make_pretrain_step` takes it.
 
     The loss is the mean over all response positions, masked and clean alike; the metrics tell the two apart and give
-    the cross-entropy at masked positions. base: with LoRA the frozen parameters, below which `params` are the adapters;
-    with `anchor` the frozen model's parameters. With `block_length` one block of each row is noised and counted, and
-    the blocks before it are clean, as a block-causal decode meets them.
+    the cross-entropy at masked positions. base: with LoRA the frozen parameters, below which `params` are the adapters.
+    With `block_length` one block of each row is noised and counted, and the blocks before it are clean, as a
+    block-causal decode meets them.
     """
 
     def loss_fn(params: Params, batch: dict[str, jax.Array], key: jax.Array, base: Params | None = None):
@@ -99,24 +98,17 @@ def make_alignment_loss(model: nn.Module, config: AlignSettings) -> Callable[...
         tokens = jnp.concatenate([prompt, jnp.where(masked, model.config.mask_id, response)], axis=1)
         mask = jnp.concatenate([batch["prompt_mask"], jnp.ones_like(masked)], axis=1)
 
-        def parts(variables: dict[str, Any]) -> tuple[losses.Head, jax.Array]:
-            x = model.apply(variables, tokens, method="embed")
-            hidden = model.apply(variables, x, mask, config.block_length or None, method="hidden")
-            return partial(model.apply, variables, method="head"), hidden[:, prompt.shape[1] :]
-
-        frozen = parts({"params": base}) if config.anchor else None
-        table = full["wte"]["embedding"]
-        error, nll, kl = losses.alignment_errors(*parts(ours), table, response, config.chunk, frozen)
+        x = model.apply(ours, tokens, method="embed")
+        hidden = model.apply(ours, x, mask, config.block_length or None, method="hidden")[:, prompt.shape[1] :]
+        kernel, bias = _head(full)
+        error, nll = losses.alignment_errors(hidden, kernel, full["wte"]["embedding"], response, bias, config.chunk)
         loss = losses.masked_mean(error, counted)
-        metrics = {
+        return loss, {
+            "loss": loss,
             "error_masked": losses.masked_mean(error, masked),
             "error_clean": losses.masked_mean(error, counted & ~masked),
             "masked_nll": losses.masked_mean(nll, masked),
         }
-        if config.anchor:
-            metrics["masked_kl"] = losses.masked_mean(kl, masked)
-            loss = loss + config.anchor * metrics["masked_kl"]
-        return loss, {"loss": loss} | metrics
 
     return loss_fn
 
@@ -125,6 +117,13 @@ def compute_copy(model: nn.Module, params: Params) -> Params:
     """Parameters in the dtypes that the model computes in: under fsdp half as many bytes travel then, as bfloat16."""
     wanted = abstract_params(model.clone(param_dtype=model.dtype))
     return jax.tree.map(lambda x, like: x.astype(like.dtype), params, wanted)
+
+
+def _head(params: Params) -> tuple[jax.Array, jax.Array | None]:
+    """(kernel [E, V], bias [V] or None) of the head, which is the embedding table's where they are tied."""
+    if "ff_out" in params:
+        return params["ff_out"]["kernel"], params["ff_out"].get("bias")
+    return params["wte"]["embedding"].T, None
 
 
 def _noise(key: jax.Array, batch: dict[str, jax.Array], block_length: int) -> tuple[jax.Array, jax.Array]:
