@@ -20,8 +20,8 @@ from train.prompts import read_conversations
 from train.setup import run_program
 from xflow_jax.config import UserError, load_toml
 from xflow_jax.data import read_lines
-from xflow_jax.generate import generate
-from xflow_jax.lm import load, read_model_config
+from xflow_jax.generate import generate, settings_of
+from xflow_jax.lm import LM, load, read_model_config
 from xflow_jax.rules import MaskPrediction
 from xflow_jax.sandbox import run_many
 from xflow_jax.sharding import make_mesh
@@ -99,11 +99,14 @@ def main(path: str, overrides: list[str]) -> None:
     """Writes `out`; with several processes each answers its own prompts, on its own devices, into a file of its own."""
     config = load_toml(path, SelfGenerateConfig, overrides)
     # What can be told from files is told before any device is asked for anything.
-    directory, _ = read_model_config(config.model)
+    directory, model_config = read_model_config(config.model)
     tokenizer = load_tokenizer(directory)
     if tokenizer is None:
         raise UserError(f"{config.model} has no tokenizer.json, which self-generation needs for its prompts")
     prompts = read_prompts(config, tokenizer)
+    longest, blocks = max(map(len, prompts.values())), config.block_length or None
+    steps = config.steps or config.gen_length
+    settings_of(LM(None, model_config, None, tokenizer), longest, config.gen_length, steps, None, blocks)
     problems = microcode_problems(config) if config.prompts == "microcode" else []
     out = _own_file(Path(config.out))
     done = _resume(out, config)
@@ -127,8 +130,8 @@ def main(path: str, overrides: list[str]) -> None:
                 rows,
                 rule,
                 gen_length=config.gen_length,
-                steps=config.steps or config.gen_length,
-                block_length=config.block_length or None,
+                steps=steps,
+                block_length=blocks,
                 seed=config.seed,
             )
             lines = [
