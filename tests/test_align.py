@@ -11,15 +11,19 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from tests.helpers import TOY, toy
 from train import align, setup
+from xflow_jax.alignment import AlignSettings, align_program
 from xflow_jax.config import UserError
 from xflow_jax.hf_write import write_hf
+from xflow_jax.sharding import make_mesh
 
 ROOT = Path(__file__).parent.parent
 eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices, which conftest.py fakes")
@@ -146,6 +150,29 @@ def test_adapters_learn_by_the_same_program(base, tmp_path):
     before, after = load_file(base / "model/model.safetensors"), tensors(whole)
     changed = {name for name in before if np.any(before[name] != after[name])}
     assert changed and all(".blocks." in name and not name.endswith("norm.weight") for name in changed)
+
+
+@eight
+@pytest.mark.parametrize("tune", ["all", "lora"])
+def test_the_abstract_arguments_are_those_that_run(tune):
+    """What a planner lowers is what trains: same shapes, dtypes and shardings."""
+    settings = AlignSettings(prompt_length=6, gen_length=8, batch_size=8, tune=tune)
+    program = align_program(TOY, settings, make_mesh("1,4,2"))
+    with program.scope():
+        state, base = program.begin(jax.tree.map(jnp.copy, toy("1,4,2").params))
+    for real, abstract in zip((state, base), (program.arguments[0], program.arguments[3]), strict=True):
+        chex.assert_trees_all_equal_shapes_and_dtypes(real, abstract)
+        same = jax.tree.map(lambda x, like: x.sharding.is_equivalent_to(like.sharding, x.ndim), real, abstract)
+        assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize("storage", ["kahan", pytest.param("stochastic", marks=pytest.mark.slow)])
+def test_parameters_that_stay_in_bfloat16(base, tmp_path, storage):
+    kept = ["dtype=bfloat16", f"storage={storage}", "optimizer.rate=0.002", "optimizer.schedule=constant", "steps=4"]
+    whole = run(base, tmp_path / "whole", *kept)
+    assert metrics(whole)[-1]["held_out_loss"] < metrics(whole)[0]["held_out_loss"]
+    run(base, tmp_path / "parts", *kept, "steps=2")
+    assert_same(whole, run(base, tmp_path / "parts", *kept))
 
 
 def test_a_checkpoint_of_another_model_or_optimiser_is_refused(base, straight):

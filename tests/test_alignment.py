@@ -145,11 +145,12 @@ def test_accumulated_parts_average_their_gradients(setting):
     state = TrainState.create(params, optimizer)
     key = jax.random.fold_in(jax.random.key(0), 0)
     parts = [{k: v[i::2] for k, v in batch.items()} for i in range(2)]
+    grad = jax.jit(jax.grad(make_alignment_loss(model, SETTINGS), has_aux=True))
     grads = [
-        jax.grad(make_alignment_loss(model, SETTINGS), has_aux=True)(params, part, k)[0]
+        grad(params, part, k)[0]
         for part, k in zip(parts, jax.random.split(key, 2), strict=True)
     ]
-    step = make_align_step(model, optimizer, dataclasses.replace(SETTINGS, accumulate=2))
+    step = jax.jit(make_align_step(model, optimizer, dataclasses.replace(SETTINGS, accumulate=2)))
     after, _ = step(state, batch, jax.random.key(0))
     wanted = jax.tree.map(lambda p, a, b: p - (a + b) / 2, params, *grads)
     for x, y in zip(jax.tree.leaves(after.params), jax.tree.leaves(wanted), strict=True):

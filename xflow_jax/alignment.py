@@ -45,7 +45,7 @@ class AlignSettings:
     optimizer: OptimizerConfig = OptimizerConfig()
     storage: Storage = "float32"
     freeze_embedding: bool = True
-    chunk: int = 8192
+    chunk: int = 4096
     remat: Literal["none", "dots", "full"] = "full"
     dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0

@@ -57,7 +57,7 @@ def alignment_errors(
     table: jax.Array,
     tokens: jax.Array,
     bias: jax.Array | None = None,
-    chunk: int = 8192,
+    chunk: int = 4096,
 ) -> tuple[jax.Array, jax.Array]:
     """What Eq. 12 averages: |softmax(Z) W_in - X_0|^2 summed over E, and -log p(token), both float32 [B, N].
 
@@ -120,7 +120,6 @@ def _errors_backward(layout, kept, cotangents):
     hidden, kernel, bias, table, target, tokens, log_sum, x_pred = kept
     of_error, of_nll = cotangents
     logits, rows, columns = _chunks(layout, hidden, kernel, bias, table)
-    shards, parts, size = layout
     # d error / d Z_v = p_v (W_in,v - x_pred) . 2 (x_pred - X_0)
     pull = 2 * of_error[..., None] * (x_pred - target)
     mean_pull = jnp.sum(pull * x_pred, axis=-1)[..., None, None]
@@ -132,21 +131,17 @@ def _errors_backward(layout, kept, cotangents):
         d_p = jnp.einsum("bne,sve->bnsv", pull, rows(part), preferred_element_type=jnp.float32)
         d_z = p * (d_p - mean_pull) + of_nll * (p - _is_token(layout, part, tokens))
         if bias is not None:
-            of_part = d_z.sum(axis=(0, 1)).astype(bias.dtype)
-            d_bias = jax.lax.dynamic_update_index_in_dim(d_bias, of_part, part, 1)
+            d_bias = _put(layout, d_bias, d_z.sum(axis=(0, 1)).astype(bias.dtype), part, 0)
         d_z = d_z.astype(hidden.dtype)
         d_hidden += jnp.einsum("bnsv,esv->bne", d_z, columns(part), preferred_element_type=jnp.float32)
         of_part = jnp.einsum("bne,bnsv->esv", hidden, d_z, preferred_element_type=jnp.float32).astype(kernel.dtype)
         of_part = _spread(of_part, LOGICAL["embed"], LOGICAL["vocab"], None)
-        return d_hidden, jax.lax.dynamic_update_index_in_dim(d_kernel, of_part, part, 2), d_bias
+        return d_hidden, _put(layout, d_kernel, of_part, part, 1), d_bias
 
-    d_kernel = jnp.zeros((kernel.shape[0], shards, parts, size), kernel.dtype)
-    d_kernel = _spread(d_kernel, LOGICAL["embed"], LOGICAL["vocab"], None, None)
-    d_bias = None if bias is None else jnp.zeros((shards, parts, size), bias.dtype)
-    first = jnp.zeros(hidden.shape, jnp.float32), d_kernel, d_bias
+    d_kernel = _spread(jnp.zeros_like(kernel), LOGICAL["embed"], LOGICAL["vocab"])
+    first = jnp.zeros(hidden.shape, jnp.float32), d_kernel, None if bias is None else jnp.zeros_like(bias)
     d_hidden, d_kernel, d_bias = _each(layout, visit, first)
-    d_bias = None if bias is None else d_bias.reshape(bias.shape)
-    return d_hidden.astype(hidden.dtype), d_kernel.reshape(kernel.shape), d_bias, None, None, None
+    return d_hidden.astype(hidden.dtype), d_kernel, d_bias, None, None, None
 
 
 _errors.defvjp(_errors_forward, _errors_backward)
@@ -154,25 +149,37 @@ _errors.defvjp(_errors_forward, _errors_backward)
 
 def _chunks(layout: _Layout, hidden: jax.Array, kernel: jax.Array, bias: Any, table: jax.Array):
     """Functions of a part's number: its logits float32 [B, N, s, v], rows of W_in [s, v, E], columns of W [E, s, v]."""
-    wide = kernel.reshape(-1, *layout)
-    tall = table.reshape(*layout, -1)
 
     # Each chunk is gathered over fsdp when its turn comes; left alone, the compiler would move activations instead.
     def columns(part: jax.Array) -> jax.Array:
-        chunk = jax.lax.dynamic_index_in_dim(wide, part, 2, keepdims=False)
-        return _spread(chunk, None, LOGICAL["vocab"], None).astype(hidden.dtype)
+        return _spread(_take(layout, kernel, part, 1), None, LOGICAL["vocab"], None).astype(hidden.dtype)
 
     def rows(part: jax.Array) -> jax.Array:
-        return _spread(jax.lax.dynamic_index_in_dim(tall, part, 1, keepdims=False), LOGICAL["vocab"], None, None)
+        return _spread(_take(layout, table, part, 0), LOGICAL["vocab"], None, None)
 
     def logits(part: jax.Array) -> jax.Array:
         z = jnp.einsum("bne,esv->bnsv", hidden, columns(part), preferred_element_type=jnp.float32)
         if bias is not None:
-            of_part = jax.lax.dynamic_index_in_dim(bias.reshape(layout), part, 1, keepdims=False)
-            z += of_part.astype(jnp.float32)[None, None]
+            z += _take(layout, bias, part, 0).astype(jnp.float32)[None, None]
         return _spread(z, BATCH, None, LOGICAL["vocab"], None)
 
     return logits, rows, columns
+
+
+def _take(layout: _Layout, x: jax.Array, part: jax.Array, axis: int) -> jax.Array:
+    """A part [.., s, v, ..] of x [.., V, ..]."""
+    if layout.shards == 1:  # without a reshape of the whole, before which XLA would copy it
+        return jnp.expand_dims(jax.lax.dynamic_slice_in_dim(x, part * layout.rows, layout.rows, axis), axis)
+    x = x.reshape(*x.shape[:axis], *layout, *x.shape[axis + 1 :])
+    return jax.lax.dynamic_index_in_dim(x, part, axis + 1, keepdims=False)
+
+
+def _put(layout: _Layout, x: jax.Array, piece: jax.Array, part: jax.Array, axis: int) -> jax.Array:
+    """x [.., V, ..] with `piece` [.., s, v, ..] as that part of it."""
+    if layout.shards == 1:
+        return jax.lax.dynamic_update_slice_in_dim(x, jnp.squeeze(piece, axis), part * layout.rows, axis)
+    whole = x.reshape(*x.shape[:axis], *layout, *x.shape[axis + 1 :])
+    return jax.lax.dynamic_update_index_in_dim(whole, piece, part, axis + 1).reshape(x.shape)
 
 
 def _is_token(layout: _Layout, part: jax.Array, tokens: jax.Array) -> jax.Array:
