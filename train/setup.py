@@ -37,7 +37,9 @@ class Run:
         self.folder = Path(folder).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self.manager = ocp.CheckpointManager(self.folder / "checkpoints", options=options)
+        # Named, so that a checkpoint's shapes can be asked for before anything is restored.
+        handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+        self.manager = ocp.CheckpointManager(self.folder / "checkpoints", options=options, item_handlers=handlers)
         self.first_process = jax.process_index() == 0
         self.metrics_file = self.folder / "metrics.jsonl"
         self.stopped = False
