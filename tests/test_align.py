@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import chex
@@ -22,6 +25,7 @@ from tests.helpers import TOY, toy
 from train import align, setup
 from xflow_jax.alignment import AlignSettings, align_program
 from xflow_jax.config import UserError
+from xflow_jax.data import read_lines
 from xflow_jax.hf_write import write_hf
 from xflow_jax.sharding import make_mesh
 
@@ -65,6 +69,10 @@ def metrics(out: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "seconds_per_step"} for row in rows]
 
 
+def metrics_before(out: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in read_lines(out / "metrics.jsonl")]
+
+
 def tensors(out: Path) -> dict[str, np.ndarray]:
     return load_file(out / "hf/model.safetensors")
 
@@ -81,9 +89,56 @@ def assert_close(a: Path, b: Path, rtol: float = 1e-5) -> None:
         np.testing.assert_allclose(list(x.values()), list(y.values()), rtol=rtol, err_msg=f"step {x['step']}")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """Programs by settings and mesh: runs of this module that need the same one share its compilation."""
+    made = {}
+
+    def kept(model_config, config, mesh):
+        fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(AlignSettings)}
+        if config.optimizer.schedule == "constant":
+            fields["steps"] = 1000  # has no part in it
+        own = AlignSettings(**fields)
+        if (own, mesh) not in made:
+            made[own, mesh] = align_program(model_config, own, mesh)
+        return made[own, mesh]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(align, "align_program", kept)
+        yield made
+
+
+@contextlib.contextmanager
+def fate(at: int, strike: Callable[[setup.Run], None]):
+    """Lets something happen to a run before its step `at`."""
+    steps = setup.Run.steps
+
+    def fated(run, first, last, describe):
+        for step in steps(run, first, last, describe):
+            if step == at:
+                strike(run)
+            yield step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup.Run, "steps", fated)
+        yield
+
+
+def die(run: setup.Run) -> None:
+    run.manager.wait_until_finished()
+    raise KeyboardInterrupt
+
+
+def terminate(run: setup.Run) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 @pytest.fixture(scope="module")
-def straight(base, tmp_path_factory) -> Path:
-    return run(base, tmp_path_factory.mktemp("straight") / "run")
+def straight(base, tmp_path_factory, programs) -> Path:
+    out = run(base, tmp_path_factory.mktemp("straight") / "run")
+    (program,) = programs.values()
+    assert program.step._cache_size() == 1  # one compilation serves the run
+    return out
 
 
 def test_a_run(base, straight):
@@ -104,41 +159,34 @@ def test_tensorboard_shows_the_metrics(straight):
     assert list((straight / "tensorboard").glob("events*"))
 
 
-def test_dying_and_being_asked_to_stop_change_nothing(base, straight, tmp_path, monkeypatch):
-    out, steps = tmp_path / "run", setup.Run.steps
-
-    def fated(run, first, last, describe):
-        for step in steps(run, first, last, describe):
-            if first == 0 and step == 3:  # two steps are saved by now, a third is done and logged
-                run.manager.wait_until_finished()
-                raise KeyboardInterrupt
-            if step == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield step
-
-    with monkeypatch.context() as patch:
-        patch.setattr(setup.Run, "steps", fated)
-        with pytest.raises(KeyboardInterrupt):
-            run(base, out)
-        with (out / "metrics.jsonl").open("a") as file:
-            file.write('{"step": 4, "loss": 0.')  # a line that was cut off
+def test_dying_and_being_asked_to_stop_change_nothing(base, straight, tmp_path):
+    out = tmp_path / "run"
+    with fate(3, die), pytest.raises(KeyboardInterrupt):
+        run(base, out)
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 0.')  # a line that was cut off
+    assert metrics_before(out) == [0, 1, 2, 3]  # the third step is logged, but only the second is saved
+    with fate(3, terminate):
         run(base, out)
     assert metrics(out)[-1]["step"] == 4 and not (out / "hf").exists()
     run(base, out)
     assert_same(straight, out)
 
 
-@eight
-@pytest.mark.parametrize("mesh", ["1,8,1", "1,4,2", "2,2,2"])
-def test_a_mesh_changes_nothing(base, straight, tmp_path, mesh):
-    assert_close(straight, run(base, tmp_path / "run", f"mesh={mesh}"))
+def test_a_run_that_dies_before_its_first_checkpoint_begins_anew(base, straight, tmp_path):
+    with fate(1, die), pytest.raises(KeyboardInterrupt):
+        run(base, tmp_path / "run")
+    assert_same(straight, run(base, tmp_path / "run"))
 
 
 @eight
-def test_a_run_goes_on_on_another_mesh(base, straight, tmp_path):
-    run(base, tmp_path / "run", "mesh=1,4,2", "steps=4", "optimizer.schedule=constant")
-    out = run(base, tmp_path / "run", "mesh=2,1,1", "optimizer.schedule=constant")
-    assert_close(run(base, tmp_path / "whole", "optimizer.schedule=constant"), out)
+@pytest.mark.parametrize("mesh", [pytest.param(m, marks=pytest.mark.slow) for m in ("1,8,1", "1,4,2")] + ["2,2,2"])
+def test_a_mesh_changes_nothing_and_may_change_on_the_way(base, straight, tmp_path, mesh):
+    assert_close(straight, run(base, tmp_path / "whole", f"mesh={mesh}"))
+    with fate(2, terminate):
+        run(base, tmp_path / "parts", f"mesh={mesh}")
+    assert metrics(tmp_path / "parts")[-1]["step"] == 3
+    assert_close(straight, run(base, tmp_path / "parts", "mesh=1,1,1"))
 
 
 def test_adapters_learn_by_the_same_program(base, tmp_path):
