@@ -83,10 +83,14 @@ def assert_same(a: Path, b: Path) -> None:
         np.testing.assert_array_equal(value, tensors(b)[name], err_msg=name)
 
 
-def assert_close(a: Path, b: Path, rtol: float = 1e-5) -> None:
+def assert_close(a: Path, b: Path) -> None:
+    """Loss and gradient of the first step agree to 1e-5; from there on Adam makes more of the rounding."""
     for x, y in zip(metrics(a), metrics(b), strict=True):
         assert x.keys() == y.keys()
+        rtol = 1e-5 if x["step"] == 0 else 1e-4
         np.testing.assert_allclose(list(x.values()), list(y.values()), rtol=rtol, err_msg=f"step {x['step']}")
+        for name in ("loss", "grad_norm") if x["step"] == 1 else ():
+            np.testing.assert_allclose(x[name], y[name], rtol=1e-5, err_msg=name)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -201,7 +205,7 @@ def test_adapters_learn_by_the_same_program(base, tmp_path):
 
 
 @eight
-@pytest.mark.parametrize("tune", ["all", "lora"])
+@pytest.mark.parametrize("tune", ["all", pytest.param("lora", marks=pytest.mark.slow)])
 def test_the_abstract_arguments_are_those_that_run(tune):
     """What a planner lowers is what trains: same shapes, dtypes and shardings."""
     settings = AlignSettings(prompt_length=6, gen_length=8, batch_size=8, tune=tune)
@@ -214,7 +218,8 @@ def test_the_abstract_arguments_are_those_that_run(tune):
         assert all(jax.tree.leaves(same))
 
 
-@pytest.mark.parametrize("storage", ["kahan", pytest.param("stochastic", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("storage", ["kahan", "stochastic"])
+@pytest.mark.slow
 def test_parameters_that_stay_in_bfloat16(base, tmp_path, storage):
     kept = ["dtype=bfloat16", f"storage={storage}", "optimizer.rate=0.002", "optimizer.schedule=constant", "steps=4"]
     whole = run(base, tmp_path / "whole", *kept)
