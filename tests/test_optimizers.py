@@ -22,7 +22,7 @@ def test_stochastic_rounding_is_right_on_average():
 
 
 def test_stochastic_rounding_leaves_exact_numbers_infinities_and_nan():
-    x = jnp.array([0.0, -0.0, 1.5, -3.0, jnp.inf, -jnp.inf, jnp.nan, jnp.finfo(jnp.bfloat16).max])
+    x = jnp.array([0.0, -0.0, 1.5, -3.0, jnp.inf, -jnp.inf, jnp.nan, float(jnp.finfo(jnp.bfloat16).max)])
     np.testing.assert_array_equal(stochastic_round(x, jax.random.key(0)).astype(jnp.float32), x)
 
 
@@ -44,7 +44,7 @@ def test_updates_too_small_for_bfloat16_add_up(how):
     small = optax.sgd(1e-4)  # bfloat16 has nothing between 1 and 0.996
     np.testing.assert_array_equal(walk(small, 1000, start), start)
     end = walk(compact(small, how), 1000, start).astype(jnp.float32)
-    assert abs(float(end.mean()) - 0.9) < 2e-3
+    assert abs(float(end.mean()) - 0.9) < 3e-3  # bfloat16 steps by 4e-3 there
     assert end.std() < (0.03 if how == "stochastic" else 1e-6)
 
 
@@ -82,7 +82,7 @@ def test_rates(schedule, warmup):
         updates, state = optimizer.update({"w": jnp.ones(3)}, state, params)
         sizes.append(-float(updates["w"][0]))  # Adam's step on a constant gradient is the rate
     np.testing.assert_allclose(sizes[warmup], 0.5, rtol=1e-3)
-    np.testing.assert_allclose(sizes[:warmup], 0.5 * np.arange(warmup) / 4, atol=1e-6)
+    np.testing.assert_allclose(sizes[:warmup], 0.5 * np.arange(warmup) / 4, rtol=1e-4)
     assert sizes[-1] == pytest.approx(0.5, rel=1e-3) if schedule == "constant" else sizes[-1] < 0.01
 
 
