@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from xflow_jax import losses
+from xflow_jax.alignment import AlignSettings
 from xflow_jax.config import LLaDAConfig
 from xflow_jax.models import build, init_params
+from xflow_jax.sharding import make_mesh
 from xflow_jax.steps import TrainState, make_align_step, make_alignment_loss
 
 CONFIG = LLaDAConfig(
     d_model=32, n_layers=2, n_heads=2, mlp_hidden_size=48, vocab_size=60, embedding_size=64, mask_token_id=50,
     eos_token_id=51,
 )
+
+
+eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices, which conftest.py fakes")
+SETTINGS = AlignSettings(prompt_length=5, gen_length=11, batch_size=4, steps=30, chunk=16, freeze_embedding=False)
 
 
 def batch_of(rows: int = 4, prompt: int = 5, response: int = 11) -> dict[str, jax.Array]:
@@ -37,75 +48,76 @@ def setting():
     return model, params, batch_of()
 
 
-def plain_errors(head, hidden, table, tokens):
-    p = jax.nn.softmax(head(hidden))
+def plain_errors(hidden, kernel, table, tokens, bias):
+    """Eqs. 11 and 12 as they are written, and the cross-entropy."""
+    logits = hidden @ kernel + bias[None, None]
     table = jax.lax.stop_gradient(table)
-    return jnp.sum((p @ table - table[tokens]) ** 2, axis=-1)
+    error = jnp.sum((jax.nn.softmax(logits) @ table - table[tokens]) ** 2, axis=-1)
+    return error, losses.cross_entropy(logits, tokens)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 11, 16])
-def test_the_fused_loss_is_the_plain_formula_in_value_and_gradient(setting, chunk):
+def both(errors, hidden, kernel, table, tokens, bias):
+    """One number of both outputs, weighted differently at each position, so that each gradient has to be right."""
+    error, nll = errors(hidden, kernel, table, tokens, bias)
+    weight = jnp.linspace(0.5, 2.0, error.size).reshape(error.shape)
+    return jnp.sum(error * weight + nll * weight[::-1])
+
+
+@pytest.fixture(scope="module")
+def inputs(setting):
     _, params, batch = setting
-    hidden = jax.random.normal(jax.random.key(1), (4, 11, 32))
-    tokens = batch["response"]
+    hidden, bias = jax.random.normal(jax.random.key(1), (4, 11, 32)), jax.random.normal(jax.random.key(2), (64,))
+    return hidden, params["ff_out"]["kernel"], params["wte"]["embedding"], batch["response"], bias
 
-    def fused(w, h):
-        return jnp.mean(losses.alignment_errors(lambda x: x @ w, h, params["wte"]["embedding"], tokens, chunk)[0])
 
-    def plain(w, h):
-        return jnp.mean(plain_errors(lambda x: x @ w, h, params["wte"]["embedding"], tokens))
+@pytest.mark.parametrize("chunk", [4, 20, 64])
+def test_the_fused_loss_is_the_plain_formula_in_value_and_gradient(inputs, chunk):
+    fused = partial(losses.alignment_errors, chunk=chunk)
+    for ours, wanted in zip(jax.jit(fused)(*inputs), plain_errors(*inputs), strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-5 * float(wanted.max()))
+    ours, wanted = (jax.jit(jax.grad(partial(both, f), (0, 1, 2, 4)))(*inputs) for f in (fused, plain_errors))
+    for x, y in zip(ours, wanted, strict=True):
+        assert float(jnp.abs(x - y).max()) <= 1e-5 * float(jnp.abs(y).max())
+    assert not np.any(ours[2])  # the table is a constant of the loss
 
-    w = params["ff_out"]["kernel"]
-    (a, grads_a), (b, grads_b) = (jax.value_and_grad(f, (0, 1))(w, hidden) for f in (fused, plain))
-    np.testing.assert_allclose(a, b, rtol=1e-5)
-    for x, y in zip(grads_a, grads_b, strict=True):
+
+@eight
+@pytest.mark.parametrize("mesh", ["1,8,1", "1,4,2", "2,2,2", "1,1,8"])
+def test_it_is_right_on_a_mesh_and_under_a_sharded_vocabulary(inputs, mesh):
+    hidden, kernel, table, tokens, bias = (jnp.tile(x, (2,) + (1,) * (x.ndim - 1)) if i in (0, 3) else x
+                                           for i, x in enumerate(inputs))  # fmt: skip
+    made = make_mesh(mesh)
+    specs = (P(("data", "fsdp")), P("fsdp", "tensor"), P("tensor", "fsdp"), P(("data", "fsdp")), P("tensor"))
+    args = hidden, kernel, table, tokens, bias
+    wanted = jax.jit(jax.value_and_grad(partial(both, plain_errors), (0, 1, 4)))(*args)
+    placed = [jax.device_put(x, NamedSharding(made, spec)) for x, spec in zip(args, specs, strict=True)]
+    with jax.set_mesh(made):
+        fused = partial(losses.alignment_errors, chunk=16)
+        ours = jax.jit(jax.value_and_grad(partial(both, fused), (0, 1, 4)))(*placed)
+    of_kernel = ours[1][1]  # lies as the kernel does
+    assert of_kernel.sharding.is_equivalent_to(placed[1].sharding, of_kernel.ndim)
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
         assert float(jnp.abs(x - y).max()) <= 1e-5 * float(jnp.abs(y).max())
 
 
-def test_cross_entropy_beside_it_is_the_plain_one(setting):
-    _, params, batch = setting
-    hidden = jax.random.normal(jax.random.key(1), (4, 11, 32))
-    logits = hidden @ params["ff_out"]["kernel"]
-    _, nll = losses.alignment_errors(
-        lambda x: x @ params["ff_out"]["kernel"], hidden, params["wte"]["embedding"], batch["response"], 4
-    )
-    np.testing.assert_allclose(nll, losses.cross_entropy(logits, batch["response"]), rtol=1e-5, atol=1e-6)
-
-
-def test_the_table_is_a_constant_of_the_loss(setting):
-    _, params, batch = setting
-    hidden = jax.random.normal(jax.random.key(1), (4, 11, 32))
-
-    def loss(table):
-        head = lambda x: x @ params["ff_out"]["kernel"]  # noqa: E731
-        return jnp.mean(losses.alignment_errors(head, hidden, table, batch["response"])[0])
-
-    assert not np.any(jax.grad(loss)(params["wte"]["embedding"]))
-
-
 def test_no_logits_of_the_whole_response_stand_in_memory():
-    config = LLaDAConfig(
-        d_model=8, n_layers=1, n_heads=1, mlp_hidden_size=8, vocab_size=4096, mask_token_id=1, eos_token_id=2
-    )
-    hidden = jax.ShapeDtypeStruct((2, 64, 8), jnp.float32)
-    tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
-    table = jax.ShapeDtypeStruct((config.vocab_rows, 8), jnp.float32)
+    """LLaDA-8B's head at a batch of 8 responses of 256 tokens, in float32, with the gradients of head and hidden."""
+    b, n, e, v = 8, 256, 4096, 126464
+    shapes = [(b, n, e), (e, v), (v, e), (v,)]
+    hidden, kernel, table, bias = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    tokens = jax.ShapeDtypeStruct((b, n), jnp.int32)
 
     def temporary(errors) -> int:
-        def loss(h, w, table, tokens):
-            return jnp.mean(errors(h, w, table, tokens))
-
-        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, table, table, tokens).compile()
+        loss = lambda *args: jnp.mean(errors(*args)[0])  # noqa: E731
+        compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(hidden, kernel, table, tokens, bias).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    fused = temporary(lambda h, w, table, tokens: losses.alignment_errors(lambda x: x @ w.T, h, table, tokens, 4)[0])
-    plain = temporary(lambda h, w, table, tokens: plain_errors(lambda x: x @ w.T, h, table, tokens))
-    assert fused * 5 < plain
+    assert 5 * temporary(losses.alignment_errors) < temporary(plain_errors)
 
 
 def test_metrics_tell_masked_and_clean_positions_apart(setting):
     model, params, batch = setting
-    loss, metrics = make_alignment_loss(model)(params, batch, jax.random.key(3))
+    loss, metrics = make_alignment_loss(model, SETTINGS)(params, batch, jax.random.key(3))
     assert {"loss", "error_masked", "error_clean", "masked_nll"} <= set(metrics)
     low, high = sorted((float(metrics["error_masked"]), float(metrics["error_clean"])))
     assert low <= float(loss) <= high and low < high
@@ -115,7 +127,7 @@ def test_steps_lower_the_loss_and_leave_a_frozen_table_alone(setting):
     model, params, batch = setting
     labels = {k: "frozen" if k == "wte" else "trained" for k in params}
     optimizer = optax.multi_transform({"trained": optax.adam(1e-3), "frozen": optax.set_to_zero()}, labels)
-    step, loss = jax.jit(make_align_step(model, optimizer)), jax.jit(make_alignment_loss(model))
+    step, loss = jax.jit(make_align_step(model, optimizer, SETTINGS)), jax.jit(make_alignment_loss(model, SETTINGS))
     state = TrainState.create(params, optimizer)
     before, _ = loss(params, batch, jax.random.key(7))
     for _ in range(30):
@@ -132,12 +144,14 @@ def test_accumulated_parts_average_their_gradients(setting):
     optimizer = optax.sgd(1.0)
     state = TrainState.create(params, optimizer)
     key = jax.random.fold_in(jax.random.key(0), 0)
-    parts = [{k: v[i * 2 : i * 2 + 2] for k, v in batch.items()} for i in range(2)]
+    parts = [{k: v[i::2] for k, v in batch.items()} for i in range(2)]
+    grad = jax.jit(jax.grad(make_alignment_loss(model, SETTINGS), has_aux=True))
     grads = [
-        jax.grad(make_alignment_loss(model), has_aux=True)(params, part, k)[0]
+        grad(params, part, k)[0]
         for part, k in zip(parts, jax.random.split(key, 2), strict=True)
     ]
-    after, _ = make_align_step(model, optimizer, accumulate=2)(state, batch, jax.random.key(0))
+    step = jax.jit(make_align_step(model, optimizer, dataclasses.replace(SETTINGS, accumulate=2)))
+    after, _ = step(state, batch, jax.random.key(0))
     wanted = jax.tree.map(lambda p, a, b: p - (a + b) / 2, params, *grads)
     for x, y in zip(jax.tree.leaves(after.params), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)

@@ -274,7 +274,7 @@ def test_a_killed_run_ends_in_the_same_table(tmp_path):
 
     def tables(folder: str) -> tuple[str, list[dict[str, str]]]:
         """All tables but the one with seconds, and that one's rows without them."""
-        rows = list(csv.DictReader((tmp_path / folder / "results.csv").open()))
+        rows = list(csv.DictReader((tmp_path / folder / "results.csv").read_text().splitlines()))
         untimed = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
         return (tmp_path / folder / "table.md").read_text().partition("## All figures")[0], untimed
 

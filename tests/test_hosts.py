@@ -68,7 +68,7 @@ def test_two_processes_evaluate_as_one_does(tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     said = [run.communicate(timeout=500)[0] for run in [start(0), start(1)]]
-    assert [text.splitlines()[-1] for text in said] == ["done", "done"]
+    assert all("done" in text.splitlines() for text in said)
     assert "microcode: 0-shot" in said[0] and "microcode: 0-shot" not in said[1]  # one of them prints
     from xflow_jax.cli import main
 

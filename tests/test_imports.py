@@ -20,10 +20,10 @@ RANKS = {
     for rank, names in enumerate(
         [
             "strict config sandbox sharding storage hosts stats plan_chips plan_hlo plan_report",
-            "models losses belief policy tasks tokenizer",
+            "models losses belief policy tasks tokenizer optimizers",
             "rules rivals decode sight checkpoint data hf hf_names hf_write",
-            "steps rollout generate lm choices records identity",
-            "evaluate bench bench_torch plan plan_programs plot reports likelihood harness demo answer",
+            "steps alignment rollout generate lm choices records identity",
+            "evaluate bench bench_cache bench_torch plan plan_programs plot reports likelihood harness demo answer",
             "cli __init__ __main__",
         ]
     )

@@ -9,8 +9,11 @@ import numpy as np
 import optax
 import pytest
 
+from tests.hf_helpers import GOLDEN2, tensors_of
 from tests.llada2_helpers import TINY2, random_params
 from xflow_jax.config import LLaDAConfig, UserError
+from xflow_jax.hf_write import write_hf
+from xflow_jax.lm import load
 from xflow_jax.models import abstract_params, build
 from xflow_jax.models.lora import Adapter, LoraConfig, adapted, lora_init, merge
 from xflow_jax.sharding import make_mesh, path_name, shardings, state_shardings
@@ -95,6 +98,22 @@ def test_merged_is_adapted(family):
     w, by = params["blocks"]["q_proj"]["kernel"][1], lora["blocks"]["q_proj"]["kernel"]
     np.testing.assert_allclose(merged["blocks"]["q_proj"]["kernel"][1], w + 2 * by.a[1] @ by.b[1], atol=1e-5)
     chex.assert_trees_all_equal(merged["wte"], params["wte"])
+
+
+def test_merged_goes_out_in_the_hugging_face_format(tmp_path):
+    """What comes back is the adapted model; tensors without an adapter are the source's bytes."""
+    base = load(GOLDEN2)
+    lora = trained(lora_init(jax.random.key(0), base.params, ALL))
+    write_hf(tmp_path / "merged", merge(base.params, lora), base.config, dtype=jnp.float32)
+    back = load(tmp_path / "merged")
+    assert back.config.to_hf() == base.config.to_hf()
+    np.testing.assert_allclose(back.logits(TOKENS), logits(base.model, base.params, lora), atol=5e-4)
+    assert float(jnp.abs(back.logits(TOKENS) - base.logits(TOKENS)).max()) > 0.1
+    half = load(GOLDEN2, "bfloat16")
+    write_hf(tmp_path / "half", merge(half.params, lora), half.config)
+    ours, source = tensors_of(tmp_path / "half"), tensors_of(GOLDEN2)
+    touched = ("_proj.weight", "query_key_value.weight", "attention.dense.weight")
+    assert {name for name in source if ours[name] != source[name]} == {n for n in source if n.endswith(touched)}
 
 
 def test_merging_keeps_the_parameters_dtype():

@@ -165,6 +165,10 @@ def test_optimiser_state_is_sharded_like_its_parameters():
     tree = state_shardings(jax.eval_shape(optax.adam(1e-3).init, abstract), mesh, "llada")
     assert tree[0].mu == tree[0].nu == shardings(abstract, mesh, "llada")
     assert tree[0].count.is_fully_replicated
+    # Adafactor's sums over a stack of matrices: blocks/ff_out/kernel's must not pass for ff_out/kernel.
+    sums = optax.adafactor(1e-3, min_dim_size_to_factor=2)
+    tree = state_shardings(jax.eval_shape(sums.init, abstract), make_mesh("1,8,1"), "llada")
+    assert all(x.is_fully_replicated for x in jax.tree.leaves(tree[0].v_row))
 
 
 @eight

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from train import align, pretrain, self_generate
+from train import pretrain, self_generate
 from xflow_jax.config import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -26,13 +21,6 @@ QUICK += ["export_dtype=float32"]  # so that runs can be compared to the last bi
 def pretrain_small(out: Path, *overrides: str) -> None:
     quick = [f"out={out}", f"tokenizer={ROOT / 'xflow_jax' / 'tiny'}"]
     pretrain.main(str(ROOT / "configs/pretrain_tiny.toml"), [*quick, *SMALL, *QUICK, *overrides])
-
-
-def align_small(base: Path, out: Path, *overrides: str) -> None:
-    settings = [f"model={base / 'model/hf'}", f'data=["{base / "responses.jsonl"}"]', f"out={out}"]
-    settings += ["steps=6", "batch_size=4", "held_out=8", "save_every=2", "log_every=1", "optimizer.warmup_steps=1"]
-    settings += ["export_dtype=float32", "only_passed=false", "optimizer.schedule=constant"]
-    align.main(str(ROOT / "configs/align_tiny.toml"), [*settings, *overrides])
 
 
 def generate_small(base: Path, *overrides: str) -> list[dict]:
@@ -83,19 +71,6 @@ def test_pretraining_stopped_and_resumed_equals_one_run(base, tmp_path, monkeypa
     assert_same_run(base / "model", tmp_path / "run")
 
 
-def test_alignment_trains_resumes_and_leaves_the_table_alone(base, tmp_path):
-    align_small(base, tmp_path / "straight")
-    align_small(base, tmp_path / "resumed", "steps=4")
-    align_small(base, tmp_path / "resumed")
-    assert_same_run(tmp_path / "straight", tmp_path / "resumed")
-    before, after = tensors(base / "model"), tensors(tmp_path / "straight")
-    table = "model.transformer.wte.weight"
-    np.testing.assert_array_equal(before[table], after[table])
-    assert any(np.any(before[name] != after[name]) for name in before)
-    made_by = json.loads((tmp_path / "straight/hf/provenance.json").read_text())
-    assert made_by["config"]["steps"] == 6
-
-
 def test_self_generation_resumes_and_drops_a_line_that_was_cut_off(base):
     out = base / "responses.jsonl"
     whole = out.read_text().splitlines(keepends=True)
@@ -109,52 +84,3 @@ def test_self_generation_resumes_and_drops_a_line_that_was_cut_off(base):
 def test_self_generation_refuses_the_file_of_another_run(base):
     with pytest.raises(UserError, match="other settings"):
         generate_small(base, "seed=5")
-
-
-@pytest.mark.parametrize(
-    ("line", "sentence"),
-    [
-        ("{not json", "line 2 is no JSON"),
-        ('{"prompt_ids": [1]}', "line 2 has no list of integers under 'response_ids'"),
-        ('{"prompt_ids": [1], "response_ids": [99999]}', "line 2: response_ids holds 99999"),
-        (json.dumps({"prompt_ids": [1], "response_ids": [1] * 49}), "line 2: 49 response_ids, but the run allows 48"),
-    ],
-)
-def test_bad_responses_are_named_before_any_work(base, tmp_path, line, sentence):
-    data = tmp_path / "data.jsonl"
-    data.write_text('{"prompt_ids": [1], "response_ids": [2]}\n' + line + "\n")
-    with pytest.raises(UserError, match=sentence):
-        align_small(base, tmp_path / "out", f'data=["{data}"]')
-    assert not (tmp_path / "out").exists()
-
-
-def test_empty_data_and_an_unknown_optimizer_are_one_sentence(base, tmp_path):
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(UserError, match="no responses in it"):
-        align_small(base, tmp_path / "out", f'data=["{tmp_path / "empty.jsonl"}"]')
-    with pytest.raises(UserError, match="optimizer.name"):
-        align_small(base, tmp_path / "out", "optimizer.name=lion")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_a_killed_run_ends_as_the_uninterrupted_one(base, tmp_path):
-    align_small(base, tmp_path / "straight", "steps=40")
-    out = tmp_path / "killed"
-    command = [sys.executable, "-m", "train.align", "configs/align_tiny.toml", f"model={base / 'model/hf'}"]
-    command += [f'data=["{base / "responses.jsonl"}"]', f"out={out}", "steps=40", "batch_size=4", "held_out=8"]
-    command += ["save_every=2", "log_every=1", "optimizer.warmup_steps=1", "export_dtype=float32", "only_passed=false"]
-    command += ["optimizer.schedule=constant"]
-    kills = 0
-    while True:
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ)
-        seen = len((out / "metrics.jsonl").read_text()) if (out / "metrics.jsonl").exists() else 0
-        while process.poll() is None and kills < 2:
-            time.sleep(0.05)
-            if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text()) > seen + 5000:
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-        if process.wait() == 0:
-            break
-    assert kills
-    assert_same_run(tmp_path / "straight", out)

@@ -136,7 +136,9 @@ def main(path: str, overrides: list[str]) -> None:
 
     run = Run(config.out)
     # With `behaviour`, the parameters that sampled the batch at hand, a resumed run samples that batch again.
-    train, behaviour = run.restore((TrainState.create(policy.params, optimizer), policy.params))
+    train, behaviour = TrainState.create(policy.params, optimizer), policy.params
+    if run.latest is not None:
+        (train, behaviour), _ = run.restore((train, behaviour))
     first = int(train.step)
     if first == 0:
         run.log(0, measure(train.params))

@@ -119,7 +119,11 @@ def train(config: PretrainConfig) -> None:
     wide = config.wide_steps * config.batch_size
     source = MicrocodePairs(config.seed, tokenizer, config.prompt_length, config.gen_length, wide)
     data = batches(source, config.batch_size)
-    state = run.restore(jax.jit(lambda k: TrainState.create(init_params(model, k), optimizer))(key), data)
+    create = jax.jit(lambda k: TrainState.create(init_params(model, k), optimizer))
+    if run.latest is None:
+        state = create(key)
+    else:
+        state, _ = run.restore(jax.eval_shape(create, key), data)
     size = sum(x.size for x in jax.tree.leaves(state.params))
     print(f"{size / 1e6:.2f} M parameters, from step {int(state.step)} to {config.steps}")
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from xflow_jax import bench_cache
 from xflow_jax.belief import model_head
 from xflow_jax.choices import parse_rule
 from xflow_jax.config import PRESETS, LLaDAConfig, UserError
@@ -246,6 +247,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", choices=("torch",), help="mask prediction beside a plain PyTorch model instead")
     parser.add_argument("--mesh", metavar="D,F,T", help="sizes of data, fsdp and tensor (default: one device)")
     parser.add_argument("--json", metavar="FILE", help="keep every number in a new file")
+    parser.add_argument("--cache-ratio", action="store_true", help="only: a step with the exact cache and without it")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -260,6 +262,8 @@ def run(args: argparse.Namespace) -> None:
     lm = load_or_make(args.model, args.dtype, args.mesh)
     steps = max(args.gen_length // 4, 1) if args.steps is None else args.steps
     settings = settings_of(lm, args.prompt_length, args.gen_length, steps, None, args.block_length)
+    if args.cache_ratio:
+        return _cache_ratio(args, lm, rule, settings, sizes)
     with lm.scope():
         rate = matmul_rate(lm.dtype)
     device = jax.devices()[0]
@@ -294,6 +298,17 @@ def _keep(args: argparse.Namespace, device: Any, parameters: int, rate: float, f
         facts = vars(args) | {"device": device.device_kind, "parameters": parameters, "matmul_flops_per_second": rate}
         facts = {k: v for k, v in facts.items() if isinstance(v, str | int | float | None)}
         write_whole(Path(args.json), json.dumps(facts | found, indent=1) + "\n")
+
+
+def _cache_ratio(args: argparse.Namespace, lm: LM, rule: Rule, settings: Settings, sizes: list[int]) -> None:
+    parameters = sum(x.size for x in jax.tree.leaves(lm.params))
+    print(
+        f"{args.model}: {parameters / 1e6:.1f} M parameters, prompts of {args.prompt_length} tokens, responses of "
+        f"{settings.gen_length} in blocks of {settings.block_length} with {settings.steps} steps each"
+    )
+    for batch in sizes:
+        result = bench_cache.measure(lm, rule, settings, batch, args.prompt_length, args.rounds, seconds)
+        print(f"batch {batch}: {bench_cache.sentence(result)}")
 
 
 def table(timings: list[Timing]) -> str:

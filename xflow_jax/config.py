@@ -381,4 +381,23 @@ PRESETS: dict[str, LLaDAConfig | LLaDA2Config] = {
         intermediate_size=9216,
         moe_intermediate_size=1024,
     ),
+    # None of the released ones: a middle size for measurements on CPUs.
+    "llada2-20m": dataclasses.replace(
+        _MINI,
+        hidden_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=1024,
+        num_experts=16,
+        num_experts_per_tok=2,
+        moe_intermediate_size=256,
+        n_group=4,
+        topk_group=2,
+        vocab_size=4096,
+        mask_token_id=4095,
+        eos_token_id=4094,
+        pad_token_id=4094,
+    ),
 }

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import grain
+import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from xflow_jax.strict import UserError
 from xflow_jax.tasks import microcode
@@ -58,8 +61,9 @@ def batches(source: Any, batch_size: int) -> grain.DatasetIterator:
 class Responses:
     """Self-generated responses from jsonl files, one {"prompt_ids": [...], "response_ids": [...]} a line.
 
-    only_passed leaves out those whose "passed" is false. All lines are read and checked at once: UserError names the
-    file and line of one that is no JSON, lacks a key, holds an id outside the vocabulary or is longer than allowed.
+    paths may be patterns ("responses.*.jsonl"). only_passed leaves out those whose "passed" is false.
+    All lines are read and checked at once: UserError names the file and line of one that is no JSON, lacks a key, holds
+    an id outside the vocabulary or is longer than allowed.
     """
 
     def __init__(
@@ -77,7 +81,7 @@ class Responses:
                 f"{config.max_length} positions"
             )
         self.rows: list[tuple[list[int], list[int]]] = []
-        for path in paths:
+        for path in _files(paths):
             for number, line in enumerate(read_lines(path), start=1):
                 record, row = self._check(line, f"{path}, line {number}")
                 if record.get("passed", True) or not only_passed:
@@ -103,6 +107,20 @@ class Responses:
             rows.append(ids)
         return record, (rows[0], rows[1])
 
+    def hold_out(self, count: int, batch_size: int) -> list[list[dict[str, np.ndarray]]]:
+        """Takes `count` responses, spread evenly over the files, out, as whole batches of examples; UserError where the
+        count is less than a batch or nothing would be left to train on."""
+        size = count // batch_size * batch_size
+        if not size or len(self) - size < batch_size:
+            raise UserError(
+                f"held_out {count} must be at least one batch of {batch_size} and leave one of the {len(self)} "
+                "responses to train on"
+            )
+        taken = {i * len(self) // size for i in range(size)}  # files go by prompt length: their ends are no fair sample
+        examples = [self[i] for i in sorted(taken)]
+        self.rows = [row for i, row in enumerate(self.rows) if i not in taken]
+        return [examples[i : i + batch_size] for i in range(0, size, batch_size)]
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -111,6 +129,11 @@ class Responses:
         ids, mask = pad_left([prompt], self.config.pad_id, self.prompt_length)
         response = response + [self.config.eos_id] * (self.gen_length - len(response))
         return {"prompt": ids[0], "prompt_mask": mask[0], "response": np.asarray(response, np.int32)}
+
+
+def _files(paths: Sequence[str | Path]) -> list[str]:
+    """The files that paths and patterns name, each pattern's in order; a pattern that meets none stays as it is."""
+    return [file for path in map(str, paths) for file in (sorted(glob.glob(path)) if "*" in path else [path]) or [path]]
 
 
 def read_lines(path: str | Path) -> list[str]:
@@ -127,9 +150,43 @@ def read_lines(path: str | Path) -> list[str]:
     return lines
 
 
-def shuffled_batches(source: Any, batch_size: int, seed: int) -> grain.DatasetIterator:
-    """Endless shuffled epochs over `source` in batches; the iterator's position can be saved and restored."""
+def shuffled_batches(source: Any, batch_size: int, seed: int, rows: np.ndarray | None = None) -> grain.DatasetIterator:
+    """Endless shuffled epochs over `source` in batches; the iterator's position can be saved and restored.
+
+    rows: which rows of each batch to read (`local_rows`), None = all. Every process walks through the same batches, so
+    that the position is the same everywhere, and means the same to another number of processes.
+    """
     if len(source) < batch_size:
         raise UserError(f"{len(source)} examples do not fill a batch of {batch_size}; use more or a smaller batch_size")
-    dataset = grain.MapDataset.source(source).shuffle(seed=seed).repeat().batch(batch_size, drop_remainder=True)
+    wanted = np.arange(batch_size) if rows is None else rows
+
+    def read(indices: np.ndarray) -> dict[str, np.ndarray]:
+        return stack([source[int(i)] for i in indices[wanted]])
+
+    order = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat()
+    dataset = order.batch(batch_size, drop_remainder=True).map(read)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
+
+
+def stack(examples: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Examples of like shapes as one batch."""
+    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+def local_rows(sharding: Sharding, batch_size: int) -> np.ndarray:
+    """The rows of a batch of this sharding that devices of this process hold, in ascending order."""
+    indices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
+
+
+def place(batch: dict[str, np.ndarray], sharding: Sharding, batch_size: int) -> dict[str, jax.Array]:
+    """This process's rows (`local_rows`) of a batch -> global arrays [batch_size, ...] of the sharding."""
+    rows = local_rows(sharding, batch_size)
+
+    def one(x: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            return x[np.searchsorted(rows, np.arange(batch_size)[index[0]])]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, part)
+
+    return {name: one(x) for name, x in batch.items()}

@@ -16,7 +16,7 @@ import numpy as np
 
 from xflow_jax.config import UserError
 from xflow_jax.decode import Settings, Trace, decode, read_out
-from xflow_jax.hosts import fetch
+from xflow_jax.hosts import fetch, spread
 from xflow_jax.rules import SETTLED, Rule
 from xflow_jax.sharding import batch_sharding
 from xflow_jax.tokenizer import chat_ids, decode_answers, pad_left
@@ -86,7 +86,7 @@ def generate(
         take = np.concatenate([take, np.full(fill, len(rows) - 1)])
     arrays = (ids[take], mask[take], row_keys(jax.random.key(seed), rows)[take])
     if lm.mesh is not None:
-        arrays = jax.device_put(arrays, batch_sharding(lm.mesh))
+        arrays = spread(arrays, batch_sharding(lm.mesh))
     with lm.scope():
         out = decode_batch(lm.model, lm.params, rule, settings, *arrays)
     tokens, progress, passes, kept = fetch(out)

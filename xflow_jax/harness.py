@@ -124,7 +124,7 @@ class XFlow(LM):
 
     def _pair(self, context: str, continuation: str) -> tuple[Sequence[int], Sequence[int]]:
         """Their ids; spaces at the context's end belong to the continuation's first word."""
-        kept = context.rstrip()
+        kept = context.rstrip(" ")
         both, first = self._encode(context + continuation), self._encode(kept)
         return first, both[len(first) :]
 

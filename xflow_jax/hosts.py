@@ -48,6 +48,20 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def spread(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """A tree of arrays (keys, too) that every process has whole, as arrays of that sharding."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def put(x: Any) -> jax.Array:
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+        whole = np.asarray(x)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(put, tree)
+
+
 def fetch(tree: Any) -> Any:
     """A tree of device arrays as NumPy arrays, whole on every process, however they are sharded."""
     if jax.process_count() == 1:

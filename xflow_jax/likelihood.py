@@ -100,7 +100,7 @@ def row_losses(
         filled = [rows[i] for i in batch + batch[-1:] * (size - len(batch))]  # one size of batch, few compilations
         arrays = _arrays(lm, filled)
         if lm.mesh is not None:
-            arrays = jax.device_put(arrays, batch_sharding(lm.mesh))
+            arrays = hosts.spread(arrays, batch_sharding(lm.mesh))
         with lm.scope():
             losses = hosts.fetch(_losses(lm.model, lm.params, cfg_scale, *arrays))
         out[batch] = losses[: len(batch)]

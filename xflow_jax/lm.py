@@ -142,6 +142,19 @@ def _checked(block_length: int | None) -> int | None:
     return block_length
 
 
+def find_model(path: str | Path) -> Path:
+    """The directory of a model that `load` is given by this path or name."""
+    return BUNDLED.get(str(path)) or hf.find_directory(path)
+
+
+def read_model_config(path: str | Path) -> tuple[Path, Any]:
+    """(directory, configuration) of a model, without its parameters; UserError as `load`'s."""
+    directory = find_model(path)
+    if checkpoint.is_checkpoint(directory):
+        return directory, checkpoint.described(directory, checkpoint.read_record(directory))[0]
+    return directory, hf.read_config(directory)
+
+
 def load(path: str | Path, dtype: Any = "float32", mesh: Mesh | str | None = None) -> LM:
     """The model in a directory of the Hugging Face format or a converted one, a bundled one by name ("tiny", or
     "tiny-base", before its alignment), or of the hub.
@@ -158,7 +171,7 @@ def load(path: str | Path, dtype: Any = "float32", mesh: Mesh | str | None = Non
         raise UserError(f"dtype is {name!r}, but it must be {' or '.join(DTYPES)}")
     dtype = jnp.dtype(name)
     mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
-    directory = BUNDLED.get(str(path)) or hf.find_directory(path)
+    directory = find_model(path)
     if directory in BUNDLED.values() and not any(directory.glob("*.safetensors")):
         raise UserError(
             f"{directory}: the bundled model's weights are not there; install the package again, "

@@ -197,8 +197,9 @@ def state_shardings(abstract: Any, mesh: Mesh, family: str) -> Any:
         # The longest end first: blocks/ff_out/kernel is not ff_out/kernel.
         for start in range(len(parts)):
             axes = _axes("/".join(parts[start:]), family)
-            if axes is not None and len(axes) == len(x.shape):
-                return _sharding("/".join(parts), x.shape, axes, mesh)
+            if axes is not None:
+                like = len(axes) == len(x.shape)  # a sum over rows or columns is not
+                return _sharding("/".join(parts), x.shape, axes, mesh) if like else replicated(mesh)
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(leaf, abstract)

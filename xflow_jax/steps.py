@@ -11,11 +11,14 @@ import optax
 from flax import struct
 
 from xflow_jax import losses
+from xflow_jax.models import abstract_params
 from xflow_jax.policy import Policy
 from xflow_jax.rollout import Rollout
 
 if TYPE_CHECKING:
     from flax import linen as nn
+
+    from xflow_jax.alignment import AlignSettings
 
 Params = Any
 Metrics = dict[str, jax.Array]
@@ -78,59 +81,94 @@ def make_pretrain_step(
     return step
 
 
-def make_alignment_loss(model: nn.Module, chunk: int = 16) -> Callable[..., tuple[jax.Array, Metrics]]:
+def make_alignment_loss(model: nn.Module, config: AlignSettings) -> Callable[..., tuple[jax.Array, Metrics]]:
     """loss(params, batch, key, base=None) -> (loss, metrics): Eqs. 11, 12 on a batch as `make_pretrain_step` takes it.
 
     The loss is the mean over all response positions, masked and clean alike; the metrics tell the two apart and give
-    the cross-entropy at masked positions. With LoRA, `params` are the adapters and `base` the frozen
-    parameters below them.
+    the cross-entropy at masked positions. base: with LoRA the frozen parameters, below which `params` are the adapters.
+    With `block_length` one block of each row is noised and counted, and the blocks before it are clean, as a
+    block-causal decode meets them.
     """
 
     def loss_fn(params: Params, batch: dict[str, jax.Array], key: jax.Array, base: Params | None = None):
-        variables = {"params": params} if base is None else {"params": base, "lora": params}
-        full = variables["params"]
-        ratio_key, mask_key = jax.random.split(key)
+        full = base if config.tune == "lora" else compute_copy(model, params)
+        if config.freeze_embedding:
+            full = {**full, "wte": jax.lax.stop_gradient(full["wte"])}
+        ours = {"params": full, "lora": params} if config.tune == "lora" else {"params": full}
         prompt, response = batch["prompt"], batch["response"]
-        sigma = losses.mask_ratios(ratio_key, response.shape[0])
-        masked = losses.draw_masks(mask_key, sigma, response.shape[1])
+        masked, counted = _noise(key, batch, config.block_length)
         tokens = jnp.concatenate([prompt, jnp.where(masked, model.config.mask_id, response)], axis=1)
         mask = jnp.concatenate([batch["prompt_mask"], jnp.ones_like(masked)], axis=1)
-        x = model.apply(variables, tokens, method="embed")
-        hidden = model.apply(variables, x, mask, method="hidden")[:, prompt.shape[1] :]
-        error, nll = losses.alignment_errors(
-            lambda h: model.apply(variables, h, method="head"), hidden, full["wte"]["embedding"], response, chunk
-        )
-        loss = jnp.mean(error)
+
+        x = model.apply(ours, tokens, method="embed")
+        hidden = model.apply(ours, x, mask, config.block_length or None, method="hidden")[:, prompt.shape[1] :]
+        kernel, bias = _head(full)
+        error, nll = losses.alignment_errors(hidden, kernel, full["wte"]["embedding"], response, bias, config.chunk)
+        loss = losses.masked_mean(error, counted)
         return loss, {
             "loss": loss,
             "error_masked": losses.masked_mean(error, masked),
-            "error_clean": losses.masked_mean(error, ~masked),
+            "error_clean": losses.masked_mean(error, counted & ~masked),
             "masked_nll": losses.masked_mean(nll, masked),
         }
 
     return loss_fn
 
 
+def compute_copy(model: nn.Module, params: Params) -> Params:
+    """Parameters in the dtypes that the model computes in: under fsdp half as many bytes travel then, as bfloat16."""
+    wanted = abstract_params(model.clone(param_dtype=model.dtype))
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), params, wanted)
+
+
+def _head(params: Params) -> tuple[jax.Array, jax.Array | None]:
+    """(kernel [E, V], bias [V] or None) of the head, which is the embedding table's where they are tied."""
+    if "ff_out" in params:
+        return params["ff_out"]["kernel"], params["ff_out"].get("bias")
+    return params["wte"]["embedding"].T, None
+
+
+def _noise(key: jax.Array, batch: dict[str, jax.Array], block_length: int) -> tuple[jax.Array, jax.Array]:
+    """(masked, counted), bool [B, N]: where the mask token stands, and what the loss is averaged over."""
+    b, n = batch["response"].shape
+    ratio_key, mask_key, block_key = jax.random.split(key, 3)
+    masked = losses.draw_masks(mask_key, losses.mask_ratios(ratio_key, b), n)
+    if not block_length:
+        return masked, jnp.ones_like(masked)
+    # Blocks count from each row's own first token, so the first one may begin inside the prompt.
+    start = jnp.sum(batch["prompt_mask"], axis=1, keepdims=True)
+    block = (start + jnp.arange(n)[None]) // block_length
+    first, last = block[:, :1], block[:, -1:]
+    chosen = first + jnp.floor(jax.random.uniform(block_key, (b, 1)) * (last - first + 1)).astype(block.dtype)
+    counted = block == chosen
+    return masked & counted, counted
+
+
 def make_align_step(
-    model: nn.Module, optimizer: optax.GradientTransformation, chunk: int = 16, accumulate: int = 1
+    model: nn.Module, optimizer: optax.GradientTransformation, config: AlignSettings
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The step of x-prediction alignment: step(state, batch, key, base=None) -> (state, metrics).
 
-    accumulate: how many equal parts the batch is cut into; their gradients are averaged before the one update.
+    base as in `make_alignment_loss`. The batch is cut into `accumulate` equal parts, whose gradients are averaged in
+    float32 before the one update.
     """
-    loss_fn = make_alignment_loss(model, chunk)
+    grad_fn = jax.grad(make_alignment_loss(model, config), has_aux=True)
+    count = config.accumulate
 
     def step(state: TrainState, batch: dict[str, jax.Array], key: jax.Array, base: Params | None = None):
         key = jax.random.fold_in(key, state.step)
-        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        if count == 1:
+            grads, metrics = grad_fn(state.params, batch, key, base)
+            return state.update(grads, optimizer), metrics | {"grad_norm": optax.tree.norm(grads)}
+        # Part i has the rows i, i + count, ...: each of them is spread over the devices as the batch is.
+        parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
 
         def visit(total: Params, part: tuple[dict[str, jax.Array], jax.Array]) -> tuple[Params, Metrics]:
-            grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, *part, base)
-            return jax.tree.map(jnp.add, total, grads), metrics
+            grads, metrics = grad_fn(state.params, *part, base)
+            return jax.tree.map(lambda t, g: t + g / count, total, grads), metrics
 
-        zero = jax.tree.map(jnp.zeros_like, state.params)
-        grads, metrics = jax.lax.scan(visit, zero, (parts, jax.random.split(key, accumulate)))
-        grads = jax.tree.map(lambda g: g / accumulate, grads)
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
+        grads, metrics = jax.lax.scan(visit, zero, (parts, jax.random.split(key, count)))
         metrics = jax.tree.map(jnp.mean, metrics) | {"grad_norm": optax.tree.norm(grads)}
         return state.update(grads, optimizer), metrics
 
