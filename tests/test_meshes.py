@@ -88,23 +88,13 @@ def run_processes(count: int, *argv: str) -> list[subprocess.CompletedProcess]:
 
 @pytest.mark.slow
 def test_two_processes_of_four_devices_are_one_of_eight():
-    prompts = ["--prompt", "keep the even numbers of x", "--prompt", "sum of the squares of x"]
-    argv = (
-        "generate",
-        "--model=tiny",
-        "--rule=flow",
-        "--mesh=2,2,2",
-        "--gen-length=16",
-        "--steps=4",
-        "--json",
-        *prompts,
-    )
-    (whole,), (first, second) = run_processes(1, *argv, *prompts), run_processes(2, *argv, *prompts)
+    prompts = ("--prompt=keep the even numbers of x", "--prompt=sum of the squares of x")
+    argv = ("generate", "--model=tiny", "--mesh=2,2,2", "--gen-length=16", "--steps=4", "--json", *prompts)
+    (whole,), (first, second) = (run_processes(count, *argv, "--rule=flow") for count in (1, 2))
     assert whole.returncode == first.returncode == second.returncode == 0, first.stderr + second.stderr
-    answers = [json.loads(line) for line in whole.stdout.splitlines()]
-    assert len(answers) == 2
-    assert [json.loads(line) for line in first.stdout.splitlines()] == answers
-    assert second.stdout == ""
+    # CPUs' own transport says on stdout, too, that it is connected.
+    one, two, none = ([json.loads(x) for x in p.stdout.splitlines() if x[0] == "{"] for p in (whole, first, second))
+    assert len(one) == 2 and two == one and none == []
 
 
 def test_one_process_joins_nobody(monkeypatch):
