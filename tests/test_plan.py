@@ -263,6 +263,10 @@ def test_the_largest_batch_fits_and_its_double_does_not():
             ("--preset=llada-8b", "--device=gpu:h200", "--batch=0"),
             "the batch '0' must be positive whole numbers",
         ),
+        (
+            ("--preset=llada-8b", "--device=gpu:h200", "--program=align", "--train-batch=0"),
+            "train_batch must be at least 1",
+        ),
         (("--preset=llada-8b", "--device=gpu:h200:4", "--mesh=1,8,1"), "mesh 1,8,1 is of 8 devices, but there are 4"),
         (("--preset=llada-8b", "--device=gpu:h200", "--mesh=8"), "mesh '8' must be three positive sizes"),
         (("--preset=llada-8b", "--topology=v5z-8"), "there is no topology 'v5z-8'"),

@@ -275,11 +275,13 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.against:
         print("mask prediction beside PyTorch on the same weights:")
-        rivals = [compare(lm, settings, batch, args.prompt_length, args.rounds) for batch in sizes]
-        for r in rivals:
+        rivals = []
+        for batch in sizes:
+            rivals.append(r := compare(lm, settings, batch, args.prompt_length, args.rounds))
             print(
                 f"batch {r.batch}: {r.ours:.1f} tokens/s, PyTorch {r.theirs:.1f}: {r.speedup:.2f} times; "
-                f"{100 * r.agreement:.1f} % of the tokens are equal"
+                f"{100 * r.agreement:.1f} % of the tokens are equal",
+                flush=True,
             )
         _keep(args, device, parameters, rate, {"rivals": [dataclasses.asdict(r) for r in rivals]})
         return

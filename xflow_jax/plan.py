@@ -162,9 +162,8 @@ def plan_rows(args: argparse.Namespace, kept: list[dict[str, Any]]) -> Iterator[
     for preset in args.preset:
         for text in [args.device] if args.device else args.topology:
             for program in args.program:
-                for batch in args.batch or [64 if program != "decode" else 1]:
-                    if program == "decode" or batch != "max":
-                        yield from _rows_of(args, preset, text, program, batch, kept)
+                for batch in args.batch if program == "decode" else [args.train_batch]:
+                    yield from _rows_of(args, preset, text, program, batch, kept)
 
 
 def _rows_of(
@@ -174,8 +173,8 @@ def _rows_of(
     chip, devices = parse_device(text) if args.device else _chips(text)
     work = Work(program, 1, args.prompt_length, args.gen_length, args.steps or args.gen_length // 4, tuple(args.set))
     rows = largest_batch(config, work, chip, devices) if batch == "max" else int(batch)
-    if program != "decode" and not args.batch:
-        rows = -(-rows // devices) * devices if program == "align" else rows
+    if program == "align":
+        rows = -(-rows // devices) * devices  # each device needs a row
     asked = {"preset": preset, "topology": text, "program": program, "asked_batch": batch, "asked_mesh": args.mesh}
     asked |= {"prompt": work.prompt, "response": work.response, "steps": work.steps, "overrides": list(work.overrides)}
     if not args.sweep and (old := next((r for r in kept if r.items() >= asked.items()), None)):
@@ -263,7 +262,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", metavar="D,F,T", help="sizes of data, fsdp, tensor (default: the fastest that fits)")
     parser.add_argument("--sweep", action="store_true", help="several meshes, the best by arithmetic first")
     parser.add_argument("--most", type=int, default=8, metavar="N", help="meshes of a sweep (default: %(default)s)")
-    parser.add_argument("--batch", metavar="LIST", help="rows, or max: as many as fit (default: 1; 64 in training)")
+    parser.add_argument(
+        "--batch", default="1", metavar="LIST", help="rows of decodes, or max: as many as fit (default: 1)"
+    )
+    parser.add_argument("--train-batch", type=int, default=64, metavar="N", help="of align and rollout (default: 64)")
     parser.add_argument("--prompt-length", type=int, default=128, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--gen-length", type=int, default=512, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, metavar="N", help="forward passes (default: a quarter of the tokens)")
@@ -279,6 +281,7 @@ def run(args: argparse.Namespace) -> int:
     args.program = _choices("program", args.program, list(PROGRAMS))
     args.topology = args.topology.split(",") if args.topology else []
     args.batch = _batches(args.batch)
+    require(args.train_batch > 0, f"train_batch must be at least 1, not {args.train_batch}")
     for text in args.topology:
         parse_topology(text)
     if args.device:
@@ -310,9 +313,7 @@ def _choices(name: str, text: str, known: list[str]) -> list[str]:
     return chosen
 
 
-def _batches(text: str | None) -> list[Any]:
-    if text is None:
-        return []
+def _batches(text: str) -> list[Any]:
     parts = text.split(",")
     right = all(part == "max" or (part.isdigit() and int(part) > 0) for part in parts)
     require(right, f"the batch {text!r} must be positive whole numbers or max, with commas between them")
