@@ -206,7 +206,8 @@ def test_the_bundled_policy():
     """It is surer to move where the model is surer, and says how it was made, without a word of where."""
     policy = load_policy("tiny")
     c = jnp.array([0.5, 0.9, 0.95, 0.99])
-    a = policy.expected_step(features(jnp.stack([c, (1 - c) / 2, (1 - c) / 4, (1 - c) / 8], axis=-1), jnp.zeros(4), 0.5))
+    top = jnp.stack([c, (1 - c) / 2, (1 - c) / 4, (1 - c) / 8], axis=-1)
+    a = policy.expected_step(features(top, jnp.zeros(4), 0.5))
     assert a[0] < 0.2 and a[3] > 0.9
     metadata = safe_open(BUNDLED, "numpy").metadata()
     assert json.loads(metadata["made_by"])["config"]["model"] == "tiny" and str(BUNDLED.parents[2]) not in str(metadata)
