@@ -140,7 +140,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("name", mostly_slow(RULES, ["flow", "guided"]))
+@pytest.mark.parametrize("name", mostly_slow(RULES, ["flow"]))
 def test_the_cache_changes_nothing(name):
     """Prompts of which the blocks' length divides none, one, and that are shorter than a block."""
     lm, prompts = toy2(1, DENSE), random_prompts([9, 20, 2, 4], seed=1, top=36)

@@ -29,6 +29,7 @@ from xflow_jax.tokenizer import load_tokenizer
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "xflow_jax" / "tiny"
 QUICK = ["problems=8", "solved_only=false", "prompts_per_step=2", "group_size=4", "steps=4", "budget=1/16"]
+QUICK += ["failed_by=", "policy.init=fresh", "policy.a_max=1", "switches=", "epochs=1", "scale_rewards=group"]
 QUICK += ["save_every=1", "evaluate_every=100", "evaluate_problems=4", "batch_size=4", "rate=1e-2"]
 
 

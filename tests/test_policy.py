@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import jax
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers import GOLDENS
 from xflow_jax.config import UserError
-from xflow_jax.policy import Policy, features, init_policy, kummer, load_policy, save_policy
+from xflow_jax.policy import BUNDLED, Policy, features, init_policy, kummer, load_policy, save_policy
 
 FILE = GOLDENS / "flow" / "policy.safetensors"
 RANGES = {"a_min": "0.00390625", "a_max": "1.0", "kappa_min": "2.0", "kappa_max": "50.0"}
@@ -198,3 +200,14 @@ def test_steps_are_cut_off_at_one():
     assert (policy.expected_step(s) == 1).all() and (low.expected_step(s) < 0.7).all()
     _, a, _ = policy.sample(jax.random.key(1), s)
     assert (a <= 1).all()
+
+
+def test_the_bundled_policy():
+    """It is surer to move where the model is surer, and says how it was made, without a word of where."""
+    policy = load_policy("tiny")
+    c = jnp.array([0.5, 0.9, 0.95, 0.99])
+    top = jnp.stack([c, (1 - c) / 2, (1 - c) / 4, (1 - c) / 8], axis=-1)
+    a = policy.expected_step(features(top, jnp.zeros(4), 0.5))
+    assert a[0] < 0.2 and a[3] > 0.9
+    metadata = safe_open(BUNDLED, "numpy").metadata()
+    assert json.loads(metadata["made_by"])["config"]["model"] == "tiny" and str(BUNDLED.parents[2]) not in str(metadata)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import sys
@@ -18,6 +17,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from xflow_jax import hosts
 from xflow_jax.checkpoint import save_params
 from xflow_jax.config import UserError
 from xflow_jax.data import read_lines
@@ -175,27 +175,14 @@ def export(
         print(f"{folder}: the model {what}")
 
 
-def join_hosts() -> None:
-    """Makes this process one of several, where the environment says so.
-
-    JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, or XFLOW_DISTRIBUTED=1 alone where JAX finds out
-    by itself: on TPU pods, under Slurm, under Open MPI.
-    """
-    told = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
-    try:
-        if "JAX_COORDINATOR_ADDRESS" in os.environ or os.environ.get("XFLOW_DISTRIBUTED") == "1":
-            jax.distributed.initialize(**{name: int(value) for name, value in told.items() if value})
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"the processes cannot find each other: {error}") from None
-
-
 def run_program(main: Callable[[str, list[str]], None], usage: str) -> None:
     """`main(config path, overrides)` from the command line; a user's mistake is one sentence and exit status 2."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         print(f"usage: {usage}", file=sys.stderr)
         sys.exit(2)
     try:
-        join_hosts()
+        hosts.join_hosts()
+        hosts.keep_programs()
         main(sys.argv[1], sys.argv[2:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -25,7 +25,8 @@ from xflow_jax.strict import UserError
 from xflow_jax.tasks import microcode
 
 FLOW = "flow:power=8"  # the best of the powers, by requests of the training set
-RULES = ("mask", "threshold", FLOW)
+POLICY = "flow:policy=tiny"  # the trained one
+RULES = ("mask", "threshold", FLOW, POLICY)
 BUDGETS = (Fraction(1), Fraction(1, 2), Fraction(1, 4), Fraction(1, 8))
 BASE = "mask (base)"  # the usual decoder on the model as it was before its alignment
 
