@@ -193,6 +193,7 @@ def test_a_mesh_changes_nothing_and_may_change_on_the_way(base, straight, tmp_pa
     assert_close(straight, run(base, tmp_path / "parts", "mesh=1,1,1"))
 
 
+@pytest.mark.slow
 def test_adapters_learn_by_the_same_program(base, tmp_path):
     lora = ["tune=lora", "lora.rank=2", "accumulate=2", "optimizer.schedule=constant", "optimizer.rate=0.05"]
     whole = run(base, tmp_path / "whole", *lora)

@@ -81,6 +81,7 @@ def test_the_fused_loss_is_the_plain_formula_in_value_and_gradient(inputs, chunk
     assert not np.any(ours[2])  # the table is a constant of the loss
 
 
+@pytest.mark.slow
 @eight
 @pytest.mark.parametrize("mesh", ["1,8,1", "1,4,2", "2,2,2", "1,1,8"])
 def test_it_is_right_on_a_mesh_and_under_a_sharded_vocabulary(inputs, mesh):

@@ -14,6 +14,7 @@ from xflow_jax.models import abstract_params, build
 from xflow_jax.rules import MaskPrediction
 
 
+@pytest.mark.slow
 def test_both_ways_are_timed_and_agree():
     config = dataclasses.replace(TINY2, num_experts=None, num_hidden_layers=1)
     lm, ticks = toy2(0, config), iter([8.0, 2.0, 6.0, 1.0, 9.0, 3.0])

@@ -53,6 +53,7 @@ def test_dtype_is_cast_on_the_way_in(saved, params):
     chex.assert_trees_all_equal(wide, jax.tree.map(lambda x: x.astype(jnp.float32), half))
 
 
+@pytest.mark.slow
 @eight
 @pytest.mark.parametrize(("first", "then"), [(None, "1,8,1"), ("2,2,2", "1,4,2"), ("1,8,1", None)])
 def test_any_mesh_to_any_other(tmp_path, params, first, then):

@@ -83,6 +83,7 @@ def test_shards_are_the_whole(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, sharded, whole)
 
 
+@pytest.mark.slow
 def test_the_bias_of_the_router_stays_float32(tmp_path):
     """Whatever is asked for, and whatever dtype the checkpoint has it in; there it stays what it was."""
     thirds = {}

@@ -437,6 +437,7 @@ PROMISES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule, settings", PROMISES)
 def test_promises_of_every_state(rule, settings):
     """On random models: t in [0, 1], nothing is NaN, what is committed stays unless re-edited, blocks come in order."""

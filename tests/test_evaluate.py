@@ -122,6 +122,7 @@ def answers_of(lm, batch_size: int, rules: str = "mask:order=random") -> dict:
     return {(a.rule, a.task_id): (a.text, a.passed, a.forward_passes) for a in kept}
 
 
+@pytest.mark.slow
 def test_answers_depend_on_neither_batch_nor_mesh():
     alone = answers_of(tiny_lm(), 1)
     assert len(alone) == 13 and len(set(alone.values())) > 10

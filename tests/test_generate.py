@@ -101,6 +101,7 @@ def test_texts():
     assert out.texts == same.texts == [lm.tokenizer.decode(answer, skip_special_tokens=True)]
 
 
+@pytest.mark.slow
 @eight
 @pytest.mark.parametrize("mesh, name", [("2,2,2", "flow"), ("1,8,1", "random"), ("2,1,1", "threshold")])
 def test_a_mesh_changes_no_token(mesh, name):

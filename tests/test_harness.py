@@ -47,6 +47,7 @@ def request(*args) -> SimpleNamespace:
     return SimpleNamespace(args=args)
 
 
+@pytest.mark.slow
 def test_generate_until(harness):
     model = harness.models["xflow"]("random", rule="flow:power=4;commit=false", budget="1/2", batch_size="2")
     assert model.rule == Flow(power=4.0, commit=False)
@@ -67,6 +68,7 @@ def test_generate_until(harness):
     assert again == [long.partition(stop)[0]] and len(again[0]) < len(long)
 
 
+@pytest.mark.slow
 def test_loglikelihood(harness):
     model = harness.models["xflow"]("random", samples=4, batch_size=3)
     lm = tiny_lm()

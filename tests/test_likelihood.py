@@ -49,6 +49,7 @@ def pairs_of(lengths):
     return list(zip(random_prompts(list(prompts)), random_prompts(list(responses), seed=1), strict=True))
 
 
+@pytest.mark.slow
 def test_neither_batch_nor_neighbours_nor_mesh_matter():
     pairs = pairs_of([(3, 5), (17, 2), (1, 20), (0, 4), (9, 5)])
     options = {"samples": 4, "group": 4, "seed": 7}

@@ -163,6 +163,7 @@ def test_compute_dtype_leaves_parameters_alone(config):
     assert types == {jnp.dtype("bfloat16")}
 
 
+@pytest.mark.slow
 def test_padded_queries_are_finite_and_so_are_gradients():
     model = build(TINY)
     params = init_params(model, jax.random.key(0))
@@ -187,6 +188,7 @@ def test_tied_head():
     assert logits(tied, params, tokens).shape == (2, 6, 48)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["einsum", "xla"])
 def test_grouped_heads_are_repeated_heads(kernel):
     grouped = dataclasses.replace(TINY, n_kv_heads=2)
@@ -233,6 +235,7 @@ def test_null_mlp_width_is_the_ratio():
     assert tree["blocks"]["ff_proj"]["kernel"].shape == (2, 32, 96)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"remat": "full"}, {"remat": "dots"}, {"unroll": 2}, {"attention": "xla"}])
 def test_ways_to_compute_agree(fields):
     params = init_params(build(TINY), jax.random.key(0))

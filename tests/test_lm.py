@@ -57,6 +57,7 @@ def test_golden_padding_embeddings_and_blocks(lm, golden):
     close(again, lm.logits(golden["ragged_ids"], golden["ragged_attention_mask"], block_length=4))
 
 
+@pytest.mark.slow
 @eight
 @pytest.mark.parametrize("mesh", ["1,8,1", "2,2,2", "1,1,4"])
 def test_golden_logits_on_a_mesh(converted, golden, mesh):
@@ -97,6 +98,7 @@ def test_one_compilation_per_shape(lm):
     assert lm_module._logits._cache_size() == 3
 
 
+@pytest.mark.slow
 def test_within_other_programs(lm, golden):
     """Under jit and grad like any function of JAX."""
     ids = golden["ids_0"]

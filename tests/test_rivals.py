@@ -160,6 +160,7 @@ def test_editing_by_hand():
     assert rule.open(state_of([1] * 5).replace(memory=action.memory)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RIVALS)
 def test_rivals_decode_rows_by_themselves(name):
     """Whatever a rule remembers, a row's answer is that of the row alone, blocks and early exits included."""

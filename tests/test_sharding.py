@@ -106,6 +106,7 @@ def test_a_mesh_that_does_not_divide():
     )
 
 
+@pytest.mark.slow
 @eight
 @pytest.mark.parametrize("spec", ["1,8,1", "2,4,1", "1,4,2", "2,2,2"])
 def test_sharded_is_unsharded(spec):
