@@ -300,7 +300,7 @@ def test_depth_costs_no_compile_time(no_compilation_cache):
         return time.process_time() - began, compiled.as_text().count("\n")
 
     seconds(4)
-    few, many = zip(*((seconds(4), seconds(32)) for _ in range(3)), strict=True)
+    few, many = zip(*((seconds(4), seconds(32)) for _ in range(15)), strict=True)
     assert abs(many[0][1] / few[0][1] - 1) < 0.01  # lines of the compiled program
     assert abs(min(many)[0] / min(few)[0] - 1) < 0.2
 
