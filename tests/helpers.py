@@ -11,11 +11,14 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from xflow_jax.config import LLaDAConfig
 from xflow_jax.lm import LM, load
 from xflow_jax.models import build, init_params
 from xflow_jax.sharding import make_mesh, path_name, shardings
+
+eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices, which conftest.py fakes")
 
 GOLDENS = Path(__file__).parent / "goldens"
 TOY = LLaDAConfig(

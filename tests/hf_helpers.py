@@ -5,7 +5,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pytest
 from safetensors.numpy import load_file, save_file
 
 from xflow_jax.config import LLaDAConfig
@@ -18,7 +17,6 @@ Q2 = PREFIX + "blocks.2.q_proj.weight"
 TOY = LLaDAConfig(
     d_model=32, n_layers=2, n_heads=4, vocab_size=40, mlp_hidden_size=48, mask_token_id=39, eos_token_id=1
 )
-eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices, which conftest.py fakes")
 
 
 def tensors_of(directory):

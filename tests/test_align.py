@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.helpers import TOY, toy
+from tests.helpers import TOY, eight, toy
 from train import align, setup
 from xflow_jax.alignment import AlignSettings, align_program
 from xflow_jax.config import UserError
@@ -30,7 +30,6 @@ from xflow_jax.hf_write import write_hf
 from xflow_jax.sharding import make_mesh
 
 ROOT = Path(__file__).parent.parent
-eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices, which conftest.py fakes")
 QUICK = ["prompt_length=6", "gen_length=8", "batch_size=8", "held_out=8", "chunk=16", "seed=3", "steps=6"]
 QUICK += ["save_every=2", "log_every=1", "optimizer.warmup_steps=1", "optimizer.rate=0.01", "only_passed=false"]
 QUICK += ["export_dtype=float32"]  # so that runs can be compared to the last bit

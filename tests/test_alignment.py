@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests.helpers import eight
 from xflow_jax import losses
 from xflow_jax.alignment import AlignSettings
 from xflow_jax.config import LLaDAConfig
@@ -21,12 +22,17 @@ from xflow_jax.sharding import make_mesh
 from xflow_jax.steps import TrainState, make_align_step, make_alignment_loss
 
 CONFIG = LLaDAConfig(
-    d_model=32, n_layers=2, n_heads=2, mlp_hidden_size=48, vocab_size=60, embedding_size=64, mask_token_id=50,
+    d_model=32,
+    n_layers=2,
+    n_heads=2,
+    mlp_hidden_size=48,
+    vocab_size=60,
+    embedding_size=64,
+    mask_token_id=50,
     eos_token_id=51,
 )
 
 
-eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices, which conftest.py fakes")
 SETTINGS = AlignSettings(prompt_length=5, gen_length=11, batch_size=4, steps=30, chunk=16, freeze_embedding=False)
 
 
@@ -147,10 +153,7 @@ def test_accumulated_parts_average_their_gradients(setting):
     key = jax.random.fold_in(jax.random.key(0), 0)
     parts = [{k: v[i::2] for k, v in batch.items()} for i in range(2)]
     grad = jax.jit(jax.grad(make_alignment_loss(model, SETTINGS), has_aux=True))
-    grads = [
-        grad(params, part, k)[0]
-        for part, k in zip(parts, jax.random.split(key, 2), strict=True)
-    ]
+    grads = [grad(params, part, k)[0] for part, k in zip(parts, jax.random.split(key, 2), strict=True)]
     step = jax.jit(make_align_step(model, optimizer, dataclasses.replace(SETTINGS, accumulate=2)))
     after, _ = step(state, batch, jax.random.key(0))
     wanted = jax.tree.map(lambda p, a, b: p - (a + b) / 2, params, *grads)

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.hf_helpers import GOLDEN, TOY, eight, random_params
+from tests.helpers import eight
+from tests.hf_helpers import GOLDEN, TOY, random_params
 from xflow_jax import checkpoint
 from xflow_jax.checkpoint import load_params, read_record, save_params
 from xflow_jax.config import UserError

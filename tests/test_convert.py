@@ -18,7 +18,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from convert import from_hf, to_hf, verify
-from tests.hf_helpers import GOLDEN, PREFIX, Q2, TOY, edited, eight, random_params, tensors_of
+from tests.helpers import eight
+from tests.hf_helpers import GOLDEN, PREFIX, Q2, TOY, edited, random_params, tensors_of
 from xflow_jax import checkpoint
 from xflow_jax.config import UserError
 from xflow_jax.hf_write import parse_size, write_hf

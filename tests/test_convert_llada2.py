@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from convert import from_hf, to_hf
-from tests.hf_helpers import GOLDEN2, edited, eight, random_params, tensors_of
+from tests.helpers import eight
+from tests.hf_helpers import GOLDEN2, edited, random_params, tensors_of
 from tests.llada2_helpers import TINY2
 from xflow_jax import hf, hf_names
 from xflow_jax.config import PRESETS, UserError

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers import decode_golden, random_prompts, stub
+from tests.helpers import decode_golden, eight, random_prompts, stub
 from tests.llada2_helpers import TINY2, llada2_tiny, random_params, toy2
 from tests.test_cache import random_config
 from tests.test_decode import arrays, python_scan
@@ -27,7 +27,6 @@ from xflow_jax.sharding import make_mesh, shardings
 GENERATE = {case["name"]: case for case in decode_golden()["llada2_generate"]}
 BATCHED = {case["name"]: case for case in decode_golden()["llada2_batched_canvas"]}
 DENSE = dataclasses.replace(TINY2, num_experts=None, num_hidden_layers=1)  # compiles fastest
-eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices, which conftest.py fakes")
 
 
 def mostly_slow(values, default):

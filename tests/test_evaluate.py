@@ -204,7 +204,7 @@ def test_reference_answers_and_answers_made_elsewhere(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("lines", "sentence"),
     [
-        ("nonsense\n", 'line 1 must look like {"task_id"'),
+        ("nonsense\n", "line 1 is no JSON"),
         ('{"task_id": "a"}\n', "line 1 must look like"),
         ('{"task_id": "a", "completion": "x"}\n\n{"task_id": "z", "completion": "x"}\n', "the task has no problem z"),
         ('{"task_id": "a", "completion": "x"}\n', "has no answer to 1 of 2 problems, b for one"),

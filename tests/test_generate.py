@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import jax
 import numpy as np
 import pytest
 
-from tests.helpers import TOY, llada_tiny, random_prompts, toy
+from tests.helpers import TOY, eight, llada_tiny, random_prompts, toy
 from xflow_jax.config import UserError
 from xflow_jax.generate import generate
 from xflow_jax.rules import Flow, MaskPrediction, Threshold
@@ -25,7 +24,6 @@ RULES = {
     "margin with threshold": MaskPrediction(order="margin", threshold=0.6),
     "threshold": Threshold(0.5),
 }
-eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices, which conftest.py fakes")
 run = functools.partial(generate, gen_length=6, steps=6, block_length=3)
 
 

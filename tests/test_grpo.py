@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.hf_helpers import eight
+from tests.helpers import eight
 from train import grpo
 from train.pretrain import ModelConfig, PretrainConfig, model_config
 from xflow_jax.config import UserError

@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import from_hf
-from tests.hf_helpers import GOLDEN, PREFIX, Q2, TOY, edited, eight, tensors_of
+from tests.helpers import eight
+from tests.hf_helpers import GOLDEN, PREFIX, Q2, TOY, edited, tensors_of
 from tests.llada2_helpers import TINY2
 from xflow_jax import hf, hf_names
 from xflow_jax.config import UserError
@@ -282,7 +283,7 @@ def test_a_name_of_the_hub(monkeypatch, tmp_path):
     response = types.SimpleNamespace(headers={}, request=None)
     for error, sentence in {
         errors.RepositoryNotFoundError("404", response=response): "the hub has no public model of this name",
-        errors.GatedRepoError("403", response=response): "the hub wants you to log in and accept the model's terms",
+        errors.GatedRepoError("403", response=response): "the hub wants you to log in and accept its terms",
         errors.LocalEntryNotFoundError("offline"): "the hub cannot be reached",
         TimeoutError("late"): "the hub's answer was TimeoutError",
     }.items():

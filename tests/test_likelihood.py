@@ -94,7 +94,7 @@ def test_files_of_pairs(tmp_path):
     assert ids == ([1, 2], [3]) and texts[1][-1] == lm.config.eos_id and len(texts[0]) > len(texts[1])
     assert len(read_pairs(file, lm, 1)) == 1
     for line, sentence in (
-        ("nonsense", 'line 1 must look like {"prompt"'),
+        ("nonsense", "line 1 is no JSON"),
         ('{"prompt": "a"}', 'line 1 must look like {"prompt"'),
         ('{"prompt": [1], "response": [9999]}', "line 1: response is .*, but it must be a text or a list of ids"),
         ("", "holds no pairs"),

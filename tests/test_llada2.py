@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.helpers import eight
 from tests.llada2_helpers import TINY2, random_params
 from xflow_jax.config import PRESETS, UserError, model_config
 from xflow_jax.models import abstract_params, build
@@ -23,7 +24,6 @@ pytestmark = pytest.mark.slow  # minutes of compilation
 DIR = Path(__file__).parent / "goldens" / "llada2_tiny"
 HF = json.loads((DIR / "config.json").read_text())
 TOLERANCE = 5e-4
-eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices, which conftest.py fakes")
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,8 @@ import pytest
 
 import xflow_jax as xf
 from convert import from_hf
-from tests.hf_helpers import GOLDEN, eight
+from tests.helpers import eight
+from tests.hf_helpers import GOLDEN
 from xflow_jax import lm as lm_module
 from xflow_jax.config import UserError
 from xflow_jax.lm import LM, load

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests.helpers import eight
 from tests.hf_helpers import GOLDEN2, tensors_of
 from tests.llada2_helpers import TINY2, random_params
 from xflow_jax.config import LLaDAConfig, UserError
@@ -27,7 +28,6 @@ CONFIGS = {"llada": LLADA, "llada2": TINY2}
 TOKENS = jnp.arange(12).reshape(2, 6)
 DEFAULT = LoraConfig(rank=4, alpha=8.0)
 ALL = dataclasses.replace(DEFAULT, targets=(*DEFAULT.targets, "experts"))
-eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices, which conftest.py fakes")
 
 
 def trained(lora, seed=1):

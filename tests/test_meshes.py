@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.helpers import random_prompts, toy
+from tests.helpers import eight, random_prompts, toy
 from xflow_jax.generate import generate
 from xflow_jax.hosts import join_hosts, keep_programs
 from xflow_jax.rules import Flow, MaskPrediction
@@ -25,7 +25,6 @@ from xflow_jax.steps import TrainState, make_pretrain_step
 from xflow_jax.strict import UserError
 from xflow_jax.tokenizer import pad_left
 
-eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices, which conftest.py fakes")
 SIZES = (1, 2, 4, 8)
 MESHES = [f"{d},{f},{t}" for d in SIZES for f in SIZES for t in SIZES if d * f * t == 8]
 ROOT = Path(__file__).parents[1]

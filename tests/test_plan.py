@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.helpers import TOY, toy
+from tests.helpers import TOY, eight, toy
 from xflow_jax import plan
 from xflow_jax.config import PRESETS
 from xflow_jax.plan_chips import CHIPS, link_seconds, parse_device, parse_topology
@@ -20,7 +20,6 @@ from xflow_jax.plan_programs import Work, analytic, lowerable, meshes
 from xflow_jax.sharding import batch_sharding, make_mesh, replicated
 from xflow_jax.strict import UserError
 
-eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices, which conftest.py fakes")
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [plan]")
 
 

@@ -108,7 +108,7 @@ def test_the_page_tells_of_a_position_under_the_mouse(tmp_path):
       new MouseEvent("mousemove", {bubbles: true, clientX: 40, clientY: 40}));"""
     path.write_text(path.read_text().replace("</script>", over + "</script>"))
     tip = re.search(r'<div id="tip"[^>]*display: block[^>]*>(.*?)</div>', browse(path, tmp_path), re.DOTALL).group(1)
-    assert 'step 4, position 2' in tip and 'predicted " f", confidence 0.125' in tip
+    assert "step 4, position 2" in tip and 'predicted " f", confidence 0.125' in tip
     assert '0.125 " f"' in tip and '0.438 "def"' in tip and "step fraction 0.125" in tip and "re-edited" in tip
 
 

@@ -10,8 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.helpers import random_prompts, toy
-from tests.hf_helpers import eight
+from tests.helpers import eight, random_prompts, toy
 from xflow_jax.decode import Settings, decode
 from xflow_jax.generate import pad_prompts, row_keys
 from xflow_jax.policy import init_policy

@@ -308,8 +308,7 @@ def test_there_are_many_hostile_programs():
             def find_spec(name, *args): sys.modules[name] = types.SimpleNamespace(is_dataclass=lambda kind: True)
         sys.meta_path.insert(0, Finder)
         """,
-        "import sys\nsys.path.insert(0, '.')\n"
-        "open('dataclasses.py', 'w').write('def is_dataclass(kind): return True')",
+        "import sys\nsys.path.insert(0, '.')\nopen('dataclasses.py', 'w').write('def is_dataclass(kind): return True')",
     ],
 )
 def test_what_the_checks_use_is_not_the_programs(pool, cheat):

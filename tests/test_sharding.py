@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from tests.helpers import eight
 from xflow_jax.config import PRESETS, LLaDAConfig, UserError
 from xflow_jax.models import abstract_params, build, init_params
 from xflow_jax.sharding import (
@@ -30,7 +31,6 @@ from xflow_jax.sharding import (
 CONFIG = LLaDAConfig(
     d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=40, mlp_hidden_size=48, mask_token_id=39, eos_token_id=1
 )
-eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices, which conftest.py fakes")
 
 
 def paths(tree):

@@ -125,7 +125,7 @@ def test_the_protocol_is_printed():
         (b"{}", "line 1: task_id is missing; a problem of mbpp has a whole number there"),
         (b'{"task_id": true}', "line 1: task_id is true; a problem of mbpp has a whole number there"),
         (json.dumps(MBPP[0] | {"test_list": [1]}).encode(), "line 1: test_list is [1]; a problem of mbpp has a list"),
-        (b"task_id,text\n1,a\n", "line 1 is no JSON: the file must be jsonl, a problem a line"),
+        (b"task_id,text\n1,a\n", "line 1 is no JSON: the file must be jsonl"),
         (b"\xff\xfe\x00", "cannot be read: it is neither jsonl nor jsonl.gz"),
         (b"\x1f\x8bnonsense", "cannot be read: it is neither jsonl nor jsonl.gz"),
         (b"", "holds no problem of mbpp"),

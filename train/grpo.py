@@ -121,9 +121,7 @@ def main(path: str, overrides: list[str]) -> None:
     policy = start_policy(config)
     optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(config.rate))
     step_fn = jax.jit(
-        make_policy_step(
-            policy, optimizer, config.epsilon, config.epochs, config.per_position, config.scale_rewards
-        )
+        make_policy_step(policy, optimizer, config.epsilon, config.epochs, config.per_position, config.scale_rewards)
     )
     held_out = task.problems(None if config.data is None else Path(config.data), config.evaluate_problems)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from xflow_jax.config import UserError
 from xflow_jax.data import read_lines
+from xflow_jax.hf import from_hub
 
 FORMATS = (".jsonl", ".parquet")
 
@@ -47,18 +48,7 @@ def _found(folder: Path) -> list[Path]:
 def _from_hub(name: str) -> list[Path]:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or Path(name).suffix in FORMATS:
         raise UserError(f"{name}: there is no such file")
-    from huggingface_hub import errors, snapshot_download  # only who asks for the network needs it
-
-    try:
-        patterns = [f"*{suffix}" for suffix in FORMATS]
-        return _found(Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns)))
-    except errors.RepositoryNotFoundError as error:
-        reason, cause = "the hub has no public data set of this name", error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        reason, cause = "the hub cannot be reached", error
-    except Exception as error:  # of many kinds, from several libraries
-        reason, cause = f"the hub's answer was {type(error).__name__}", error
-    raise UserError(f"{name}: there is no such file here, and {reason}") from cause
+    return _found(from_hub(name, "dataset", "file", [f"*{suffix}" for suffix in FORMATS]))
 
 
 def _records(file: Path) -> Iterator[tuple[str, Any]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -30,6 +29,7 @@ from xflow_jax.sandbox import run_many
 from xflow_jax.sharding import make_mesh
 from xflow_jax.strict import UserError
 from xflow_jax.tasks import Task, get_task
+from xflow_jax.tasks.files import read_jsonl
 from xflow_jax.tokenizer import chat_ids
 
 FAILURES = 10  # of answers made elsewhere: as many are printed with their reasons
@@ -195,18 +195,8 @@ def read_answers(path: Path, wanted: Sequence[str], known: Sequence[str]) -> lis
 
     UserError for a line of another form, an unknown problem, and one that has no answer.
     """
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}") from None
     found = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
+    for number, record in read_jsonl(path):
         if not isinstance(record, dict) or not all(isinstance(record.get(k), str) for k in ("task_id", "completion")):
             raise UserError(f'{path}, line {number} must look like {{"task_id": "...", "completion": "..."}}')
         found.append((record["task_id"], record["completion"]))

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -195,19 +195,27 @@ def find_directory(name: str | Path) -> Path:
         raise UserError(f"{path}: not there yet; {partial_of(path).name} beside it is half-made")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
         raise UserError(f"{path}: there is no such directory")
+    return from_hub(str(name), "model", "directory", [CONFIG, "*.safetensors", INDEX, *COMPANIONS])
+
+
+def from_hub(name: str, kind: Literal["model", "dataset"], here: str, patterns: list[str]) -> Path:
+    """The folder that a model or data set of the hub is fetched to; here: what would have been taken from this machine.
+
+    UserError says why it cannot be had.
+    """
     from huggingface_hub import errors, snapshot_download  # only who asks for the network needs it
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=[CONFIG, "*.safetensors", INDEX, *COMPANIONS]))
+        return Path(snapshot_download(name, repo_type=kind, allow_patterns=patterns))
     except errors.GatedRepoError as error:
-        reason, cause = "the hub wants you to log in and accept the model's terms", error
+        reason, cause = "the hub wants you to log in and accept its terms", error
     except errors.RepositoryNotFoundError as error:
-        reason, cause = "the hub has no public model of this name", error
+        reason, cause = f"the hub has no public {kind} of this name", error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         reason, cause = "the hub cannot be reached", error
     except Exception as error:  # of many kinds, from several libraries
         reason, cause = f"the hub's answer was {type(error).__name__}", error
-    raise UserError(f"{name}: there is no such directory here, and {reason}") from cause
+    raise UserError(f"{name}: there is no such {here} here, and {reason}") from cause
 
 
 def read_leaf(

@@ -26,6 +26,7 @@ from xflow_jax.losses import cross_entropy
 from xflow_jax.records import write_whole
 from xflow_jax.sharding import batch_sharding, make_mesh
 from xflow_jax.strict import UserError, show
+from xflow_jax.tasks.files import read_jsonl
 from xflow_jax.tokenizer import chat_ids, pad_left
 
 CHUNK = 16  # response positions whose logits stand in memory at once
@@ -169,10 +170,6 @@ def read_pairs(path: Path, lm: Any, limit: int | None = None) -> list[tuple[list
     A prompt's text gets the chat template; a response's ends with EOS, as the model would end it. UserError for a line
     of another form.
     """
-    try:
-        lines = path.read_text().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}") from None
 
     def ids(value: Any, name: str, number: int) -> list[int]:
         if isinstance(value, str):
@@ -188,13 +185,7 @@ def read_pairs(path: Path, lm: Any, limit: int | None = None) -> list[tuple[list
         raise UserError(f"{path}, line {number}: {name} is {show(value)[:40]}, but it must be {right}")
 
     pairs = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
+    for number, record in read_jsonl(path):
         if not isinstance(record, dict) or not {"prompt", "response"} <= record.keys():
             raise UserError(f'{path}, line {number} must look like {{"prompt": "...", "response": "..."}}')
         pairs.append(tuple(ids(record[name], name, number) for name in ("prompt", "response")))

@@ -195,9 +195,7 @@ def make_policy_step(
 
         def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
             log_prob = policy.replace(params=params).log_prob(rollout.features, rollout.y)
-            loss, metrics = losses.clipped_surrogate(
-                log_prob, rollout.log_prob, advantages, rollout.acted, epsilon
-            )
+            loss, metrics = losses.clipped_surrogate(log_prob, rollout.log_prob, advantages, rollout.acted, epsilon)
             # Of the behaviour, not of the update: an estimate from the actions themselves.
             entropy = -losses.masked_mean(log_prob, rollout.acted)
             return loss, metrics | {"loss": loss, "entropy": entropy}

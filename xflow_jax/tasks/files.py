@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ def read_problems(data: Path | None, keys: dict[str, type], task: str, hub: Hub)
     keys: key -> str, int or list (of texts), what every row must have. UserError for a file of another format, with the
     line, and where the hub cannot be had.
     """
-    rows = _of_hub(task, *hub) if data is None else _of_file(data)
+    rows = _of_hub(task, *hub) if data is None else read_jsonl(data)
     where = hub[0] if data is None else data
     found = []
     for number, row in rows:
@@ -40,7 +40,8 @@ def read_problems(data: Path | None, keys: dict[str, type], task: str, hub: Hub)
     return found
 
 
-def _of_file(path: Path) -> Iterable[tuple[int, Any]]:
+def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number, value) of each line of a jsonl or jsonl.gz that is not empty; UserError for any other file."""
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode()
@@ -52,7 +53,7 @@ def _of_file(path: Path) -> Iterable[tuple[int, Any]]:
             try:
                 yield number, json.loads(line)
             except ValueError:
-                raise UserError(f"{path}, line {number} is no JSON: the file must be jsonl, a problem a line") from None
+                raise UserError(f"{path}, line {number} is no JSON: the file must be jsonl") from None
 
 
 def _of_hub(task: str, name: str, config: str | None, splits: tuple[str, ...]) -> Iterable[tuple[int, Any]]:

@@ -84,9 +84,7 @@ OPERATIONS: dict[str, Kind] = {
     "square": _map(("square each number", "square them"), ("{v} * {v}", "{v} ** 2"), lambda x, c: x * x),
     "negate": _map(("negate each number", "flip the signs"), ("-{v}", "0 - {v}"), lambda x, c: -x),
     "absolute": _map(("take absolute values", "make each number absolute"), ("abs({v})",), lambda x, c: abs(x)),
-    "remainder": _map(
-        ("take each number modulo {c}", "take remainders by {c}"), ("{v} % {c}",), lambda x, c: x % c
-    ),
+    "remainder": _map(("take each number modulo {c}", "take remainders by {c}"), ("{v} % {c}",), lambda x, c: x % c),
     "sort": Kind("list", ("sort them", "sort the numbers"), ("sorted({xs})",), lambda xs, c: sorted(xs)),
     "descend": Kind(
         "list",
