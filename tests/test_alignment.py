@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.helpers import eight
-from xflow_jax import losses
+from xflow_jax import losses, steps
 from xflow_jax.alignment import AlignSettings
 from xflow_jax.config import LLaDAConfig
 from xflow_jax.models import build, init_params
@@ -128,6 +128,20 @@ def test_metrics_tell_masked_and_clean_positions_apart(setting):
     assert {"loss", "error_masked", "error_clean", "masked_nll"} <= set(metrics)
     low, high = sorted((float(metrics["error_masked"]), float(metrics["error_clean"])))
     assert low <= float(loss) <= high and low < high
+
+
+def test_the_cross_entropy_of_clean_positions_is_added_where_asked(setting):
+    model, params, batch = setting
+    key = jax.random.key(3)
+    weighted = dataclasses.replace(SETTINGS, clean_nll=0.5)
+    plain, added = (make_alignment_loss(model, config)(params, batch, key)[0] for config in (SETTINGS, weighted))
+    masked, _ = steps._noise(key, batch, 0)
+    tokens = jnp.concatenate([batch["prompt"], jnp.where(masked, 50, batch["response"])], axis=1)
+    mask = jnp.concatenate([batch["prompt_mask"], jnp.ones_like(masked)], axis=1)
+    nll = losses.cross_entropy(steps.response_logits(model, params, tokens, mask, 5), batch["response"])
+    wanted = 0.5 * jnp.mean(jnp.where(masked, 0, nll))
+    assert float(wanted) > 0.1
+    np.testing.assert_allclose(added - plain, wanted, rtol=1e-4)
 
 
 def test_steps_lower_the_loss_and_leave_a_frozen_table_alone(setting):

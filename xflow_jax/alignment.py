@@ -30,8 +30,9 @@ class AlignSettings:
     tune: all parameters, or LoRA adapters beside them (`lora`), which are float32. storage: of trained parameters:
     float32, or bfloat16 with stochastic rounding or with Kahan's compensation; frozen ones are in `dtype`, which is
     also the computation's. accumulate: equal parts of a batch that pass one after the other. block_length: 0 for models
-    of full attention, the block's for block-causal ones. chunk: vocabulary rows whose logits stand in memory at a time.
-    remat: what the backward pass recomputes.
+    of full attention, the block's for block-causal ones. clean_nll: how much of the cross-entropy at clean positions is
+    added to the loss: where softmax gives the right token next to nothing, the squared error has next to no slope.
+    chunk: vocabulary rows whose logits stand in memory at a time. remat: what the backward pass recomputes.
     """
 
     prompt_length: int = 40
@@ -45,6 +46,7 @@ class AlignSettings:
     optimizer: OptimizerConfig = OptimizerConfig()
     storage: Storage = "float32"
     freeze_embedding: bool = True
+    clean_nll: float = 0.0
     chunk: int = 4096
     remat: Literal["none", "dots", "full"] = "full"
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -53,7 +55,8 @@ class AlignSettings:
     def __post_init__(self) -> None:
         for name in ("prompt_length", "gen_length", "batch_size", "accumulate", "steps", "chunk"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but it must be positive")
-        require(self.block_length >= 0, f"block_length is {self.block_length}, but it must not be negative")
+        for name in ("block_length", "clean_nll"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, but it must not be negative")
         require(
             self.batch_size % self.accumulate == 0,
             f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}",

@@ -84,8 +84,9 @@ def make_pretrain_step(
 def make_alignment_loss(model: nn.Module, config: AlignSettings) -> Callable[..., tuple[jax.Array, Metrics]]:
     """loss(params, batch, key, base=None) -> (loss, metrics): Eqs. 11, 12 on a batch as `make_pretrain_step` takes it.
 
-    The loss is the mean over all response positions, masked and clean alike; the metrics tell the two apart and give
-    the cross-entropy at masked positions. base: with LoRA the frozen parameters, below which `params` are the adapters.
+    The loss is the mean over all response positions, masked and clean alike, with `clean_nll` times the cross-entropy
+    of the clean ones. The metrics tell the two apart and give the cross-entropy at masked positions. base: with LoRA
+    the frozen parameters, below which `params` are the adapters.
     With `block_length` one block of each row is noised and counted, and the blocks before it are clean, as a
     block-causal decode meets them.
     """
@@ -104,11 +105,12 @@ def make_alignment_loss(model: nn.Module, config: AlignSettings) -> Callable[...
         hidden = model.apply(ours, x, mask, config.block_length or None, method="hidden")[:, prompt.shape[1] :]
         kernel, bias = _head(full)
         error, nll = losses.alignment_errors(hidden, kernel, full["wte"]["embedding"], response, bias, config.chunk)
-        loss = losses.masked_mean(error, counted)
+        clean = counted & ~masked
+        loss = losses.masked_mean(error + config.clean_nll * jnp.where(clean, nll, 0.0), counted)
         return loss, {
             "loss": loss,
             "error_masked": losses.masked_mean(error, masked),
-            "error_clean": losses.masked_mean(error, counted & ~masked),
+            "error_clean": losses.masked_mean(error, clean),
             "masked_nll": losses.masked_mean(nll, masked),
         }
 
