@@ -27,14 +27,15 @@ from xflow_jax.sharding import batch_sharding, make_mesh
 class AlignConfig(AlignSettings):
     """A run of alignment: `AlignSettings`, and where things are.
 
-    data: jsonl of train.self_generate; `held_out` of its lines are only measured. only_passed: leave out answers that
-    were judged and are wrong. mesh: "data,fsdp,tensor". keep: how many checkpoints stay.
+    data: jsonl of train.self_generate, whose lines are sorted by the prompts' lengths; `limit` of each file are read, 0 =
+    all, and `held_out` of them are only measured. only_passed: leave out answers that were judged and are wrong. mesh: "data,fsdp,tensor". keep: how many checkpoints stay.
     """
 
     model: str
     data: tuple[str, ...]
     out: str
     mesh: str = "1,1,1"
+    limit: int = 0
     only_passed: bool = False
     held_out: int = 256
     log_every: int = 10
@@ -47,6 +48,8 @@ class AlignConfig(AlignSettings):
         for name in ("log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, but it must be at least 1")
+        if self.limit < 0:
+            raise UserError(f"limit is {self.limit}, but it must not be negative")
 
 
 def main(path: str, overrides: list[str]) -> None:
@@ -55,7 +58,8 @@ def main(path: str, overrides: list[str]) -> None:
     # What can be told from files is told before any device is asked for anything.
     directory, model_config = read_model_config(config.model)
     check_lengths(model_config, config)
-    source = Responses(config.data, model_config, config.prompt_length, config.gen_length, config.only_passed)
+    lengths = (config.prompt_length, config.gen_length)
+    source = Responses(config.data, model_config, *lengths, config.only_passed, config.limit)
     held_out = source.hold_out(config.held_out, config.batch_size)
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)

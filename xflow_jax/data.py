@@ -61,8 +61,8 @@ def batches(source: Any, batch_size: int) -> grain.DatasetIterator:
 class Responses:
     """Self-generated responses from jsonl files, one {"prompt_ids": [...], "response_ids": [...]} a line.
 
-    paths may be patterns ("responses.*.jsonl"). only_passed leaves out those whose "passed" is false.
-    All lines are read and checked at once: UserError names the file and line of one that is no JSON, lacks a key, holds
+    paths may be patterns ("responses.*.jsonl"). only_passed leaves out those whose "passed" is false. limit: of lines in
+    each file, 0 = all. All lines are read and checked at once: UserError names the file and line of one that is no JSON, lacks a key, holds
     an id outside the vocabulary or is longer than allowed.
     """
 
@@ -73,6 +73,7 @@ class Responses:
         prompt_length: int,
         gen_length: int,
         only_passed: bool = False,
+        limit: int = 0,
     ):
         self.config, self.prompt_length, self.gen_length = config, prompt_length, gen_length
         if prompt_length + gen_length > config.max_length:
@@ -82,7 +83,7 @@ class Responses:
             )
         self.rows: list[tuple[list[int], list[int]]] = []
         for path in _files(paths):
-            for number, line in enumerate(read_lines(path), start=1):
+            for number, line in enumerate(read_lines(path)[: limit or None], start=1):
                 record, row = self._check(line, f"{path}, line {number}")
                 if record.get("passed", True) or not only_passed:
                     self.rows.append(row)
