@@ -25,7 +25,7 @@ from tests.helpers import TOY, eight, toy
 from train import align, setup
 from xflow_jax.alignment import AlignSettings, align_program
 from xflow_jax.config import UserError
-from xflow_jax.data import read_lines
+from xflow_jax.data import Responses, read_lines
 from xflow_jax.hf_write import write_hf
 from xflow_jax.sharding import make_mesh
 
@@ -233,6 +233,12 @@ def test_a_checkpoint_of_another_model_or_optimiser_is_refused(base, straight):
         run(base, straight, "optimizer.name=adafactor", "steps=7")
 
 
+def test_only_the_first_lines_are_read_where_asked(base):
+    everything, first = (Responses([base / "responses.jsonl"], TOY, 6, 8, limit=limit) for limit in (0, 12))
+    assert len(everything) == 40 and len(first) == 12
+    np.testing.assert_array_equal(first[11]["response"], everything[11]["response"])
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
@@ -246,6 +252,8 @@ def test_a_checkpoint_of_another_model_or_optimiser_is_refused(base, straight):
         ("held_out=4", "held_out 4 must be at least one batch of 8"),
         ("tune=lora", "LoRA target 'wte' is no matrix"),
         ("save_every=0", "save_every is 0, but it must be at least 1"),
+        ("limit=-1", "limit is -1, but it must not be negative"),
+        ("clean_nll=-0.1", "clean_nll is -0.1, but it must not be negative"),
     ],
 )
 def test_bad_settings_are_one_sentence_before_any_device_work(base, tmp_path, monkeypatch, override, sentence):
