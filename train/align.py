@@ -27,8 +27,9 @@ from xflow_jax.sharding import batch_sharding, make_mesh
 class AlignConfig(AlignSettings):
     """A run of alignment: `AlignSettings`, and where things are.
 
-    data: jsonl of train.self_generate, whose lines are sorted by the prompts' lengths; `limit` of each file are read, 0 =
-    all, and `held_out` of them are only measured. only_passed: leave out answers that were judged and are wrong. mesh: "data,fsdp,tensor". keep: how many checkpoints stay.
+    data: jsonl of train.self_generate, whose lines are sorted by the prompts' lengths; `limit` lines of each file are
+    read, 0 = all, and `held_out` of them are only measured. only_passed: leave out answers that were judged and are
+    wrong. mesh: "data,fsdp,tensor". keep: how many checkpoints stay.
     """
 
     model: str

@@ -61,9 +61,9 @@ def batches(source: Any, batch_size: int) -> grain.DatasetIterator:
 class Responses:
     """Self-generated responses from jsonl files, one {"prompt_ids": [...], "response_ids": [...]} a line.
 
-    paths may be patterns ("responses.*.jsonl"). only_passed leaves out those whose "passed" is false. limit: of lines in
-    each file, 0 = all. All lines are read and checked at once: UserError names the file and line of one that is no JSON, lacks a key, holds
-    an id outside the vocabulary or is longer than allowed.
+    paths may be patterns ("responses.*.jsonl"). only_passed leaves out those whose "passed" is false. limit: of lines
+    in each file, 0 = all. All lines are read and checked at once: UserError names the file and line of one that is no
+    JSON, lacks a key, holds an id outside the vocabulary or is longer than allowed.
     """
 
     def __init__(
