@@ -55,7 +55,7 @@ def oracle(monkeypatch):
         texts[tuple(chat_ids(TOKENIZER, problem.prompt))] = wrong if number % 2 else TASK.canonical(problem)
     calls = SimpleNamespace(sizes=[], stop_after=None)
 
-    def generate(lm, prompts, rule, gen_length, steps, block_length, seed):
+    def generate(lm, prompts, rule, gen_length, steps, block_length, seed, refresh):
         if len(calls.sizes) == calls.stop_after:
             raise KeyboardInterrupt
         calls.sizes.append(len(prompts))
@@ -109,7 +109,7 @@ def arguments(**given) -> SimpleNamespace:
     """What the command line would have parsed."""
     defaults = {"task": "microcode", "data": None, "limit": None, "canonical": False, "answers": None, "out": None}
     defaults |= {"model": None, "rules": "mask,flow", "budgets": "1,1/2", "seed": 0, "samples": 1, "k": 1}
-    defaults |= {"batch_size": 64, "mesh": "1,1,1", "dtype": "float32", "ablate": False, "base": None}
+    defaults |= {"batch_size": 64, "mesh": "1,1,1", "dtype": "float32", "ablate": False, "base": None, "refresh": 0}
     return SimpleNamespace(**defaults | given)
 
 
