@@ -92,6 +92,7 @@ EVALUATE = ("evaluate", "--task", "microcode", "--model", "{model}")
         ((*GENERATE, "--model", "{model}", "--prompt", "b", "--trace", "x.html"), "--trace shows one decode"),
         ((*GENERATE, "--model", "{model}", "--dtype", "float16"), "it must be float32 or bfloat16"),
         ((*GENERATE, "--model", "{model}", "--mesh", "1,2"), "three positive sizes"),
+        ((*GENERATE, "--model", "{model}", "--refresh", "-1"), "refresh must be a whole number of at least 0, not -1"),
         ((*GENERATE, "--model", "./nowhere"), "no such directory"),
         (("evaluate", "--task", "microcode"), "one of the arguments --model --canonical --answers is required"),
         (("evaluate", "--task", "micorcode", "--canonical"), "did you mean microcode?"),

@@ -243,3 +243,27 @@ def test_a_mesh_changes_no_token(spec, name):
 def test_no_exact_cache_where_later_blocks_are_seen():
     with pytest.raises(UserError, match="^llada attends to later blocks, so it has no exact cache; leave cache out$"):
         generate(stub(), [[1, 2]], Flow(), gen_length=8, steps=8, cache=True)
+
+
+@eight
+def test_decoding_takes_all_layers_experts_at_once():
+    """With the kernel that does, where no device has to gather them; the result is the same."""
+    x, params = jax.random.normal(jax.random.key(0), (2, 8, 32)), random_params(build(TINY2))
+
+    def run(kernel, spec="1,1,1", only_text=False):
+        model, mesh = build(TINY2, experts_kernel=kernel), make_mesh(spec)
+        cache = model.empty_cache(2, 0)
+
+        def apply(params, x):
+            return model.apply({"params": params}, x, cache, 0, None, 4, method="hidden_cached")[0]
+
+        with jax.set_mesh(mesh):
+            text = str(jax.make_jaxpr(apply)(params, x))
+            return "[16,32,24]" in text, None if only_text else jax.jit(apply)(
+                jax.device_put(params, shardings(params, mesh, "llada2")), x
+            )
+
+    (at_once, wanted), (_, ours) = run("ragged"), run("stacked", "2,1,2")
+    np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-5)
+    assert not at_once and run("stacked", only_text=True)[0]  # the two layers' eight experts as one
+    assert not run("stacked", "1,2,1", only_text=True)[0]

@@ -53,12 +53,13 @@ def oracle(monkeypatch):
     for number, problem in enumerate(problems):
         wrong = "def f(xs):\n    return None"
         texts[tuple(chat_ids(TOKENIZER, problem.prompt))] = wrong if number % 2 else TASK.canonical(problem)
-    calls = SimpleNamespace(sizes=[], stop_after=None)
+    calls = SimpleNamespace(sizes=[], refresh=[], stop_after=None)
 
-    def generate(lm, prompts, rule, gen_length, steps, block_length, seed):
+    def generate(lm, prompts, rule, gen_length, steps, block_length, seed, refresh):
         if len(calls.sizes) == calls.stop_after:
             raise KeyboardInterrupt
         calls.sizes.append(len(prompts))
+        calls.refresh.append(refresh)
         passes = np.full(len(prompts), steps)
         return SimpleNamespace(texts=[texts[tuple(p)] for p in prompts], forward_passes=passes)
 
@@ -109,7 +110,7 @@ def arguments(**given) -> SimpleNamespace:
     """What the command line would have parsed."""
     defaults = {"task": "microcode", "data": None, "limit": None, "canonical": False, "answers": None, "out": None}
     defaults |= {"model": None, "rules": "mask,flow", "budgets": "1,1/2", "seed": 0, "samples": 1, "k": 1}
-    defaults |= {"batch_size": 64, "mesh": "1,1,1", "dtype": "float32", "ablate": False, "base": None}
+    defaults |= {"batch_size": 64, "mesh": "1,1,1", "dtype": "float32", "ablate": False, "base": None, "refresh": 0}
     return SimpleNamespace(**defaults | given)
 
 
@@ -261,6 +262,26 @@ def test_a_whole_run_with_its_tables(oracle, tmp_path, monkeypatch, capsys):
         ev.run(arguments(model="tiny", limit=6, ablate=True, rules="mask"))
     with pytest.raises(UserError, match="say what answers"):
         ev.run(arguments())
+
+
+def test_an_approximate_run_says_so(oracle, tmp_path, monkeypatch, capsys):
+    """In its tables, and in what it is known by: its answers are not those of an exact one."""
+    lm = tiny_lm()
+    monkeypatch.setattr(ev, "load", lambda name, dtype, mesh: lm)
+    sentence = "The prompt's keys and values were read anew every 4 steps of a block only."
+    given = {"model": "tiny", "limit": 3, "rules": "mask", "budgets": "1/2"}
+    for name, refresh in (("exact", 0), ("old", 4)):
+        ev.run(arguments(**given, out=str(tmp_path / name), refresh=refresh))
+        texts = capsys.readouterr().out, (tmp_path / name / "table.md").read_text()
+        assert [sentence in text for text in texts] == [refresh > 1] * 2
+    assert oracle.refresh == [0, 4]
+    ev.run(arguments(**given, out=str(tmp_path / "exact"), refresh=1))  # the same run
+    assert oracle.refresh == [0, 4]
+    for name, refresh in (("exact", 4), ("old", 0), ("old", 8)):
+        with pytest.raises(UserError, match="holds another run, which differs in refresh; choose another --out"):
+            ev.run(arguments(**given, out=str(tmp_path / name), refresh=refresh))
+    with pytest.raises(UserError, match="refresh must be a whole number of at least 0, not -2"):
+        ev.run(arguments(**given, refresh=-2))
 
 
 @pytest.mark.slow

@@ -77,6 +77,22 @@ def test_experts_by_brute_force(kernel, tokens, k, skew):
     np.testing.assert_allclose(sum(halves), total(m), atol=1e-4)
 
 
+def test_a_layer_of_a_stack():
+    """Of the experts of three layers at once, those of the second, all of them and a half."""
+    rng = np.random.default_rng(0)
+    shapes = {"gate": (3, 6, 8, 5), "up": (3, 6, 8, 5), "down": (3, 6, 5, 8)}
+    m = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    x = jnp.asarray(rng.normal(size=(1, 9, 8)), jnp.float32)
+    experts = jnp.asarray([[rng.permutation(6)[:2] for _ in range(9)]], jnp.int32)
+    weights = jnp.asarray(rng.uniform(size=experts.shape), jnp.float32)
+    for kernel in KERNELS.values():
+        for part in (slice(0, 6), slice(2, 5)):
+            held = {name: a[:, part] for name, a in m.items()}
+            ours = _experts(x, experts, weights, held, {}, part.start, kernel, layer=jnp.int32(1))
+            wanted = _experts(x, experts, weights, {n: a[1] for n, a in held.items()}, {}, part.start, kernel)
+            np.testing.assert_allclose(ours, wanted, atol=1e-4)
+
+
 def test_both_kernels_have_the_same_gradients():
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(60, 8)).astype(np.float32), rng.normal(size=(5, 8, 6)).astype(np.float32)

@@ -82,6 +82,7 @@ def run(args: Any) -> None:
         block_length=block_length,
         seed=args.seed,
         trace=args.trace is not None,
+        refresh=args.refresh,
     )
     seconds = time.perf_counter() - began
     verdicts = judge(args.prompt, out.texts)

@@ -80,6 +80,17 @@ def _device_arguments(parser: Parser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of rules that draw (default: %(default)s)")
 
 
+def _refresh_argument(parser: Parser) -> None:
+    parser.add_argument(
+        "--refresh",
+        type=int,
+        default=0,
+        metavar="R",
+        help="LLaDA: read the prompt's keys and values anew every R steps of a block only, an approximation "
+        "(default: in every step)",
+    )
+
+
 def _generate(parser: Parser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help=MODEL)
     parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="may be given several times")
@@ -89,6 +100,7 @@ def _generate(parser: Parser) -> None:
     steps = parser.add_mutually_exclusive_group()
     steps.add_argument("--budget", metavar="B", help="share of the full number of steps, like 1/4 or 0.25 (default: 1)")
     steps.add_argument("--steps", type=int, metavar="N", help="forward passes for the whole response, instead")
+    _refresh_argument(parser)
     parser.add_argument("--json", action="store_true", help="a line of JSON for each prompt")
     parser.add_argument("--trace", metavar="FILE.html", help="write a page that shows every step of the one prompt")
     _device_arguments(parser)
@@ -116,6 +128,7 @@ def _evaluate(parser: Parser) -> None:
     parser.add_argument("--out", metavar="DIR", help="keep every answer here; the same command again continues")
     parser.add_argument("--data", metavar="FILE", help="the task's public jsonl or jsonl.gz (default: from the hub)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="(default: %(default)s)")
+    _refresh_argument(parser)
     _device_arguments(parser)
 
 

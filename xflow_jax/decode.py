@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -20,7 +19,7 @@ from flax import struct
 
 from xflow_jax.belief import TOP, Belief, believe, model_head
 from xflow_jax.rules import SETTLED, Action, Rule
-from xflow_jax.sight import Cached, Whole
+from xflow_jax.sight import Cached, Refreshed, Whole
 
 if TYPE_CHECKING:
     from flax import linen as nn
@@ -32,8 +31,10 @@ class Settings:
 
     gen_length N; block_length must divide it where `block_causal` is off. steps: forward passes in each block.
     block_causal: LLaDA2.0's blocks, aligned to each sequence's first token and seen only backwards. cache: with it,
-    finished blocks are read once and kept; the result is the same. early_exit: skip passes of blocks whose positions
-    all have a progress of at least `settled` (or of which the rule's own `open` says that nothing more can happen).
+    finished blocks are read once and kept; the result is the same. refresh: the prompt's keys and values are read anew
+    in every so many steps of a block only, an approximation; 0 or 1 = in every step, and only without block_causal.
+    early_exit: skip passes of blocks whose positions all have a progress of at least `settled` (or of which the rule's
+    own `open` says that nothing more can happen).
     stop_at_eos: no further blocks after one that holds EOS. eos_early_stop: stop as soon as everything up to the first
     EOS is settled. trace: keep every step; notes: with it what the rule noted. eot_id: the end-of-turn token, where it
     matters.
@@ -44,6 +45,7 @@ class Settings:
     steps: int
     block_causal: bool = False
     cache: bool = False
+    refresh: int = 0
     early_exit: bool = False
     settled: float = SETTLED
     stop_at_eos: bool = False
@@ -159,20 +161,21 @@ def decode(
     copies = 2 if options.guidance else 1  # the second one sees no prompt
     if options.guidance:
         prompt_x = jnp.concatenate([prompt_x, jnp.broadcast_to(m, prompt_x.shape).astype(prompt_x.dtype)])
-    seen = Cached if settings.cache else Whole
+    seen = Cached if settings.cache else Refreshed if settings.refresh > 1 else Whole
     masks = (jnp.tile(mask, (copies, 1)) for mask in (prompt_mask, on_canvas))
     sight = seen(model, params, settings, prompt_x, *masks)
 
     def embed(tokens: jax.Array) -> jax.Array:
         return table[tokens].astype(jnp.float32)
 
-    def look(kept: Any, state: DecodeState, block: jax.Array, keys: jax.Array | None) -> Belief:
-        h = sight.hidden(kept, jnp.tile(state.x, (copies, 1, 1)), block)
+    def look(kept: Any, state: DecodeState, step: Step) -> tuple[Belief, Any]:
+        h, kept = sight.hidden(kept, jnp.tile(state.x, (copies, 1, 1)), step)
         unconditional = h[batch:] if options.guidance else None
-        belief = believe(model_head(model, params), h[:batch], config.vocab_rows, options, keys, unconditional)
+        belief = believe(model_head(model, params), h[:batch], config.vocab_rows, options, step.keys, unconditional)
         if not settings.block_causal:
-            return belief
-        return _onto_canvas(belief, sight.window(block)[:batch, :1], (block_of == block) & on_canvas, state.tokens)
+            return belief, kept
+        here = (block_of == step.block) & on_canvas
+        return _onto_canvas(belief, sight.window(step.block)[:batch, :1], here, state.tokens), kept
 
     def one_block(carry: tuple[DecodeState, Any], steps: Step) -> tuple[tuple[DecodeState, Any], Trace | None]:
         state, kept = carry
@@ -181,19 +184,20 @@ def decode(
             state = begin_block(state, block)
             going_on = jnp.any((block_of == block) & on_canvas & ~state.finished[:, None])
             kept = sight.keep(kept, jnp.tile(state.x, (copies, 1, 1)), block, going_on)
-        state, trace = scan(partial(one_step, kept), state, steps)
-        return (state, kept), trace
+        return scan(one_step, (state, kept), steps)
 
-    def one_step(kept: Any, state: DecodeState, step: Step) -> tuple[DecodeState, Trace | None]:
+    def one_step(carry: tuple[DecodeState, Any], step: Step) -> tuple[tuple[DecodeState, Any], Trace | None]:
+        state = carry[0]
         here = (block_of == step.block) & on_canvas
         moving = rule.open(state) if hasattr(rule, "open") else state.t < settings.settled
         busy = ~state.finished & jnp.any(here & moving if settings.early_exit else here, axis=-1)
         candidates = here & busy[:, None]
 
-        def forward(state: DecodeState) -> tuple[DecodeState, Trace | None]:
+        def forward(state: DecodeState, kept: Any) -> tuple[tuple[DecodeState, Any], Trace | None]:
             row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step.index) if rule.needs_keys else None
-            belief = look(kept, state, step.block, row_keys)
-            action = rule(belief, state, step.replace(candidates=candidates, keys=row_keys))
+            told = step.replace(candidates=candidates, keys=row_keys)
+            belief, kept = look(kept, state, told)
+            action = rule(belief, state, told)
             after = advance(state, belief, action, candidates, embed(belief.tokens), m, config.mask_id)
             if action.mixture is not None:
                 mixed = jnp.einsum("bnk,bnke->bne", action.mixture, embed(belief.top_tokens))
@@ -207,17 +211,17 @@ def decode(
             notes = action.notes if settings.notes else None
             reset, top = action.reset & candidates, (belief.top, belief.top_tokens)
             trace = Trace(belief.tokens, after.t, belief.confidence, a, reset, *top, notes)
-            return after, trace if settings.trace else None
+            return (after, kept), trace if settings.trace else None
 
-        def skip(state: DecodeState) -> tuple[DecodeState, Trace | None]:
+        def skip(state: DecodeState, kept: Any) -> tuple[tuple[DecodeState, Any], Trace | None]:
             nothing = jnp.zeros_like(state.t)
-            notes = jax.eval_shape(forward, state)[1].notes if settings.notes else None
+            notes = jax.eval_shape(forward, state, kept)[1].notes if settings.notes else None
             notes = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), notes)
             top = (jnp.zeros((*nothing.shape, TOP)), jnp.zeros((*nothing.shape, TOP), jnp.int32))
             trace = Trace(state.tokens, state.t, nothing, nothing, jnp.zeros_like(candidates), *top, notes)
-            return state, trace if settings.trace else None
+            return (state, kept), trace if settings.trace else None
 
-        return jax.lax.cond(jnp.any(busy), forward, skip, state)
+        return jax.lax.cond(jnp.any(busy), forward, skip, *carry)
 
     def begin_block(state: DecodeState, block: jax.Array) -> DecodeState:
         """Hardens the tokens of the blocks before."""

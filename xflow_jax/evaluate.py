@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from xflow_jax import hosts
 from xflow_jax.choices import blocks_of, parse_budgets, parse_rules, steps_of
-from xflow_jax.generate import generate
+from xflow_jax.generate import check_refresh, generate
 from xflow_jax.identity import describe_rule, describe_task, fingerprint, hash_file
 from xflow_jax.lm import load
 from xflow_jax.records import Answer, Answers, Row, summarise, table
@@ -63,11 +63,13 @@ def evaluate(
     seed: int = 0,
     samples: int = 1,
     k: int = 1,
+    refresh: int = 0,
 ) -> list[Row]:
     """Decodes, runs and keeps in `answers` what is not there yet; a row for each cell.
 
     An answer depends on the problem, the cell and the seed alone, not on the batch. samples: answers to each problem,
-    of the seeds from `seed` on; a rule that draws nothing gives one. k: of pass@k. Raises UserError on bad input.
+    of the seeds from `seed` on; a rule that draws nothing gives one. k: of pass@k. refresh: as `generate` takes it.
+    Raises UserError on bad input.
     """
     if lm.tokenizer is None:
         raise UserError("the model's directory has no tokenizer.json, which a task needs for its prompts")
@@ -91,7 +93,7 @@ def evaluate(
             for first in range(0, len(missing), size):
                 batch = missing[first : first + size]
                 filled = batch + batch[-1:] * (size - len(batch))  # one size of batch, one compilation
-                texts, passes, seconds = _decode(lm, task, [prompts[i] for i in filled], cell, at)
+                texts, passes, seconds = _decode(lm, task, [prompts[i] for i in filled], cell, at, refresh)
                 given = [(problems[i], text) for i, text in zip(batch, texts, strict=False)]
                 answers.add(
                     [
@@ -128,7 +130,7 @@ def judge(task: Task, given: Sequence[tuple[Any, str]], answers: Answers) -> lis
 
 
 def _decode(
-    lm: Any, task: Task, prompts: list[list[int]], cell: Cell, seed: int
+    lm: Any, task: Task, prompts: list[list[int]], cell: Cell, seed: int, refresh: int
 ) -> tuple[list[str], np.ndarray, float]:
     """(texts, forward passes [B], seconds without compilation) of one batch."""
     settings = task.settings
@@ -142,6 +144,7 @@ def _decode(
             steps=cell.steps,
             block_length=settings.block_length,
             seed=seed,
+            refresh=refresh,
         )
         seconds = time.perf_counter() - began
     return out.texts, out.forward_passes, max(seconds - union(spans), 0.0)
@@ -243,7 +246,8 @@ def run(args: Any) -> None:
         rows, tables = _run_model(args, task, problems, about)
     if not hosts.is_first():
         return
-    print("\n" + "\n\n".join([table(rows), *(f"{title}\n\n{text}" for title, text in tables if text), legend(task)]))
+    parts = [table(rows), *(f"{title}\n\n{text}" for title, text in tables if text), legend(task), *_approximate(about)]
+    print("\n" + "\n\n".join(parts))
     if args.out is None:
         print("The answers were not kept: --out DIR keeps them, with the tables and a picture.")
     else:
@@ -258,7 +262,13 @@ def _notes(task: Task, about: dict[str, Any]) -> list[str]:
         label: ", ".join(f"{k} {v}" for k, v in rule.items() if k not in ("kind", "needs_keys"))
         for label, rule in about.get("rules", {}).items()
     }
-    return [legend(task), *made_by, *(f"{label}: {text}" for label, text in options.items())]
+    return [legend(task), *made_by, *_approximate(about), *(f"{label}: {text}" for label, text in options.items())]
+
+
+def _approximate(about: dict[str, Any]) -> list[str]:
+    """What is to be known of a run whose decoding was no exact one."""
+    every = about.get("refresh")
+    return [f"The prompt's keys and values were read anew every {every} steps of a block only."] if every else []
 
 
 def _run_given(args: Any, task: Task, problems: Sequence[Any], about: dict[str, Any]) -> Row:
@@ -294,6 +304,7 @@ def _run_model(
     lm = load(args.model, dtype=args.dtype, mesh=mesh)
     variants = ablations(flow, rules[flow]) if args.ablate else {}
     cells = make_cells(lm, task, rules | variants, budgets)
+    check_refresh(lm, args.refresh)
     base_name = args.base or ("tiny-base" if args.model == "tiny" else None)
     base = load(base_name, dtype=args.dtype, mesh=mesh) if args.ablate and base_name else None
     about |= {
@@ -303,10 +314,13 @@ def _run_model(
         "seed": args.seed,
         "samples": args.samples,
     }
+    if args.refresh > 1:
+        about["refresh"] = args.refresh
     if base is not None:
         about["base"] = f"{fingerprint(base.params)} {args.dtype}"
     answers = open_answers(args.out, about)
     options = {"batch_size": args.batch_size, "seed": args.seed, "samples": args.samples, "k": args.k}
+    options["refresh"] = args.refresh
     rows = evaluate(lm, task, problems, cells, answers, **options)
     if base is not None:
         unaligned = make_cells(base, task, {f"{flow} without alignment": rules[flow]}, budgets)

@@ -53,6 +53,7 @@ def generate(
     trace: bool = False,
     early_exit: bool | None = None,
     cache: bool | None = None,
+    refresh: int = 0,
 ) -> Generation:
     """Decodes an answer of up to `gen_length` tokens to each prompt.
 
@@ -61,17 +62,21 @@ def generate(
     block_length: of the semi-autoregressive blocks; None: one block for LLaDA, 32 for LLaDA2.0. eos_early_stop: stop a
     sequence when everything up to its first EOS is settled. early_exit: skip forward passes that can change nothing
     (None: as the rule's original does). cache: keep finished blocks' keys and values, which changes no token (None:
-    wherever there is such a cache, as in LLaDA2.0). seed: of rules that draw; a sequence's draws depend on the seed and
-    its own prompt alone. One compilation per shape of the batch, rule and lengths. Raises UserError on bad input.
+    wherever there is such a cache, as in LLaDA2.0). refresh: where there is none, read the prompt's keys and values
+    anew in every so many steps of a block only, which is cheaper and changes tokens (0 or 1 = in every step, exact).
+    seed: of rules that draw; a sequence's draws depend on the seed and its own prompt alone. One compilation per shape
+    of the batch, rule and lengths. Raises UserError on bad input.
     """
     rows = _ids(lm, prompts)
     longest = max(len(row) for row in rows)
     settings = settings_of(lm, longest, gen_length, steps, steps_per_block, block_length)
     if cache and not settings.cache:
         raise UserError(f"{lm.config.family} attends to later blocks, so it has no exact cache; leave cache out")
+    check_refresh(lm, refresh)
     settings = dataclasses.replace(
         settings,
         cache=settings.cache if cache is None else cache,
+        refresh=int(refresh) if refresh > 1 else 0,
         early_exit=rule.early_exit if early_exit is None else early_exit,
         settled=getattr(rule, "settled", SETTLED),
         eos_early_stop=eos_early_stop,
@@ -169,6 +174,14 @@ def settings_of(
             f"{lm.config.max_length} positions; shorten one of them"
         )
     return settings
+
+
+def check_refresh(lm: Any, refresh: int) -> None:
+    """UserError where a prompt's keys and values cannot be refreshed every so many steps."""
+    if isinstance(refresh, bool) or not isinstance(refresh, int | np.integer) or refresh < 0:
+        raise UserError(f"refresh must be a whole number of at least 0, not {refresh}")
+    if refresh and lm.config.family == "llada2":
+        raise UserError("llada2 is block-causal, so its cache is exact and never refreshed; leave refresh out")
 
 
 def _nearest(value: int, divisor: int) -> str:

@@ -1,7 +1,8 @@
-"""What a step looks at: the whole sequence, or the active block with the finished ones in a cache. Both see the same.
+"""What a step looks at: the whole sequence; or the active block, with the finished ones in a cache, which is the same;
+or the canvas alone, with the prompt as it was some steps ago, which is an approximation.
 
-A sight turns the canvas, x [B, N, E], into hidden states. What it keeps between blocks is in the carry of the decoder's
-scan over blocks: `start` makes it, `keep` is called once when a block begins, and `hidden` reads it in every step.
+A sight turns the canvas, x [B, N, E], into hidden states. What it keeps is in the carry of the decoder's scans: `start`
+makes it, `keep` is called once when a block begins, and `hidden` reads it in every step, and may change it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from xflow_jax.sharding import BATCH, LOGICAL, divides
 if TYPE_CHECKING:
     from flax import linen as nn
 
-    from xflow_jax.decode import Settings
+    from xflow_jax.decode import Settings, Step
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,21 +46,26 @@ class Whole:
         whether any sequence decodes it."""
         return kept
 
-    def hidden(self, kept: Any, x: jax.Array, block: jax.Array) -> jax.Array:
+    def hidden(self, kept: Any, x: jax.Array, step: Step) -> tuple[jax.Array, Any]:
         """x [B, N, E] -> hidden states of the canvas [B, N, E], or of the active block [B, block_length, E] where
-        attention is block-causal: the rest has no say in the step, and the head is the dearer part."""
+        attention is block-causal: the rest has no say in the step, and the head is the dearer part; and what is kept
+        from now on."""
         both = jnp.concatenate([self.prompt_x, x.astype(self.prompt_x.dtype)], axis=1)
-        mask = jnp.concatenate([self.prompt_mask, self.on_canvas], axis=1)
         if not self.settings.block_causal:
-            return self._apply("hidden", both, mask, None)[:, self.prompt_x.shape[1] :]
-        h = self._apply("hidden", both, mask, self.settings.block_length)
-        return _columns(h, self.prompt_x.shape[1] + self.window(block))
+            return self._apply("hidden", both, self.mask, None)[:, self.prompt_x.shape[1] :], kept
+        h = self._apply("hidden", both, self.mask, self.settings.block_length)
+        return _columns(h, self.prompt_x.shape[1] + self.window(step.block)), kept
 
     def window(self, block: jax.Array) -> jax.Array:
         """The canvas positions of a block, int [B, block_length]: the grid is each row's own, and those of the first
         block are negative as far as the prompt reaches into it."""
         size = self.settings.block_length
         return block * size - self.length % size + jnp.arange(size)[None, :]
+
+    @property
+    def mask(self) -> jax.Array:
+        """Which positions of prompt and canvas are real, bool [B, P + N]."""
+        return jnp.concatenate([self.prompt_mask, self.on_canvas], axis=1)
 
     @property
     def length(self) -> jax.Array:
@@ -99,9 +105,9 @@ class Cached(Whole):
 
         return jax.lax.cond((block > 0) & going_on, write, lambda cache: cache, kept)
 
-    def hidden(self, kept: kv.Cache, x: jax.Array, block: jax.Array) -> jax.Array:
+    def hidden(self, kept: kv.Cache, x: jax.Array, step: Step) -> tuple[jax.Array, kv.Cache]:
         """x [B, N, E] -> hidden states of the active block [B, block_length, E]."""
-        return self._read(kept, x, block)[0]
+        return self._read(kept, x, step.block)[0], kept
 
     def _read(self, cache: kv.Cache, x: jax.Array, block: jax.Array) -> tuple[jax.Array, kv.Cache]:
         tail = self.prompt_x[:, -self.settings.block_length :]
@@ -113,6 +119,36 @@ class Cached(Whole):
         """The position at which each row's block begins, counted from the row's first token, int [B]."""
         size = self.settings.block_length
         return (self.length[:, 0] // size + block) * size
+
+
+class Refreshed(Whole):
+    """A forward pass of the canvas alone, on keys and values of the prompt that are some steps old: where the prompt
+    attends to the response there is no exact cache.
+
+    In the first step of a block, and every `settings.refresh` steps of it, all is read as `Whole` does, and the
+    prompt's keys and values stay. Steps count within the block: a row that is done with a block early may skip its last
+    steps or sit through them with the others of its batch, and in the next block must find the same either way.
+    """
+
+    def start(self) -> kv.Cache:
+        """Room for the prompts' keys and values."""
+        return _constrain(self.model.empty_cache(*self.prompt_mask.shape))
+
+    def hidden(self, kept: kv.Cache, x: jax.Array, step: Step) -> tuple[jax.Array, kv.Cache]:
+        """x [B, N, E] -> hidden states of the canvas [B, N, E]."""
+        batch, prompt = self.prompt_mask.shape
+        x = x.astype(self.prompt_x.dtype)
+
+        def anew(kept: kv.Cache) -> tuple[jax.Array, kv.Cache]:
+            both, nothing = jnp.concatenate([self.prompt_x, x], axis=1), self.model.empty_cache(batch, 0)
+            h, new = self._apply("hidden_cached", both, nothing, 0, self.mask)
+            return h[:, prompt:], _constrain(jax.tree.map(lambda part: part[:, :, :prompt], new))
+
+        def between(kept: kv.Cache) -> tuple[jax.Array, kv.Cache]:
+            return self._apply("hidden_cached", x, kept, prompt, self.mask)[0], kept
+
+        due = step.index % self.settings.steps % self.settings.refresh == 0
+        return jax.lax.cond(due, anew, between, kept)
 
 
 def _columns(x: jax.Array, columns: jax.Array) -> jax.Array:

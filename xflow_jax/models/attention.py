@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from xflow_jax.sharding import platform
+from xflow_jax.strict import UserError, require
 
 
 def attention_mask(
@@ -41,9 +42,14 @@ def attend(
     """q [B, L, H, D], k and v [B, M, K, D], allowed bool broadcastable to [B, 1, L, M] -> [B, L, H, D].
 
     Key/value head j serves query heads j * H/K ... (j + 1) * H/K - 1. Scores and softmax are float32. A query that may
-    attend to nothing (padding) gets something meaningless, but finite. kernel: a name in KERNELS; None = the default's.
+    attend to nothing (padding) gets something meaningless, but finite. kernel: a name in KERNELS; None = the best that
+    can do it. UserError for one that is not there or cannot.
     """
-    return KERNELS[kernel or default_kernel()](q, k, v, allowed)
+    kernel = kernel or default_kernel(q, k, allowed)
+    require(kernel in KERNELS, f"attention is {kernel!r}, but it must be one of {', '.join(KERNELS)}")
+    if why := cannot(kernel, q, k, allowed):
+        raise UserError(f"the attention kernel {kernel} needs {why}; leave attention out")
+    return KERNELS[kernel](q, k, v, allowed)
 
 
 def _einsum(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None) -> jax.Array:
@@ -67,10 +73,54 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None) ->
     return jax.nn.dot_product_attention(q, k, v, mask=allowed, implementation="xla")
 
 
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None) -> jax.Array:
+    if allowed is not None:
+        allowed = jnp.broadcast_to(allowed, (*allowed.shape[:2], q.shape[1], k.shape[1]))
+    return jax.nn.dot_product_attention(q, k, v, mask=allowed, implementation="cudnn")
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None) -> jax.Array:
+    from xflow_jax.models import splash  # which imports Pallas
+
+    return splash.attend(q, k, v, None if allowed is None else allowed[:, 0, 0])
+
+
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
-KERNELS: dict[str, Kernel] = {"einsum": _einsum, "xla": _xla}
+KERNELS: dict[str, Kernel] = {"einsum": _einsum, "xla": _xla, "cudnn": _cudnn, "splash": _splash}
 
 
-def default_kernel() -> str:
-    """The kernel for the platform: our einsum on CPUs, JAX's own attention elsewhere."""
-    return "einsum" if platform() == "cpu" else "xla"
+def default_kernel(q: jax.Array, k: jax.Array, allowed: jax.Array | None = None) -> str:
+    """The kernel for the platform: our einsum on CPUs, cuDNN on GPUs where it can, JAX's own attention elsewhere."""
+    if platform() == "cpu":
+        return "einsum"
+    return "cudnn" if platform() == "gpu" and not cannot("cudnn", q, k, allowed) else "xla"
+
+
+def cannot(kernel: str, q: jax.Array, k: jax.Array, allowed: jax.Array | None = None) -> str | None:
+    """What `kernel` needs and these arguments of `attend` are not; None where it can do them."""
+    (_, length, _, width), keys = q.shape, k.shape[1]
+    if kernel == "cudnn":
+        if not has_cudnn():
+            return "an NVIDIA GPU of compute capability 8.0 or more"
+        if q.dtype not in (jnp.bfloat16, jnp.float16):
+            return f"bfloat16 or float16, not {q.dtype}"
+        if width % 8 or width > 128:
+            return f"heads of 8, 16, ... 128 dims, not {width}"
+        if allowed is not None and (length % 2 or keys % 2):  # its backward pass does, of a mask
+            return f"even lengths, not {length} and {keys}"
+    if kernel == "splash":
+        if platform() == "gpu":
+            return "a TPU"
+        if width % 128:
+            return f"heads of 128, 256, ... dims, not {width}"
+        if allowed is not None and allowed.shape[1:3] != (1, 1):
+            return "that all queries of a row see the same keys, not blocks"
+    return None
+
+
+def has_cudnn() -> bool:
+    """Whether programs are made for a GPU that is here, is NVIDIA's, and is not too old."""
+    if jax.default_backend() != "gpu":
+        return False
+    device = jax.local_devices()[0]
+    return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8.0

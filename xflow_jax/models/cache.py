@@ -1,4 +1,4 @@
-"""The exact cache of block-causal decoding: keys and values of finished blocks, and who may see them.
+"""The cache of decoding: keys and values of what came before, and who may see them. Block-causal, it is exact.
 
 Under block-causal attention nothing that comes later changes a finished block, so its keys and values, once written,
 stay right, and a step costs one block of queries. A cache is a dict of the model's stacks of layers, each
@@ -10,6 +10,8 @@ aligned to the left (`align`), so that the block grid is the same in all of them
     cache = write(empty(..., M), prompt, 0)
     repeat for each block:  h, block = hidden_cached(x_block, cache, start)          # any number of steps
                             cache = write(cache, block, start)                       # when its tokens stand
+
+Without blocks the same cache is an approximation, of a prompt whose keys and values are some steps old (sight.py).
 """
 
 from __future__ import annotations
@@ -48,16 +50,19 @@ def visible(cache: Cache, start: jax.Array, length: int, mask: jax.Array | None,
     """Who sees whom: bool [B, 1, n, M + n], queries at start ... start + n - 1, keys of the cache, then their own.
 
     Of the cache's M positions those before `start`, int [B], are seen. Of the queries' own, those where mask, bool
-    [B, n], is True (None: all), up to the end of the query's block (block_length None: all of them are one block).
+    [B, n], is True (None: all), up to the end of the query's block (block_length None: all of them are one block, and
+    the result is [B, 1, 1, M + n]). A mask [B, M + n] is of the cache's positions, too.
     """
     cached = next(iter(cache.values()))["k"].shape[2]
-    own = jnp.ones((start.shape[0], length), bool) if mask is None else mask
-    own = jnp.broadcast_to(own[:, None, None, :], (start.shape[0], 1, length, length))
+    own = jnp.ones((start.shape[0], length), bool) if mask is None else mask[:, -length:]
+    own = own[:, None, None, :]
     if block_length is not None:
         block = (start[:, None] + jnp.arange(length)[None, :]) // block_length
         own = own & (block[:, None, None, :] <= block[:, None, :, None])
     before = jnp.arange(cached)[None, :] < start[:, None]
-    before = jnp.broadcast_to(before[:, None, None, :], (start.shape[0], 1, length, cached))
+    if mask is not None and mask.shape[1] > length:
+        before &= mask[:, :cached]
+    before = jnp.broadcast_to(before[:, None, None, :], (*own.shape[:3], cached))
     return jnp.concatenate([before, own], axis=-1)
 
 

@@ -109,7 +109,7 @@ class LLaDA(nn.Module):
     ) -> tuple[jax.Array, kv.Cache]:
         """x [B, n, E] at the positions start ... start + n - 1 -> (as `hidden`, their keys and values); see cache.py.
 
-        start: int or int [B]. mask bool [B, n] and block_length as in `cache.visible`.
+        start: int or int [B]. mask bool [B, n] or [B, M + n] and block_length as in `cache.visible`.
         """
         start = jnp.broadcast_to(start, x.shape[:1])
         return self._run(x, start, kv.visible(cache, start, x.shape[1], mask, block_length), cache)

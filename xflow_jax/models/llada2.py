@@ -11,8 +11,8 @@ from xflow_jax.config import LLaDA2Config
 from xflow_jax.models import cache as kv
 from xflow_jax.models.attention import attend, attention_mask
 from xflow_jax.models.layers import REMAT, Linear, RMSNorm, apply_rope, rope_tables
-from xflow_jax.models.moe import Experts, Router, route
-from xflow_jax.sharding import constrain_batch, constrain_lookup
+from xflow_jax.models.moe import Experts, Router, default_kernel, route
+from xflow_jax.sharding import LOGICAL, constrain_batch, constrain_lookup
 from xflow_jax.strict import require
 
 
@@ -64,7 +64,13 @@ class Block(nn.Module):
             self.ff_out = Linear(c.hidden_size, init_std=out_std, **types)
 
     def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], allowed: jax.Array | None, cached: kv.Layer | None
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        allowed: jax.Array | None,
+        cached: kv.Layer | None,
+        experts: dict[str, jax.Array] | None,
+        layer: jax.Array,
     ) -> tuple[jax.Array, kv.Layer | None]:
         h = self.attn_norm(x)
         q, k, v = (self._heads(proj(h)) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -72,16 +78,18 @@ class Block(nn.Module):
         keys, values, new = kv.extend(cached, k, v)
         h = attend(q, keys, values, allowed, self.attention)
         x = x + self.attn_out(h.reshape(*h.shape[:2], -1))
-        return constrain_batch(x + self.mlp(self.ff_norm(x))), new
+        return constrain_batch(x + self.mlp(self.ff_norm(x), experts, layer)), new
 
     def _heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:2], -1, self.config.head_width)
 
-    def mlp(self, x: jax.Array) -> jax.Array:
-        """x [B, L, E], normed -> [B, L, E]: the dense MLP, or the experts and the shared ones."""
+    def mlp(
+        self, x: jax.Array, experts: dict[str, jax.Array] | None = None, layer: jax.Array | None = None
+    ) -> jax.Array:
+        """x [B, L, E], normed -> [B, L, E]: the dense MLP, or the experts (moe.Experts' stack) and the shared ones."""
         if not self.sparse:
             return self.ff_out(nn.silu(self.ff_proj(x)) * self.up_proj(x))
-        y = self.experts(x, *route(*self.router(x), self.config))
+        y = self.experts(x, *route(*self.router(x), self.config), experts, layer)
         return y + self.shared(x) if self.config.shared_width else y
 
 
@@ -111,7 +119,7 @@ class LLaDA2(nn.Module):
                 block,
                 variable_axes={"params": 0, "lora": 0},
                 split_rngs={"params": True},
-                in_axes=(nn.broadcast, nn.broadcast, 0),
+                in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast, 0),
                 length=length,
                 unroll=self.unroll,
             )
@@ -162,7 +170,7 @@ class LLaDA2(nn.Module):
     ) -> tuple[jax.Array, kv.Cache]:
         """x [B, n, E] at the positions start ... start + n - 1 -> (as `hidden`, their keys and values); see cache.py.
 
-        start: int or int [B]. mask bool [B, n] and block_length as in `cache.visible`.
+        start: int or int [B]. mask bool [B, n] or [B, M + n] and block_length as in `cache.visible`.
         """
         start = jnp.broadcast_to(start, x.shape[:1])
         return self._run(x, start, kv.visible(cache, start, x.shape[1], mask, block_length), cache)
@@ -174,9 +182,20 @@ class LLaDA2(nn.Module):
         rope = rope_tables(x.shape[1], self.config.rotary_dim, self.config.rope_theta, start)
         rope = tuple(table.astype(self.dtype) for table in rope)
         x, new = constrain_batch(x.astype(self.dtype)), {}
-        for name in self.layers:
-            x, new[name] = getattr(self, name)(x, rope, allowed, None if cache is None else cache[name])
+        for name, count in self.layers.items():
+            cached = None if cache is None else cache[name]
+            experts = self._stacked_experts() if name == "blocks" and cache is not None else None
+            x, new[name] = getattr(self, name)(x, rope, allowed, cached, experts, jnp.arange(count))
         return self.ln_f(x), None if cache is None else new
+
+    def _stacked_experts(self) -> dict[str, jax.Array] | None:
+        """All layers' experts, where the layers take them so: only in decoding, since the gradient of a layer would be
+        as large as the stack, and where no device has to gather or cast more than it holds."""
+        mesh = jax.sharding.get_abstract_mesh()
+        if (self.experts_kernel or default_kernel()) != "stacked" or mesh.shape.get(LOGICAL["embed"], 1) > 1:
+            return None
+        stack = self.variables["params"]["blocks"]["experts"]
+        return stack if all(x.dtype == self.dtype for x in stack.values()) else None
 
     def head(self, h: jax.Array) -> jax.Array:
         """h [..., E] -> logits [..., V] in `dtype`, V = vocab_rows."""

@@ -60,7 +60,8 @@ class Experts(nn.Module):
     """The experts' MLPs: x [B, L, E], experts int and weights float32 [B, L, k] -> [B, L, E], their weighted sum.
 
     Every token reaches all of its experts. Where a mesh is set, each device computes its own experts on its own part of
-    the batch. kernel: a name in KERNELS; None = the platform's.
+    the batch. kernel: a name in KERNELS; None = the platform's. stack, layer: in the place of its own matrices those of
+    all layers {"gate", "up", "down"}: [layers, X, ...], and which layer this is (int scalar).
     """
 
     experts: int
@@ -71,7 +72,14 @@ class Experts(nn.Module):
     kernel: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        experts: jax.Array,
+        weights: jax.Array,
+        stack: dict[str, jax.Array] | None = None,
+        layer: jax.Array | None = None,
+    ) -> jax.Array:
         e, wide = x.shape[-1], (self.experts, x.shape[-1], self.width)
         matrices, adapters = {}, {}
         for name, shape, std in (
@@ -84,27 +92,34 @@ class Experts(nn.Module):
             if self.has_variable("lora", name):
                 adapters[name] = self.get_variable("lora", name)
         mlp = partial(_experts, kernel=KERNELS[self.kernel or default_kernel()])
-        y = _over_mesh(mlp, x.astype(self.dtype), experts, weights, (matrices, adapters))
+        tree, layer = ((matrices, adapters), None) if stack is None else ((stack, adapters), layer)
+        y = _over_mesh(mlp, x.astype(self.dtype), experts, weights, tree, layer)
         return y.astype(self.dtype)
 
 
 def _over_mesh(
-    mlp: Callable[..., jax.Array], x: jax.Array, experts: jax.Array, weights: jax.Array, tree: Any
+    mlp: Callable[..., jax.Array],
+    x: jax.Array,
+    experts: jax.Array,
+    weights: jax.Array,
+    tree: Any,
+    layer: jax.Array | None = None,
 ) -> jax.Array:
     """`mlp`, on each device for the experts and the tokens that it holds; the experts' sums are added up."""
-    mesh, axis, count = jax.sharding.get_abstract_mesh(), LOGICAL["expert"], tree[0]["gate"].shape[0]
+    mesh, axis, count = jax.sharding.get_abstract_mesh(), LOGICAL["expert"], tree[0]["gate"].shape[-3]
     if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
-        return mlp(x, experts, weights, *tree, first=0)
+        return mlp(x, experts, weights, *tree, first=0, layer=layer)
     batch = BATCH if divides(x.shape[0], BATCH) else None
     split = axis if divides(count, (axis,)) else None
 
-    def local(x: jax.Array, experts: jax.Array, weights: jax.Array, tree: Any) -> jax.Array:
-        first = 0 if split is None else jax.lax.axis_index(split) * tree[0]["gate"].shape[0]
-        y = mlp(x, experts, weights, *tree, first=first)
+    def local(x: jax.Array, experts: jax.Array, weights: jax.Array, tree: Any, layer: Any) -> jax.Array:
+        first = 0 if split is None else jax.lax.axis_index(split) * tree[0]["gate"].shape[-3]
+        y = mlp(x, experts, weights, *tree, first=first, layer=layer)
         return y if split is None else jax.lax.psum(y, split)
 
-    specs = (P(batch), P(batch), P(batch), P(split))
-    return jax.shard_map(local, in_specs=specs, out_specs=P(batch), check_vma=False)(x, experts, weights, tree)
+    held = P(split) if layer is None else P(None, split)
+    specs = (P(batch), P(batch), P(batch), (held, P(split)), P())
+    return jax.shard_map(local, in_specs=specs, out_specs=P(batch), check_vma=False)(x, experts, weights, tree, layer)
 
 
 def _experts(
@@ -115,19 +130,29 @@ def _experts(
     adapters: dict[str, Any],
     first: int | jax.Array,
     kernel: Kernel,
+    layer: jax.Array | None = None,
 ) -> jax.Array:
-    """The weighted sum, float32 [B, L, E], of the experts first ... first + X - 1, X being those in `matrices`."""
-    k, count = experts.shape[-1], matrices["gate"].shape[0]
+    """The weighted sum, float32 [B, L, E], of the experts first ... first + X - 1, X being those in `matrices`.
+
+    layer: which one of `matrices`, where those are of all layers, [layers, X, ...].
+    """
+    k, count = experts.shape[-1], matrices["gate"].shape[-3]
     local = experts.reshape(-1) - first
     held = (local >= 0) & (local < count)
     # Rows of experts that are held elsewhere come last, behind all groups.
     key = jnp.where(held, local, count)
     order = jnp.argsort(key, stable=True)
     inverse = jnp.argsort(order)
-    sizes = jnp.diff(jnp.searchsorted(key[order], jnp.arange(count + 1))).astype(jnp.int32)
+    sizes = groups = jnp.diff(jnp.searchsorted(key[order], jnp.arange(count + 1))).astype(jnp.int32)
+    if layer is not None:
+        # One list of all layers' experts, the other layers' without a row: the kernel passes over those, whereas a
+        # layer's part of the stack would be copied for it.
+        groups = jnp.zeros(matrices["gate"].shape[0] * count, jnp.int32)
+        groups = jax.lax.dynamic_update_slice_in_dim(groups, sizes, layer * count, 0)
+        matrices = {name: matrix.reshape(-1, *matrix.shape[2:]) for name, matrix in matrices.items()}
 
     def dot(name: str, x: jax.Array) -> jax.Array:
-        y = kernel(x, matrices[name], sizes)
+        y = kernel(x, matrices[name], groups)
         if name in adapters:
             a, b = (m.astype(x.dtype) for m in (adapters[name].a, adapters[name].b))
             y = y + kernel(kernel(x, a, sizes), b, sizes) * adapters[name].scale
@@ -216,7 +241,9 @@ def _tiling(sizes: jax.Array, rows: int, size: int) -> tuple[jax.Array, jax.Arra
     return expert, start, ends[expert], last[-1]
 
 
-KERNELS: dict[str, Kernel] = {"ragged": _ragged, "tiles": _tiles}
+# stacked: XLA's own grouped product, in decoding with a cache of all layers' experts at once (see `_experts`). Only the
+# kernel of TPUs passes over groups without a row.
+KERNELS: dict[str, Kernel] = {"ragged": _ragged, "stacked": _ragged, "tiles": _tiles}
 
 
 def default_kernel() -> str:
