@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers import eight
 from xflow_jax.models import attention
 from xflow_jax.models.attention import attend
 from xflow_jax.sharding import make_mesh
 from xflow_jax.strict import UserError
-
-eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices, which conftest.py fakes")
 
 
 def arguments(length=40, keys=136, heads=4, kv_heads=2, width=128, dtype=jnp.float32):

@@ -246,6 +246,7 @@ def test_no_exact_cache_where_later_blocks_are_seen():
 
 
 @eight
+@pytest.mark.slow
 def test_decoding_takes_all_layers_experts_at_once():
     """With the kernel that does, where no device has to gather them; the result is the same."""
     x, params = jax.random.normal(jax.random.key(0), (2, 8, 32)), random_params(build(TINY2))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import random_prompts, toy
+from tests.helpers import eight, random_prompts, toy
 from tests.llada2_helpers import toy2
 from xflow_jax.config import UserError
 from xflow_jax.generate import decode_batch, generate
@@ -18,7 +18,6 @@ from xflow_jax.rules import Flow, MaskPrediction, Threshold
 PROMPTS = random_prompts([3, 20, 7, 1, 12])
 GUIDED = MaskPrediction(cfg_scale=0.5)  # in a doubled batch
 SLOW = [("float32", Flow()), ("bfloat16", Flow()), ("bfloat16", GUIDED)]
-eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices, which conftest.py fakes")
 
 
 def run(lm, rule, prompts=PROMPTS, refresh=3, steps=8):
