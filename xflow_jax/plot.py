@@ -25,7 +25,7 @@ def accuracy_over_budget(rows: Sequence[Row], path: str | Path, title: str = "")
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     rules = list(dict.fromkeys(row.rule for row in rows))
-    figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8.4, 5.0), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     ends = []
@@ -41,12 +41,16 @@ def accuracy_over_budget(rows: Sequence[Row], path: str | Path, title: str = "")
             marker=MARKERS[number % len(MARKERS)],
             markersize=5.5,
             linewidth=1.8,
+            linestyle="-" if number < len(COLOURS) else "--",
             elinewidth=1,
             capsize=2.5,
         )
         ends.append((y[-1], x[-1], rule, colour))
     axes.set_xscale("log", base=2)
-    axes.set_ylim(-2, 102)  # markers at 0 and 100 stay whole
+    # Accuracies that are all high would crowd under the top; markers at the ends stay whole.
+    lowest = 10 * np.floor(min(row.low for row in rows) / 10) if min(row.low for row in rows) > 50 else 0.0
+    share = (100 - lowest) / 100
+    axes.set_ylim(lowest - 2 * share, 100 + 2 * share)
     used = [row.passes_per_token for row in rows]
     low, high = int(np.floor(np.log2(min(used)) + 0.05)), int(np.ceil(np.log2(max(used)) - 0.05))
     high = max(high, low + 1)
@@ -61,11 +65,11 @@ def accuracy_over_budget(rows: Sequence[Row], path: str | Path, title: str = "")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     # Labels stand right of the plot at the height of their line's end, pushed apart where they would overlap.
-    heights = _apart([y for y, *_ in ends], gap=5.0, low=0.0, high=100.0)
+    heights = _apart([y for y, *_ in ends], gap=5.0 * share, low=lowest, high=100.0)
     right = axes.get_xlim()[1]
     for (y, x, rule, colour), height in zip(ends, heights, strict=True):
         axes.annotate(
-            rule,
+            rule if len(rule) <= 30 else f"{rule[:29]}…",
             xy=(x, y),
             xytext=(right * 1.04, height),
             color=colour,
