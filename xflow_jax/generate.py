@@ -67,12 +67,12 @@ def generate(
     seed: of rules that draw; a sequence's draws depend on the seed and its own prompt alone. One compilation per shape
     of the batch, rule and lengths. Raises UserError on bad input.
     """
+    check_refresh(lm, refresh)
     rows = _ids(lm, prompts)
     longest = max(len(row) for row in rows)
     settings = settings_of(lm, longest, gen_length, steps, steps_per_block, block_length)
     if cache and not settings.cache:
         raise UserError(f"{lm.config.family} attends to later blocks, so it has no exact cache; leave cache out")
-    check_refresh(lm, refresh)
     settings = dataclasses.replace(
         settings,
         cache=settings.cache if cache is None else cache,
