@@ -48,7 +48,8 @@ def accuracy_over_budget(rows: Sequence[Row], path: str | Path, title: str = "")
         ends.append((y[-1], x[-1], rule, colour))
     axes.set_xscale("log", base=2)
     # Accuracies that are all high would crowd under the top; markers at the ends stay whole.
-    lowest = 10 * np.floor(min(row.low for row in rows) / 10) if min(row.low for row in rows) > 50 else 0.0
+    worst = min(row.low for row in rows)
+    lowest = 10 * np.floor(worst / 10) if worst > 50 else 0.0
     share = (100 - lowest) / 100
     axes.set_ylim(lowest - 2 * share, 100 + 2 * share)
     used = [row.passes_per_token for row in rows]
