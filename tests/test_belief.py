@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xflow_jax.belief import TOP, BeliefOptions, _packed, _rounds, believe, model_head
+from xflow_jax.belief import TOP, BeliefOptions, believe, model_head
+from xflow_jax.largest import _packed, _rounds
 from xflow_jax.sharding import batch_sharding, make_mesh, shardings
 
 B, N, E, V = 2, 5, 8, 64

@@ -19,7 +19,7 @@ RANKS = {
     name: rank
     for rank, names in enumerate(
         [
-            "strict config sandbox sharding storage hosts stats plan_chips plan_hlo plan_report",
+            "strict config sandbox sharding storage hosts stats plan_chips plan_hlo plan_report hlo largest",
             "models losses belief policy tasks tokenizer optimizers",
             "rules rivals decode sight checkpoint data hf hf_names hf_write",
             "steps alignment rollout generate lm choices records identity",

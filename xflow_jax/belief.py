@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
+from xflow_jax.largest import largest
 from xflow_jax.sharding import BATCH, LOGICAL, MESH_AXES, divides
 
-GROUP = 64  # entries whose maximum is taken first when the largest are looked for
 TOP = 4  # how many of the largest probabilities are kept: the policy's features need four
 CHUNK = 16_384  # vocabulary entries at a time, at most
 LOGITS = 2**22  # logits at a time: in float32 they stay in an accelerator's scratch memory
@@ -267,7 +267,7 @@ def _combine(parts: _Running) -> _Running:
     """The state after all parts of the vocabulary from theirs, [parts, B, N, ...] in the vocabulary's order."""
     # In that order the lowest id comes first among equals.
     top, ids = (jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1) for x in (parts.top, parts.top_tokens))
-    top, place = _largest(top, TOP)
+    top, place = largest(top, TOP)
     rescale = jnp.exp(parts.top[..., 0] - _finite(top[..., 0])[None])
     best = parts.best.max(axis=0)
     winner = jnp.argmax(parts.best == best[None], axis=0)[None]
@@ -291,10 +291,10 @@ def _without(ids: jax.Array, possible: jax.Array, banned: tuple[int, ...]) -> ja
 def _merge(state: _Running, noisy: jax.Array, logits: jax.Array, start: int | jax.Array) -> _Running:
     """The state after a chunk; logits and noisy float32, or the same array in the model's dtype."""
     # Taken of plain logits: behind a softmax the compiler would fuse the two and be many times slower.
-    chunk_top, chunk_tokens = _largest(logits, min(TOP, logits.shape[-1]))
+    chunk_top, chunk_tokens = largest(logits, min(TOP, logits.shape[-1]))
     plain, logits = noisy is logits, logits.astype(jnp.float32)
     # The earlier chunk stands first, so that among equals the lower id does.
-    top, place = _largest(jnp.concatenate([state.top, chunk_top], axis=-1), TOP)
+    top, place = largest(jnp.concatenate([state.top, chunk_top], axis=-1), TOP)
     ids = jnp.concatenate([state.top_tokens, chunk_tokens + start], axis=-1)
     finite = _finite(top[..., 0])
     total, weighted = _sums(logits, finite)
@@ -346,56 +346,3 @@ def _first(z: jax.Array, value: jax.Array) -> jax.Array:
     size = z.shape[-1]
     ids = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
     return jnp.where(z == value[..., None], ids, size - 1).min(axis=-1)
-
-
-def _largest(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest of z [..., V] as float32, descending, and their indices, [..., k] each; of equal ones the lowest
-    index first, and each counts.
-
-    In rounds of reductions: top_k would sort all of z, on CPUs and TPUs alike.
-    """
-    size = z.shape[-1]
-
-    def plain(z: jax.Array) -> tuple[jax.Array, jax.Array]:
-        z = z.astype(jnp.float32)
-        return _grouped(z, k) if size % GROUP == 0 and size >= k * GROUP else _rounds(z, k)
-
-    if z.dtype != jnp.bfloat16 or size > 2**16:
-        return plain(z)
-    return jax.lax.platform_dependent(z, cpu=plain, default=lambda z: _packed(z, k))
-
-
-def _rounds(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`_largest`, one after the other; the indices are different ones even where all that is left is -inf."""
-    ids, found = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1), []
-    left = jnp.ones(z.shape, bool)
-    for _ in range(k):
-        value = jnp.where(left, z, -jnp.inf).max(axis=-1)
-        place = jnp.where(left & (z == value[..., None]), ids, z.shape[-1] - 1).min(axis=-1)
-        found.append((value, place))
-        left &= ids != place[..., None]
-    return tuple(jnp.stack(part, axis=-1) for part in zip(*found, strict=True))
-
-
-def _grouped(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`_largest` in one pass: they lie in the k groups of the largest maxima, of equal ones the earlier."""
-    groups = z.reshape(*z.shape[:-1], -1, GROUP)
-    chosen = jnp.sort(_rounds(groups.max(axis=-1), k)[1], axis=-1)  # in order, so that ties still go to the lowest id
-    candidates = jnp.take_along_axis(groups, chosen[..., None], axis=-2)
-    top, place = _rounds(candidates.reshape(*z.shape[:-1], -1), k)
-    return top, jnp.take_along_axis(chosen, place // GROUP, axis=-1) * GROUP + place % GROUP
-
-
-def _packed(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`_largest` of bfloat16: value and index fit one integer, so that a round is a single maximum."""
-    bits = jax.lax.bitcast_convert_type(z, jnp.int16).astype(jnp.int32)
-    # Integers in the order of the numbers, both zeros 0; below them the index, counted down.
-    ordered = jnp.where(bits < 0, (bits ^ 0x7FFF) + 1, bits)
-    packed = (ordered << 16) | (0xFFFF - jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1))
-    found = [packed.max(axis=-1)]
-    for _ in range(k - 1):
-        found.append(jnp.where(packed < found[-1][..., None], packed, jnp.iinfo(jnp.int32).min).max(axis=-1))
-    best = jnp.stack(found, axis=-1)
-    ordered = best >> 16
-    bits = jnp.where(ordered < 0, (ordered - 1) ^ 0x7FFF, ordered).astype(jnp.int16)
-    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32), 0xFFFF - (best & 0xFFFF)

@@ -16,64 +16,12 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8}
-_BYTES |= {"f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
-_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
-_NAME = re.compile(r"%([\w.\-]+)")
-_HEAD = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s*\(.*->.*\{\s*$")
+from xflow_jax.hlo import HEAD, Array, Instruction, groups_of, instruction, ints
+
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 # What moves no bytes: names for parts of what is there already.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 _FREE |= {"opt-barrier", "iota", "while", "conditional", "call", "domain"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Array:
-    """One array of a type; on_chip: it lies in the chip's scratch memory and costs no traffic."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    on_chip: bool = False
-
-    @property
-    def bytes(self) -> float:
-        return math.prod(self.shape) * _BYTES.get(self.dtype, 4)
-
-    @property
-    def traffic(self) -> float:
-        """Its bytes, if it lies in the memory that counts."""
-        return 0.0 if self.on_chip else self.bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line of HLO. `rest` is what stands after the operands: attributes, metadata, backend_config."""
-
-    name: str
-    opcode: str
-    arrays: tuple[Array, ...]
-    operands: tuple[str, ...]
-    literal: str
-    rest: str
-    root: bool
-
-    def attribute(self, name: str) -> str | None:
-        """The value of name=value or name={...}, without braces."""
-        found = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^\s,]+)", self.rest)
-        return found and found[1].strip("{}")
-
-    @property
-    def called(self) -> list[str]:
-        """The computations that it runs."""
-        one = re.findall(r"\b(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)", self.rest)
-        branches = re.search(r"\bbranch_computations=\{([^}]*)\}", self.rest)
-        return one + (_NAME.findall(branches[1]) if branches else [])
-
-    @property
-    def op_name(self) -> str:
-        """Where in the program it comes from, as the compiler noted it."""
-        found = re.search(r'op_name="([^"]*)"', self.rest)
-        return found[1] if found else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,10 +78,10 @@ class Program:
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry, current = "", None
         for line in text.splitlines():
-            if head := _HEAD.match(line):
+            if head := HEAD.match(line):
                 current = self.computations.setdefault(head[2], {})
                 self.entry = head[2] if head[1] else self.entry
-            elif current is not None and " = " in line and (made := _instruction(line)):
+            elif current is not None and " = " in line and (made := instruction(line)):
                 current[made.name] = made
         found = re.search(r"num_partitions=(\d+)", text[:100_000])
         self.partitions = int(found[1]) if found else 1
@@ -144,8 +92,8 @@ class Program:
         name = self.entry if computation is None else computation
         if name not in self._costs:
             total = Cost()
-            for instruction in self.computations[name].values():
-                self._count(instruction, self.computations[name], total)
+            for i in self.computations[name].values():
+                self._count(i, self.computations[name], total)
             self._costs[name] = total
         return self._costs[name]
 
@@ -190,7 +138,7 @@ class Program:
         if kind == "all-gather":
             arrays = i.arrays[len(i.operands) :] if i.opcode.endswith("-start") else i.arrays
             size = sum(a.bytes for a in arrays)
-        groups = _groups(i, self.partitions)
+        groups = groups_of(i, self.partitions)
         total.collectives.append(Collective(kind, size, groups, 1.0, i.op_name, channel))
 
     # FLOPs
@@ -198,7 +146,7 @@ class Program:
     def _flops(self, i: Instruction, around: dict[str, Instruction]) -> float:
         if i.opcode == "dot":
             lhs = around[i.operands[0]].arrays[0].shape
-            contracted = _ints(i.attribute("lhs_contracting_dims"))
+            contracted = ints(i.attribute("lhs_contracting_dims"))
             return 2.0 * math.prod(i.arrays[0].shape) * math.prod(lhs[d] for d in contracted)
         if i.opcode == "convolution":
             return _convolution_flops(i, *(around[name].arrays[0].shape for name in i.operands[:2]))
@@ -340,41 +288,6 @@ def copies_of(program: Program, shapes: Iterable[tuple[int, ...]]) -> list[str]:
     return found
 
 
-def _instruction(line: str) -> Instruction | None:
-    left, right = line.split(" = ", 1)
-    root = left.lstrip().startswith("ROOT ")
-    name = left.strip().removeprefix("ROOT ").lstrip("%")
-    end = _closing(right, 0) + 1 if right.startswith("(") else right.find(" ")
-    type_, after = right[:end], right[end:].lstrip()
-    opcode, paren, _ = after.partition("(")
-    if end <= 0 or not paren or not re.fullmatch(r"[a-z][\w\-]*", opcode):
-        return None
-    close = _closing(after, len(opcode))
-    inside = after[len(opcode) + 1 : close]
-    operands = tuple(_NAME.findall(inside)) if opcode not in ("constant", "parameter") else ()
-    return Instruction(name, opcode, tuple(_types(type_)), operands, inside.strip(), after[close + 1 :], root)
-
-
-def _closing(text: str, start: int) -> int:
-    """Where the parenthesis at `start` closes."""
-    depth = 0
-    for place in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[place], 0)
-        if not depth:
-            return place
-    return len(text)
-
-
-def _types(text: str) -> Iterator[Array]:
-    for dtype, shape, layout in _ARRAY.findall(text):
-        space = re.search(r"S\((\d+)\)", layout or "")
-        yield Array(dtype, _ints(shape), bool(space and space[1] != "0"))
-
-
-def _ints(text: str | None) -> tuple[int, ...]:
-    return tuple(int(n) for n in text.split(",") if n) if text else ()
-
-
 def _arrays(body: dict[str, Instruction], name: str) -> tuple[Array, ...]:
     return body[name].arrays if name in body else ()
 
@@ -408,39 +321,6 @@ def _convolution_flops(i: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...
     batch, features = i.arrays[0].shape[out.index("b")], i.arrays[0].shape[out.index("f")]
     inputs = rhs[kernel.index("i")] / int(i.attribute("batch_group_count") or 1)
     return 2.0 * batch * features * inputs * pairs
-
-
-def _groups(i: Instruction, devices: int) -> tuple[tuple[int, ...], ...]:
-    """The devices of each group; all of them where none are named."""
-    if pairs := re.search(r"source_target_pairs=\{(.*?)\}(?:,|$|\s)", i.rest):
-        return tuple(tuple(map(int, pair.split(","))) for pair in re.findall(r"(\d+,\d+)", pairs[1]))
-    mesh = r"(?:replica|device)_groups=mesh\[(.*?)\](?:,\s*device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{(.*?)\}"
-    if found := re.search(mesh, i.rest):
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
-        return _mesh_groups(sizes, re.findall(r"'([^']+)'", found[4]), _ints(found[2]), _ints(found[3]))
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", i.rest):
-        shape, source, turn = (_ints(part) for part in iota.groups())
-        ids = np.arange(math.prod(source)).reshape(source)
-        ids = (ids.transpose(turn) if turn else ids).reshape(shape)
-        return tuple(map(tuple, ids.tolist()))
-    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", i.rest):
-        return tuple(_ints(group) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
-    return (tuple(range(devices)),)
-
-
-def _mesh_groups(
-    sizes: dict[str, int], along: list[str], source: tuple[int, ...], turn: tuple[int, ...]
-) -> tuple[tuple[int, ...], ...]:
-    """Groups along axes of a mesh of these sizes; source and turn: shape and order of its devices, if not 0, 1, ..."""
-    ids = np.arange(math.prod(sizes.values()))
-    if source:
-        ids = ids.reshape(source)
-        ids = (ids.transpose(turn) if turn else ids).reshape(-1)
-    ids, names = ids.reshape(tuple(sizes.values())), list(sizes)
-    last = [names.index(name) for name in along]
-    first = [n for n in range(len(names)) if n not in last]
-    count = math.prod(ids.shape[n] for n in last)
-    return tuple(map(tuple, ids.transpose(first + last).reshape(-1, count).tolist()))
 
 
 def by_kind(collectives: Iterable[Collective]) -> list[dict]:

@@ -1,0 +1,61 @@
+"""The few largest of many logits and where they stand, exactly and without a sort."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+GROUP = 64  # entries whose maximum is taken first
+
+
+def largest(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest of z [..., V] as float32, descending, and their indices, [..., k] each; of equal ones the lowest
+    index first, and each counts.
+
+    In rounds of reductions: top_k would sort all of z, on CPUs and TPUs alike.
+    """
+    size = z.shape[-1]
+
+    def plain(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        z = z.astype(jnp.float32)
+        return _grouped(z, k) if size % GROUP == 0 and size >= k * GROUP else _rounds(z, k)
+
+    if z.dtype != jnp.bfloat16 or size > 2**16:
+        return plain(z)
+    return jax.lax.platform_dependent(z, cpu=plain, default=lambda z: _packed(z, k))
+
+
+def _rounds(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`largest`, one after the other; the indices are different ones even where all that is left is -inf."""
+    ids, found = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1), []
+    left = jnp.ones(z.shape, bool)
+    for _ in range(k):
+        value = jnp.where(left, z, -jnp.inf).max(axis=-1)
+        place = jnp.where(left & (z == value[..., None]), ids, z.shape[-1] - 1).min(axis=-1)
+        found.append((value, place))
+        left &= ids != place[..., None]
+    return tuple(jnp.stack(part, axis=-1) for part in zip(*found, strict=True))
+
+
+def _grouped(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`largest` in one pass: they lie in the k groups of the largest maxima, of equal ones the earlier."""
+    groups = z.reshape(*z.shape[:-1], -1, GROUP)
+    chosen = jnp.sort(_rounds(groups.max(axis=-1), k)[1], axis=-1)  # in order, so that ties still go to the lowest id
+    candidates = jnp.take_along_axis(groups, chosen[..., None], axis=-2)
+    top, place = _rounds(candidates.reshape(*z.shape[:-1], -1), k)
+    return top, jnp.take_along_axis(chosen, place // GROUP, axis=-1) * GROUP + place % GROUP
+
+
+def _packed(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`largest` of bfloat16: value and index fit one integer, so that a round is a single maximum."""
+    bits = jax.lax.bitcast_convert_type(z, jnp.int16).astype(jnp.int32)
+    # Integers in the order of the numbers, both zeros 0; below them the index, counted down.
+    ordered = jnp.where(bits < 0, (bits ^ 0x7FFF) + 1, bits)
+    packed = (ordered << 16) | (0xFFFF - jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1))
+    found = [packed.max(axis=-1)]
+    for _ in range(k - 1):
+        found.append(jnp.where(packed < found[-1][..., None], packed, jnp.iinfo(jnp.int32).min).max(axis=-1))
+    best = jnp.stack(found, axis=-1)
+    ordered = best >> 16
+    bits = jnp.where(ordered < 0, (ordered - 1) ^ 0x7FFF, ordered).astype(jnp.int16)
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32), 0xFFFF - (best & 0xFFFF)
