@@ -185,7 +185,7 @@ def _run(
             noisy = logits + options.temperature * jax.vmap(_noise, (0, None, None))(keys, ids, n)
         if options.doubted:
             logits = jnp.where(_without(ids, possible, options.doubted)[None, None, :], logits, -jnp.inf)
-        return _merge(state, noisy, logits, first + shifted), None
+        return _merge(state, noisy, logits, first + shifted, guided=unconditional is not None), None
 
     if starts.size == 1:
         return visit(nothing, starts[0])[0]
@@ -288,10 +288,10 @@ def _without(ids: jax.Array, possible: jax.Array, banned: tuple[int, ...]) -> ja
     return possible
 
 
-def _merge(state: _Running, noisy: jax.Array, logits: jax.Array, start: int | jax.Array) -> _Running:
+def _merge(state: _Running, noisy: jax.Array, logits: jax.Array, start: int | jax.Array, guided: bool) -> _Running:
     """The state after a chunk; logits and noisy float32, or the same array in the model's dtype."""
     # Taken of plain logits: behind a softmax the compiler would fuse the two and be many times slower.
-    chunk_top, chunk_tokens = largest(logits, min(TOP, logits.shape[-1]))
+    chunk_top, chunk_tokens = largest(logits, min(TOP, logits.shape[-1]), rounded=guided)
     plain, logits = noisy is logits, logits.astype(jnp.float32)
     # The earlier chunk stands first, so that among equals the lower id does.
     top, place = largest(jnp.concatenate([state.top, chunk_top], axis=-1), TOP)
@@ -303,8 +303,7 @@ def _merge(state: _Running, noisy: jax.Array, logits: jax.Array, start: int | ja
         best = best_logit = chunk_top[..., 0]
         index = chunk_tokens[..., 0]
     else:
-        best = noisy.max(axis=-1)
-        index = _first(noisy, best)
+        best, index = (x[..., 0] for x in largest(noisy, 1, rounded=True))
         best_logit = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
     better = best > state.best  # strictly: of equals the earlier chunk, hence the lower index, stays
     return _Running(
@@ -337,12 +336,3 @@ def _finite(largest: jax.Array) -> jax.Array:
     """What is subtracted before exponentials: 0 where nothing is possible."""
     return jnp.where(jnp.isfinite(largest), largest, 0.0)
 
-
-def _first(z: jax.Array, value: jax.Array) -> jax.Array:
-    """The lowest index int32 [...] at which z [..., V] is `value` [...]; V - 1 where it is nowhere.
-
-    With value = max(z) this is argmax in two plain reductions, which XLA vectorises on CPUs; an argmax it does not.
-    """
-    size = z.shape[-1]
-    ids = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
-    return jnp.where(z == value[..., None], ids, size - 1).min(axis=-1)

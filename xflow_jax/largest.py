@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 GROUP = 64  # entries whose maximum is taken first
 
 
-def largest(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def largest(z: jax.Array, k: int, rounded: bool = False) -> tuple[jax.Array, jax.Array]:
     """The k largest of z [..., V] as float32, descending, and their indices, [..., k] each; of equal ones the lowest
     index first, and each counts.
 
-    In rounds of reductions: top_k would sort all of z, on CPUs and TPUs alike.
+    In rounds of reductions: top_k would sort all of z, on CPUs and TPUs alike. rounded: z is made by arithmetic here
+    and now. The compiler may then compute it anew for each reduction, once with a fused multiply-add and once without,
+    and the index of a maximum is not where its value is looked for; so the last few candidates are sorted after all.
     """
     size = z.shape[-1]
+    few = _top if rounded else _rounds
 
     def plain(z: jax.Array) -> tuple[jax.Array, jax.Array]:
         z = z.astype(jnp.float32)
-        return _grouped(z, k) if size % GROUP == 0 and size >= k * GROUP else _rounds(z, k)
+        return _grouped(z, k, few) if size % GROUP == 0 and size >= k * GROUP else few(z, k)
 
-    if z.dtype != jnp.bfloat16 or size > 2**16:
+    if rounded or z.dtype != jnp.bfloat16 or size > 2**16:
         return plain(z)
     return jax.lax.platform_dependent(z, cpu=plain, default=lambda z: _packed(z, k))
 
@@ -37,12 +43,16 @@ def _rounds(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return tuple(jnp.stack(part, axis=-1) for part in zip(*found, strict=True))
 
 
-def _grouped(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def _top(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    return tuple(jax.lax.top_k(z, k))
+
+
+def _grouped(z: jax.Array, k: int, few: Callable[..., Any]) -> tuple[jax.Array, jax.Array]:
     """`largest` in one pass: they lie in the k groups of the largest maxima, of equal ones the earlier."""
     groups = z.reshape(*z.shape[:-1], -1, GROUP)
     chosen = jnp.sort(_rounds(groups.max(axis=-1), k)[1], axis=-1)  # in order, so that ties still go to the lowest id
     candidates = jnp.take_along_axis(groups, chosen[..., None], axis=-2)
-    top, place = _rounds(candidates.reshape(*z.shape[:-1], -1), k)
+    top, place = few(candidates.reshape(*z.shape[:-1], -1), k)
     return top, jnp.take_along_axis(chosen, place // GROUP, axis=-1) * GROUP + place % GROUP
 
 
