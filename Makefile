@@ -11,9 +11,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 demo: $(STAMP)
 	$(BIN)/xflow demo
 
-# A file stays with one worker: its tests share what they have compiled.
+# A file stays with one worker: its tests share what they have compiled. Unoptimised, since compiling takes most of the time.
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
+		$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
