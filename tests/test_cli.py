@@ -155,7 +155,7 @@ def test_evaluate_and_its_files(capsys, model, tmp_path):
     assert len((out / "answers.jsonl").read_text().splitlines()) == 6
     assert cli.main([*common, "--rules", "mask,flow:power=4"]) == 0  # nothing left to do
     assert capsys.readouterr().out == printed
-    assert "differs in rules; choose another --out" in refused(capsys, *common, "--rules", "mask")
+    assert "differs in rules; choose another folder" in refused(capsys, *common, "--rules", "mask")
 
 
 def test_canonical(capsys):

@@ -256,7 +256,7 @@ def test_a_whole_run_with_its_tables(oracle, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     ev.run(args)
     assert len(oracle.sizes) == calls and capsys.readouterr().out == printed
-    with pytest.raises(UserError, match="holds another run, which differs in rules, base; choose another --out"):
+    with pytest.raises(UserError, match="holds another run, which differs in rules, base; choose another folder"):
         ev.run(arguments(model="tiny", limit=6, out=str(tmp_path / "out")))
     with pytest.raises(UserError, match="--ablate takes the parts from a flow"):
         ev.run(arguments(model="tiny", limit=6, ablate=True, rules="mask"))
@@ -278,7 +278,7 @@ def test_an_approximate_run_says_so(oracle, tmp_path, monkeypatch, capsys):
     ev.run(arguments(**given, out=str(tmp_path / "exact"), refresh=1))  # the same run
     assert oracle.refresh == [0, 4]
     for name, refresh in (("exact", 4), ("old", 0), ("old", 8)):
-        with pytest.raises(UserError, match="holds another run, which differs in refresh; choose another --out"):
+        with pytest.raises(UserError, match="holds another run, which differs in refresh; choose another folder"):
             ev.run(arguments(**given, out=str(tmp_path / name), refresh=refresh))
     with pytest.raises(UserError, match="refresh must be a whole number of at least 0, not -2"):
         ev.run(arguments(**given, refresh=-2))

@@ -59,7 +59,7 @@ def test_half_a_line_is_dropped(tmp_path):
 def test_another_run_is_refused_and_left_alone(tmp_path):
     Answers(tmp_path, RUN).add([answer("a")])
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(UserError, match="another run, which differs in rules, seed; choose another --out"):
+    with pytest.raises(UserError, match="another run, which differs in rules, seed; choose another folder"):
         Answers(tmp_path, {"task": "t", "rules": {}, "seed": 1})
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 

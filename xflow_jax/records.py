@@ -111,10 +111,10 @@ class Answers:
         except (OSError, ValueError):
             before = None
         if not isinstance(before, dict):
-            raise UserError(f"{self.folder} holds answers, but no run.json says of which run; choose another --out")
+            raise UserError(f"{self.folder} holds answers, but no run.json says of which run; choose another folder")
         if differ := [key for key in {**before, **run} if before.get(key) != run.get(key)]:
             what = ", ".join(differ)
-            raise UserError(f"{self.folder} holds another run, which differs in {what}; choose another --out")
+            raise UserError(f"{self.folder} holds another run, which differs in {what}; choose another folder")
 
     def _read(self) -> None:
         if not self._file.exists():
@@ -125,7 +125,7 @@ class Answers:
             try:
                 self._keep(Answer(**json.loads(line)))
             except (ValueError, TypeError):
-                raise UserError(f"{self._file}, line {number} is no answer; mend it or choose another --out") from None
+                raise UserError(f"{self._file}, line {number} is no answer; mend it or choose another folder") from None
         if len(whole) < len(data):
             with self._file.open("r+b") as file:
                 file.truncate(len(whole))
