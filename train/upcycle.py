@@ -1,9 +1,9 @@
 """A LLaDA2.0-style model out of a LLaDA, for training to start from: `python -m train.upcycle tiny-base DIR`.
 
-All matrices are the model's. Each layer after the first has its MLP several times, as experts of which one works on
-each token, so the router's choice changes nothing yet (sparse upcycling, Komatsuzaki et al. 2023). New are the norms
-of queries and keys, at the sizes that these have on average, and the block-causal attention of LLaDA2.0: what they
-change, training has to make up for.
+All matrices are the model's. Each layer after the first has its MLP several times, as experts of which two share the
+work on each token, so the router's choice changes nothing yet (sparse upcycling, Komatsuzaki et al. 2023). New are the
+norms of queries and keys, at the sizes that these have on average, and the block-causal attention of LLaDA2.0: what
+they change, training has to make up for.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def upcycle(params: Any, config: LLaDAConfig, experts: int, key: jax.Array) -> t
     blocks = params["blocks"]
     if "ff_out" not in params or any("bias" in leaf for leaf in blocks.values()):
         raise UserError("the model has biases or a tied head, and a LLaDA2.0 of its weights would not")
-    if config.n_layers < 2 or experts < 1:
-        raise UserError("experts take at least two layers and one expert: the first layer stays dense")
+    if config.n_layers < 2 or experts < 2:
+        raise UserError("it takes two layers at least, of which the first stays dense, and two experts")
     made = LLaDA2Config(
         hidden_size=config.d_model,
         num_hidden_layers=config.n_layers,
@@ -47,9 +47,9 @@ def upcycle(params: Any, config: LLaDAConfig, experts: int, key: jax.Array) -> t
         intermediate_size=config.mlp_width,
         first_k_dense_replace=1,
         num_experts=experts,
-        num_experts_per_tok=1,
+        num_experts_per_tok=2,  # the shares of several add up to 1, that of one alone need not
         moe_intermediate_size=config.mlp_width,
-        routed_scaling_factor=1.0,  # one expert's share of itself is 1
+        routed_scaling_factor=1.0,
         partial_rotary_factor=1.0,
         rope_theta=config.rope_theta,
         rms_norm_eps=config.rms_norm_eps,
