@@ -14,7 +14,7 @@ from tests.helpers import eight, random_prompts, toy
 from xflow_jax.decode import Settings, decode
 from xflow_jax.generate import pad_prompts, row_keys
 from xflow_jax.policy import init_policy
-from xflow_jax.rollout import PROGRESS, Rollout, rollout, summarise, token_rewards
+from xflow_jax.rollout import PROGRESS, Rollout, delay, rollout, summarise, token_rewards
 from xflow_jax.rules import SETTLED, Flow
 from xflow_jax.sharding import batch_sharding
 from xflow_jax.steps import TrainState, make_policy_step
@@ -123,6 +123,16 @@ def test_rewards_and_metrics_by_hand():
     wanted |= {"completions/clipped_ratio": 0.5, "forward_passes": 3, "step/c_0.9": 1, "step/c_0.99": 0, "step/t_0": 1}
     for name, value in wanted.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_delay_by_hand():
+    # Three steps: one position settles at once, one on its third step, one is of a block that is skipped.
+    t = jnp.array([[0.0, 0.0, 0.0], [1.0, 0.5, 0.0], [1.0, 0.8, 0.0]])[:, None]
+    acted = jnp.array([[True, True, False], [False, True, False], [False, True, False]])[:, None]
+    features = jnp.zeros((3, 1, 3, 8)).at[..., PROGRESS].set(t)
+    zero = jnp.zeros((3, 1, 3))
+    made = Rollout(zero[0], zero[0], zero[0, :, 0], features, zero, zero, acted)
+    np.testing.assert_allclose(delay(made)[0], [1 / 3, (1 + 0.5 + 0.2) / 3, 0.0], rtol=1e-6)
 
 
 def test_a_step_makes_what_gained_likelier(made):

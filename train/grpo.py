@@ -31,7 +31,7 @@ from xflow_jax.lm import LM, load
 from xflow_jax.plot import policy_steps
 from xflow_jax.policy import Policy, fit, init_policy, load_policy, save_policy
 from xflow_jax.records import Answers
-from xflow_jax.rollout import Rollout, rollout, summarise, token_rewards
+from xflow_jax.rollout import Rollout, delay, rollout, summarise, token_rewards
 from xflow_jax.rules import Flow, MaskPrediction
 from xflow_jax.sandbox import Pool
 from xflow_jax.sharding import BATCH, batch_sharding, make_mesh, replicated
@@ -60,7 +60,9 @@ class GrpoConfig:
     those that mask prediction does not solve at full budget; failed_by: and those that this rule does solve in the
     budget of the rollouts (empty: keep them); solved: the folder that keeps what was found of that.
     budget: the share of the full number of steps that rollouts have at most. reward: "pass" or the "share" of tests
-    passed, plus progress_weight times the final t of each position, less pass_weight times the forward passes by N.
+    passed, plus progress_weight times the final t of each position, less pass_weight times the forward passes by N and
+    delay_weight times the position's `rollout.delay`. per_position: compare positions with the same one of their group,
+    so that a reward of a position's own (t, delay) is for its own actions.
     overlap: sample a batch while the one before it is judged, by a policy that is one update behind. switches: options
     of the flow, as in flow:SWITCHES.
     """
@@ -81,6 +83,7 @@ class GrpoConfig:
     reward: Literal["pass", "share"] = "pass"
     progress_weight: float = 0.1
     pass_weight: float = 0.0
+    delay_weight: float = 0.0
     per_position: bool = False
     scale_rewards: Literal["group", "batch", "none"] = "group"
     epsilon: float = 0.2
@@ -239,6 +242,7 @@ def make_score(config: GrpoConfig, eos_id: int) -> Callable[..., tuple[jax.Array
     def score(scores: jax.Array, made: Rollout, policy: Policy) -> tuple[jax.Array, dict[str, jax.Array]]:
         rewards = token_rewards(scores, made.progress, config.progress_weight, config.group_size)
         rewards -= config.pass_weight * made.forward_passes.reshape(*rewards.shape[:2], 1) / rewards.shape[-1]
+        rewards -= config.delay_weight * delay(made).reshape(rewards.shape)
         return rewards, summarise(made, scores, rewards, eos_id, policy.step_of)
 
     return jax.jit(score)

@@ -71,6 +71,12 @@ def token_rewards(scores: jax.Array, progress: jax.Array, weight: float, group_s
     return rewards.reshape(-1, group_size, progress.shape[-1])
 
 
+def delay(made: Rollout) -> jax.Array:
+    """How long each position was on its way, float32 [R, N] in 0 ... 1: over all T steps, the mean of 1 - t where it
+    could move. What a step gains or loses in time is its own position's, while forward passes are the whole row's."""
+    return jnp.mean(jnp.where(made.acted, 1 - made.features[..., PROGRESS], 0.0), axis=0)
+
+
 def summarise(made: Rollout, scores: jax.Array, rewards: jax.Array, eos_id: int, a_of: Any) -> dict[str, jax.Array]:
     """Metrics of a batch under TRL's names, scalars: rewards, lengths, passes, and mean steps.
 
@@ -86,6 +92,7 @@ def summarise(made: Rollout, scores: jax.Array, rewards: jax.Array, eos_id: int,
         "frac_reward_zero_std": jnp.mean(groups.std(axis=-1) == 0),
         "rewards/task/mean": scores.mean(),
         "rewards/progress/mean": made.progress.mean(),
+        "rewards/delay/mean": delay(made).mean(),
         "completions/mean_length": length.mean(),
         "completions/clipped_ratio": 1 - is_eos.any(-1).mean(),
         "forward_passes": made.forward_passes.mean(),
