@@ -23,6 +23,7 @@ from xflow_jax.config import UserError
 from xflow_jax.hf_write import write_hf
 from xflow_jax.models import build, init_params
 from xflow_jax.policy import features, fit, init_policy, load_policy
+from xflow_jax.rollout import Rollout
 from xflow_jax.sandbox import run_many
 from xflow_jax.tokenizer import load_tokenizer
 
@@ -132,6 +133,24 @@ def test_the_share_of_tests_is_a_reward(model, tmp_path):
     constant = f"def solve(xs):\n    return {problem.cases()[0][1]!r}"
     share = [result.passed for result in run_many(task.parts(problem, constant))]
     assert share[0] and not all(share)
+
+
+def test_what_a_decode_is_worth():
+    ones = jnp.ones((1, 2, 3))
+    acted = jnp.array([[[True, True, False], [True, False, False]]])
+    made = Rollout(
+        tokens=jnp.zeros((2, 3), int),
+        progress=jnp.array([[1.0, 0.5, 0.0], [1.0, 1.0, 1.0]]),
+        forward_passes=jnp.array([6, 3]),
+        features=jnp.zeros((1, 2, 3, 8)),
+        y=ones / 2,
+        log_prob=ones,
+        acted=acted,
+    )
+    config = grpo.GrpoConfig("m", "o", group_size=2, progress_weight=0.5, pass_weight=0.1, delay_weight=0.3)
+    rewards, _ = grpo.make_score(config, 9)(jnp.array([1.0, 0.0]), made, init_policy(jax.random.key(0)))
+    wanted = [[1 + 0.5 - 0.2 - 0.3, 1 + 0.25 - 0.2 - 0.3, 1 - 0.2], [0.5 - 0.1 - 0.3, 0.5 - 0.1, 0.5 - 0.1]]
+    np.testing.assert_allclose(rewards[0], wanted, rtol=1e-5)
 
 
 def test_training_problems_are_none_of_the_held_out_ones():
