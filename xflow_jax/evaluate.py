@@ -247,12 +247,10 @@ def run(args: Any) -> None:
     if not hosts.is_first():
         return
     parts = [table(rows), *(f"{title}\n\n{text}" for title, text in tables if text), legend(task), *_approximate(about)]
-    print("\n" + "\n\n".join(parts))
-    if args.out is None:
-        print("The answers were not kept: --out DIR keeps them, with the tables and a picture.")
-    else:
-        made = report(Path(args.out), task, rows, _notes(task, about), tables)
-        print("Wrote " + ", ".join(map(str, made)) + ".")
+    end = "The answers were not kept: --out DIR keeps them, with the tables and a picture."
+    if args.out is not None:  # before anything is printed, to what may be a pipe that closes early
+        end = "Wrote " + ", ".join(map(str, report(Path(args.out), task, rows, _notes(task, about), tables))) + "."
+    print("\n" + "\n\n".join([*parts, end]))
 
 
 def _notes(task: Task, about: dict[str, Any]) -> list[str]:
