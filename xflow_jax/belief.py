@@ -335,4 +335,3 @@ def _sums(z: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _finite(largest: jax.Array) -> jax.Array:
     """What is subtracted before exponentials: 0 where nothing is possible."""
     return jnp.where(jnp.isfinite(largest), largest, 0.0)
-
