@@ -287,8 +287,7 @@ def no_compilation_cache():
     compilation_cache.reset_cache()
 
 
-@pytest.mark.parametrize("bound", [0.5, pytest.param(0.2, marks=pytest.mark.slow)])  # clocks wander
-def test_depth_costs_no_compile_time(no_compilation_cache, bound):
+def test_depth_costs_no_compile_time(no_compilation_cache):
     def lowered(layers):
         model = build(dataclasses.replace(TOY, n_layers=layers))
         settings = Settings(gen_length=8, block_length=8, steps=4)
@@ -301,9 +300,14 @@ def test_depth_costs_no_compile_time(no_compilation_cache, bound):
         return time.process_time() - began, compiled.as_text().count("\n")
 
     seconds(4)
-    few, many = zip(*((seconds(4), seconds(32)) for _ in range(15)), strict=True)
+    pairs = []
+    for _ in range(4):  # the smallest of many times comes down to the true one, and sooner on a quiet machine
+        pairs += [(seconds(4), seconds(32)) for _ in range(15)]
+        few, many = zip(*pairs, strict=True)
+        if abs(min(many)[0] / min(few)[0] - 1) < 0.2:
+            break
     assert abs(many[0][1] / few[0][1] - 1) < 0.01  # lines of the compiled program
-    assert abs(min(many)[0] / min(few)[0] - 1) < bound
+    assert abs(min(many)[0] / min(few)[0] - 1) < 0.2
 
 
 # --- early exit and the end of a sequence

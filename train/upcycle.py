@@ -9,19 +9,19 @@ they change, training has to make up for.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from train.setup import export
+from train.setup import export, run_program
 from xflow_jax.config import LLaDA2Config, LLaDAConfig, UserError
 from xflow_jax.lm import load, read_model_config
 from xflow_jax.models import build, init_params
 from xflow_jax.storage import refuse_existing
 
+USAGE = "python -m train.upcycle MODEL DIR [--experts X] [--seed N]"
 _EXPERTS = {"gate": "ff_proj", "up": "up_proj", "down": "ff_out"}
 
 
@@ -73,26 +73,21 @@ def upcycle(params: Any, config: LLaDAConfig, experts: int, key: jax.Array) -> t
     }, made
 
 
-def main(arguments: argparse.Namespace) -> None:
-    """The command."""
+def main(model: str, rest: list[str]) -> None:
+    """The command: a model's directory or name, then what `USAGE` says."""
+    parser = argparse.ArgumentParser(prog="python -m train.upcycle MODEL")
+    parser.add_argument("out", help="directory to make, in the Hugging Face format")
+    parser.add_argument("--experts", type=int, default=4, metavar="X", help="of each layer but the first (default: 4)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the routers (default: 0)")
+    arguments = parser.parse_args(rest)
     refuse_existing(Path(arguments.out))
-    directory, config = read_model_config(arguments.model)
+    directory, config = read_model_config(model)
     if not isinstance(config, LLaDAConfig):
-        raise UserError(f"{arguments.model} is of the family {config.family}, but this starts from a LLaDA model")
-    key = jax.random.key(arguments.seed)
-    params, made = upcycle(load(directory).params, config, arguments.experts, key)
-    made_by = {"command": "python -m train.upcycle", **vars(arguments)}
+        raise UserError(f"{model} is of the family {config.family}, but this starts from a LLaDA model")
+    params, made = upcycle(load(directory).params, config, arguments.experts, jax.random.key(arguments.seed))
+    made_by = {"command": "python -m train.upcycle", "model": model, **vars(arguments)}
     export(Path(arguments.out), params, made, directory, made_by, "float32")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m train.upcycle", description="LLaDA -> LLaDA2.0-style, to train")
-    parser.add_argument("model", help="directory of a LLaDA model, or tiny-base")
-    parser.add_argument("out", help="directory to make, in the Hugging Face format")
-    parser.add_argument("--experts", type=int, default=4, metavar="X", help="of each layer but the first (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, help="of the routers (default: 0)")
-    try:
-        main(parser.parse_args())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_program(main, USAGE)

@@ -20,11 +20,11 @@ def largest(z: jax.Array, k: int, rounded: bool = False) -> tuple[jax.Array, jax
     and the index of a maximum is not where its value is looked for; so the last few candidates are sorted after all.
     """
     size = z.shape[-1]
-    few = _top if rounded else _rounds
+    few = jax.lax.top_k if rounded else _rounds
 
     def plain(z: jax.Array) -> tuple[jax.Array, jax.Array]:
         z = z.astype(jnp.float32)
-        return _grouped(z, k, few) if size % GROUP == 0 and size >= k * GROUP else few(z, k)
+        return _grouped(z, k, few) if size % GROUP == 0 and size >= k * GROUP else tuple(few(z, k))
 
     if rounded or z.dtype != jnp.bfloat16 or size > 2**16:
         return plain(z)
@@ -41,10 +41,6 @@ def _rounds(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
         found.append((value, place))
         left &= ids != place[..., None]
     return tuple(jnp.stack(part, axis=-1) for part in zip(*found, strict=True))
-
-
-def _top(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    return tuple(jax.lax.top_k(z, k))
 
 
 def _grouped(z: jax.Array, k: int, few: Callable[..., Any]) -> tuple[jax.Array, jax.Array]:
