@@ -315,3 +315,16 @@ def prepared(*argv):
 def test_a_topology_that_the_compiler_does_not_know():
     with pytest.raises(UserError, match="the TPU compiler does not know the topology 'v5e:3x7': "):
         list(plan.plan_rows(prepared("--preset=llada-8b", "--topology=v5e:3x7", "--batch=1"), []))
+
+
+@pytest.mark.parametrize(
+    ("message", "memory"),
+    [
+        ("Ran out of memory in memory space hbm. Used 18.50G of 15.75G hbm. Exceeded", (18.5, 15.75)),
+        ("required for HLO temporaries (16.09G) exceeds available HBM (15.75G).", (16.09, 15.75)),
+        ("the compiler ran out of its own memory", None),
+    ],
+)
+def test_the_compilers_words_for_too_large(message: str, memory: tuple[float, float] | None):
+    wanted = memory and {"total": memory[0] * 2**30, "capacity": memory[1] * 2**30}
+    assert plan._refused(message) == wanted

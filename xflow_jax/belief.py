@@ -18,11 +18,12 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from xflow_jax.largest import largest
-from xflow_jax.sharding import BATCH, LOGICAL, MESH_AXES, divides
+from xflow_jax.sharding import BATCH, LOGICAL, MESH_AXES, divides, platform
 
 TOP = 4  # how many of the largest probabilities are kept: the policy's features need four
 CHUNK = 16_384  # vocabulary entries at a time, at most
 LOGITS = 2**22  # logits at a time: in float32 they stay in an accelerator's scratch memory
+LOGITS_CPU = 2**20  # in a core's own cache and its share of the common one
 
 
 @struct.dataclass
@@ -194,7 +195,8 @@ def _run(
 
 def _chunk(positions: int, rows: int) -> int:
     """Entries per chunk for so many positions: equal chunks, so that little is seen twice, of whole lanes."""
-    most = min(CHUNK, max(LOGITS // positions, 512))
+    logits = LOGITS_CPU if platform() == "cpu" else LOGITS
+    most = min(CHUNK, max(logits // positions, 512))
     return -(-rows // -(-rows // most) // 128) * 128
 
 
@@ -319,17 +321,9 @@ def _merge(state: _Running, noisy: jax.Array, logits: jax.Array, start: int | ja
 
 def _sums(z: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sums of e^(z - shift) and of z e^(z - shift) over z [..., V], shift [...]; z may be -inf."""
-
-    def one_pass(z: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
-        weights = jnp.exp(z - shift[..., None])
-        return weights.sum(-1), jnp.where(weights > 0, weights * z, 0.0).sum(-1)
-
-    def products(z: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
-        weights, z = jnp.exp(z - shift[..., None]), jnp.maximum(z, jnp.finfo(z.dtype).min)
-        return weights.sum(-1), jnp.einsum("...v,...v->...", weights, z, precision="highest")
-
-    # Two sums in one loop are not vectorised on CPUs, and take five times as long.
-    return jax.lax.platform_dependent(z, shift, cpu=products, default=one_pass)
+    weights = jnp.exp(z - shift[..., None])
+    # With z clipped instead, XLA does not vectorise the loop on CPUs, which then takes several times as long.
+    return weights.sum(-1), jnp.where(weights > 0, weights * z, 0.0).sum(-1)
 
 
 def _finite(largest: jax.Array) -> jax.Array:

@@ -53,15 +53,25 @@ def _grouped(z: jax.Array, k: int, few: Callable[..., Any]) -> tuple[jax.Array, 
 
 
 def _packed(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`largest` of bfloat16: value and index fit one integer, so that a round is a single maximum."""
+    """`largest` of bfloat16: value and index fit one integer, so that one reduction finds all k."""
     bits = jax.lax.bitcast_convert_type(z, jnp.int16).astype(jnp.int32)
     # Integers in the order of the numbers, both zeros 0; below them the index, counted down.
     ordered = jnp.where(bits < 0, (bits ^ 0x7FFF) + 1, bits)
     packed = (ordered << 16) | (0xFFFF - jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1))
-    found = [packed.max(axis=-1)]
-    for _ in range(k - 1):
-        found.append(jnp.where(packed < found[-1][..., None], packed, jnp.iinfo(jnp.int32).min).max(axis=-1))
-    best = jnp.stack(found, axis=-1)
+    length, least = 1 << (k - 1).bit_length(), jnp.int32(jnp.iinfo(jnp.int32).min)
+    lists = (packed, *[jnp.full_like(packed, least)] * (length - 1))  # each entry a list of its own
+    best = jnp.stack(jax.lax.reduce(lists, (least,) * length, _merge, (z.ndim - 1,))[:k], axis=-1)
     ordered = best >> 16
     bits = jnp.where(ordered < 0, (ordered - 1) ^ 0x7FFF, ordered).astype(jnp.int16)
     return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32), 0xFFFF - (best & 0xFFFF)
+
+
+def _merge(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """The k largest of two descending lists of k, descending; k a power of two. Batcher's bitonic merge."""
+    found, step = [jnp.maximum(x, y) for x, y in zip(a, reversed(b), strict=True)], len(a) // 2
+    while step:
+        for i in (i for i in range(len(found)) if not i & step):
+            x, y = found[i], found[i + step]
+            found[i], found[i + step] = jnp.maximum(x, y), jnp.minimum(x, y)
+        step //= 2
+    return tuple(found)

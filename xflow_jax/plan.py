@@ -72,11 +72,9 @@ def compiled_row(config: Any, work: Work, topology: Topology, mesh: Mesh, keep: 
     try:
         compiled = program.compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or not used:
+        memory = _refused(str(error))
+        if memory is None:
             raise
-        sizes = [float(n) * 1024 ** " KMGT".index(unit or " ") for n, unit in (used.groups()[:2], used.groups()[2:])]
-        memory = dict(zip(("total", "capacity"), sizes, strict=True))
         return row | {"fits": False, "memory": memory, "compile_seconds": time.perf_counter() - began}
     stats, text = compiled.memory_analysis(), compiled.as_text()
     if keep:
@@ -94,6 +92,18 @@ def compiled_row(config: Any, work: Work, topology: Topology, mesh: Mesh, keep: 
     row |= {"memory": memory, "fits": memory["total"] <= topology.chip.memory}
     row |= measures(cost, work, topology, mesh, program.steps)
     return row | {"unknown_loops": cost.unknown_loops, "compile_seconds": time.perf_counter() - began}
+
+
+def _refused(message: str) -> dict[str, float] | None:
+    """The memory wanted (of the temporary arrays alone, where it says no more) and there, in bytes, of a compiler that
+    found a program too large; None: that is not what it says."""
+    size = r"([\d.]+)([KMGT]?)"
+    for form in (rf"Used {size} of {size} hbm", rf"temporaries \({size}\) exceeds available HBM \({size}\)"):
+        if found := re.search(form, message):
+            number, unit, limit, its = found.groups()
+            total, capacity = (float(n) * 1024 ** " KMGT".index(u or " ") for n, u in ((number, unit), (limit, its)))
+            return {"total": total, "capacity": capacity}
+    return None
 
 
 def measures(cost: Cost, work: Work, topology: Topology, mesh: Mesh, steps: int) -> dict[str, Any]:
