@@ -7,6 +7,7 @@ import pytest
 
 from tests.helpers import stub
 from tests.llada2_helpers import TINY2, toy2
+from tests.test_bench import arguments
 from xflow_jax import bench, bench_cache
 from xflow_jax.config import PRESETS, UserError
 from xflow_jax.generate import settings_of
@@ -18,17 +19,29 @@ from xflow_jax.rules import MaskPrediction
 def test_both_ways_are_timed_and_agree():
     config = dataclasses.replace(TINY2, num_experts=None, num_hidden_layers=1)
     lm, ticks = toy2(0, config), iter([8.0, 2.0, 6.0, 1.0, 9.0, 3.0])
-    settings = settings_of(lm, 4, 8, 4, None, 4)
-    result = bench_cache.measure(lm, MaskPrediction(), settings, 2, 4, 3, seconds=lambda program: next(ticks))
-    assert result == bench_cache.Ratio(steps=4, whole=2.0, cached=0.5, ratio=4.0, same=True)
+    ways = bench_cache.ways_of(lm, settings_of(lm, 4, 8, 4, None, 4), 0)
+    result = bench_cache.measure(lm, MaskPrediction(), ways, 2, 4, 3, seconds=lambda program: next(ticks))
+    assert result == bench_cache.Ratio(steps=4, plain=2.0, saving=0.5, ratio=4.0, agreement=1.0)
     said = bench_cache.sentence(result)
-    assert said.startswith("a step takes 2000.0 ms without the cache and 500.0 ms with it, 4.0 times less")
+    assert said.startswith("a step takes 2000.0 ms without and 500.0 ms with the cache, 4.00 times less")
 
 
-def test_a_model_without_an_exact_cache():
+def test_a_prompt_read_every_other_step(capsys):
+    bench.run(arguments("--model=tiny", "--refresh=2", "--gen-length=4", "--steps=2", "--batch-sizes=1", "--rounds=1"))
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("batch 1: a step takes ") and " ms with the prompt read every 2 steps, " in said
+    assert "over 2 steps" in said
+
+
+def test_without_what_could_be_saved():
     lm = stub()
     with pytest.raises(UserError, match="^llada attends to later blocks, so it has no exact cache; choose a llada2"):
-        bench_cache.measure(lm, MaskPrediction(), settings_of(lm, 4, 8, 4, None, 4), 1, 4, 1, bench.seconds)
+        bench_cache.ways_of(lm, settings_of(lm, 4, 8, 4, None, 4), 0)
+    with pytest.raises(UserError, match="^llada2 is block-causal, so its cache is exact"):
+        lm = toy2(0, TINY2)
+        bench_cache.ways_of(lm, settings_of(lm, 4, 8, 4, None, 4), 2)
+    with pytest.raises(UserError, match="^refresh must be at least 2 to be compared with every step, not 1"):
+        bench.run(arguments("--model=tiny", "--refresh=1"))
 
 
 def test_the_middle_size():

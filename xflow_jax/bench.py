@@ -247,7 +247,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", choices=("torch",), help="mask prediction beside a plain PyTorch model instead")
     parser.add_argument("--mesh", metavar="D,F,T", help="sizes of data, fsdp and tensor (default: one device)")
     parser.add_argument("--json", metavar="FILE", help="keep every number in a new file")
-    parser.add_argument("--cache-ratio", action="store_true", help="only: a step with the exact cache and without it")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--cache-ratio", action="store_true", help="only: a step with the exact cache and without it")
+    only.add_argument(
+        "--refresh", type=int, metavar="R", help="only: a step with the prompt read every R steps and in every one"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -262,8 +266,8 @@ def run(args: argparse.Namespace) -> None:
     lm = load_or_make(args.model, args.dtype, args.mesh)
     steps = max(args.gen_length // 4, 1) if args.steps is None else args.steps
     settings = settings_of(lm, args.prompt_length, args.gen_length, steps, None, args.block_length)
-    if args.cache_ratio:
-        return _cache_ratio(args, lm, rule, settings, sizes)
+    if args.cache_ratio or args.refresh is not None:
+        return _two_ways(args, lm, rule, settings, sizes)
     with lm.scope():
         rate = matmul_rate(lm.dtype)
     device = jax.devices()[0]
@@ -300,15 +304,19 @@ def _keep(args: argparse.Namespace, device: Any, parameters: int, rate: float, f
         write_whole(Path(args.json), json.dumps(facts | found, indent=1) + "\n")
 
 
-def _cache_ratio(args: argparse.Namespace, lm: LM, rule: Rule, settings: Settings, sizes: list[int]) -> None:
+def _two_ways(args: argparse.Namespace, lm: LM, rule: Rule, settings: Settings, sizes: list[int]) -> None:
+    if args.refresh is not None and args.refresh < 2:
+        raise UserError(f"refresh must be at least 2 to be compared with every step, not {args.refresh}")
+    refresh = args.refresh or 0
+    ways = bench_cache.ways_of(lm, settings, refresh)
     parameters = sum(x.size for x in jax.tree.leaves(lm.params))
     print(
         f"{args.model}: {parameters / 1e6:.1f} M parameters, prompts of {args.prompt_length} tokens, responses of "
         f"{settings.gen_length} in blocks of {settings.block_length} with {settings.steps} steps each"
     )
     for batch in sizes:
-        result = bench_cache.measure(lm, rule, settings, batch, args.prompt_length, args.rounds, seconds)
-        print(f"batch {batch}: {bench_cache.sentence(result)}")
+        result = bench_cache.measure(lm, rule, ways, batch, args.prompt_length, args.rounds, seconds)
+        print(f"batch {batch}: {bench_cache.sentence(result, refresh)}", flush=True)
 
 
 def table(timings: list[Timing]) -> str:

@@ -1,6 +1,7 @@
-"""What the exact cache of block-causal decoding saves: `xflow bench --model llada2-20m --cache-ratio --gen-length 512`.
+"""What reading less in a step saves, beside the same decode without it: `xflow bench --cache-ratio`, of the exact cache
+of block-causal decoding, and `xflow bench --refresh R`, of a prompt that is read in every R-th step only.
 
-The same decode is timed with and without the cache, in turns, so that another load on the machine falls on both alike.
+Both ways are timed in turns, so that another load on the machine falls on them alike.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 
 from xflow_jax.decode import Settings
-from xflow_jax.generate import decode_batch, pad_prompts
+from xflow_jax.generate import check_refresh, decode_batch, pad_prompts
 from xflow_jax.lm import LM
 from xflow_jax.rules import Rule
 from xflow_jax.strict import UserError
@@ -22,37 +23,47 @@ from xflow_jax.strict import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """whole, cached: seconds of a step without and with the cache, medians of whole decodes over their steps; what the
-    cache costs besides (reading the prompt, and each finished block once) is in it. ratio: the median of the rounds'
-    own. same: whether the tokens were the same."""
+    """plain, saving: seconds of a step, medians of whole decodes over their steps; what the saving costs besides (a
+    cache reads the prompt, and each finished block once) is in it. ratio: the median of the rounds' own. agreement:
+    the share of equal tokens."""
 
     steps: int
-    whole: float
-    cached: float
+    plain: float
+    saving: float
     ratio: float
-    same: bool
+    agreement: float
+
+
+def ways_of(lm: LM, settings: Settings, refresh: int) -> tuple[Settings, Settings]:
+    """The decode that reads all in every step, and the one that does not; no step is skipped, an EOS stops nothing.
+
+    refresh: read the prompt in every so many steps; 0: with the exact cache. UserError where there is none.
+    """
+    settings = dataclasses.replace(settings, stop_at_eos=False, early_exit=False)
+    if refresh:
+        check_refresh(lm, refresh)
+        return settings, dataclasses.replace(settings, refresh=refresh)
+    if not settings.cache:
+        raise UserError(f"{lm.config.family} attends to later blocks, so it has no exact cache; choose a llada2 model")
+    return dataclasses.replace(settings, cache=False), settings
 
 
 def measure(
     lm: LM,
     rule: Rule,
-    settings: Settings,
+    ways: tuple[Settings, Settings],
     batch: int,
     prompt_length: int,
     rounds: int,
     seconds: Callable[[Callable[[], Any]], float],
 ) -> Ratio:
-    """Times decodes of `batch` random prompts in both ways; no step is skipped, and an EOS stops nothing.
+    """Times decodes of `batch` random prompts in both ways.
 
-    seconds: runs a program to its end and says how long it took. Raises UserError for a model without an exact cache.
+    seconds: runs a program to its end and says how long it took.
     """
-    if not settings.cache:
-        raise UserError(f"{lm.config.family} attends to later blocks, so it has no exact cache; choose a llada2 model")
     rows = np.random.default_rng(0).integers(0, lm.config.vocab_size, (batch, prompt_length)).tolist()
     ids, mask = jax.device_put(pad_prompts(lm, rows))
     keys = jax.random.split(jax.random.key(0), batch)
-    settings = dataclasses.replace(settings, stop_at_eos=False, early_exit=False)
-    ways = [dataclasses.replace(settings, cache=cache) for cache in (False, True)]
     with lm.scope():
         # The first run compiles.
         outs = [decode_batch(lm.model, lm.params, rule, way, ids, mask, keys) for way in ways]
@@ -62,15 +73,14 @@ def measure(
             for _ in range(rounds)
         ]
     steps = int(passes[0].max())
-    whole, cached = (statistics.median(column) / steps for column in zip(*times, strict=True))
+    plain, saving = (statistics.median(column) / steps for column in zip(*times, strict=True))
     ratio = statistics.median(without / with_ for without, with_ in times)
-    return Ratio(steps, whole, cached, ratio, bool((tokens[0] == tokens[1]).all()))
+    return Ratio(steps, plain, saving, ratio, float(np.mean(tokens[0] == tokens[1])))
 
 
-def sentence(result: Ratio) -> str:
+def sentence(result: Ratio, refresh: int = 0) -> str:
     """A measurement in words."""
-    same = "the same tokens" if result.same else "OTHER TOKENS"
-    return (
-        f"a step takes {1e3 * result.whole:.1f} ms without the cache and {1e3 * result.cached:.1f} ms with it, "
-        f"{result.ratio:.1f} times less, over {result.steps} steps; {same}"
-    )
+    less = f"the prompt read every {refresh} steps" if refresh else "the cache"
+    times = f"{1e3 * result.plain:.1f} ms without and {1e3 * result.saving:.1f} ms with {less}"
+    same = f"{100 * result.agreement:.1f} % of the tokens are equal"
+    return f"a step takes {times}, {result.ratio:.2f} times less, over {result.steps} steps; {same}"
