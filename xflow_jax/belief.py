@@ -23,7 +23,7 @@ from xflow_jax.sharding import BATCH, LOGICAL, MESH_AXES, divides, platform
 TOP = 4  # how many of the largest probabilities are kept: the policy's features need four
 CHUNK = 16_384  # vocabulary entries at a time, at most
 LOGITS = 2**22  # logits at a time: in float32 they stay in an accelerator's scratch memory
-LOGITS_CPU = 2**20  # in a core's own cache and its share of the common one
+CHUNK_CPU, LOGITS_CPU = 4096, 2**20  # the same in the caches of a CPU
 
 
 @struct.dataclass
@@ -195,8 +195,12 @@ def _run(
 
 def _chunk(positions: int, rows: int) -> int:
     """Entries per chunk for so many positions: equal chunks, so that little is seen twice, of whole lanes."""
-    logits = LOGITS_CPU if platform() == "cpu" else LOGITS
-    most = min(CHUNK, max(logits // positions, 512))
+    if platform() != "cpu":
+        most = min(CHUNK, max(LOGITS // positions, 512))
+    elif positions * rows <= LOGITS:
+        most = rows  # a chunk of the head would be copied for its product, and few positions do not repay that
+    else:
+        most = min(CHUNK_CPU, max(LOGITS_CPU // positions, 512))
     return -(-rows // -(-rows // most) // 128) * 128
 
 
