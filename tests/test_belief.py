@@ -229,6 +229,7 @@ def test_values_and_ids_packed_into_one_integer():
     logits = jnp.asarray(np.round(rng.normal(size=(2, 6, 640)) * 2), jnp.bfloat16).at[0, :, 3:].set(-jnp.inf)
     logits = logits.at[1, 0].set(jnp.where(rng.random(640) < 0.5, 0.0, -0.0)).at[1, 1, [9, 500]].set(3e38)
     for ours, wanted in zip(_packed(logits, TOP), _rounds(logits.astype(jnp.float32), TOP), strict=True):
+        ours = jnp.moveaxis(ours, 0, -1)
         np.testing.assert_array_equal(ours, wanted)
 
 

@@ -247,8 +247,8 @@ def test_no_exact_cache_where_later_blocks_are_seen():
 
 @eight
 @pytest.mark.slow
-def test_decoding_takes_all_layers_experts_at_once():
-    """With the kernel that does, where no device has to gather them; the result is the same."""
+def test_decoding_takes_all_layers_experts_at_once(monkeypatch):
+    """With the kernel that does, where no device has to gather them; the result is the same. TPUs have it."""
     x, params = jax.random.normal(jax.random.key(0), (2, 8, 32)), random_params(build(TINY2))
 
     def run(kernel, spec="1,1,1", only_text=False):
@@ -268,3 +268,6 @@ def test_decoding_takes_all_layers_experts_at_once():
     np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-5)
     assert not at_once and run("stacked", only_text=True)[0]  # the two layers' eight experts as one
     assert not run("stacked", "1,2,1", only_text=True)[0]
+    assert not run(None, only_text=True)[0]
+    monkeypatch.setattr("xflow_jax.models.moe.platform", lambda: "tpu")
+    assert run(None, only_text=True)[0]

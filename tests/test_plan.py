@@ -135,6 +135,25 @@ def test_the_tpus_own_forms():
     assert part_cycles(found, {"backbone": "/blocks/"}) == {"backbone": 1500.0, "rest": 500.0}
 
 
+GROUPED_TEXT = """HloModule m
+
+ENTRY %main (n: s32[1], x: bf16[64,32], w: bf16[12,32,16]) -> bf16[64,16] {
+  %n = s32[1]{0} parameter(0)
+  %x = bf16[64,32]{1,0} parameter(1)
+  %w = bf16[12,32,16]{2,1,0} parameter(2)
+  ROOT %ragged-dot-none.1 = bf16[64,16]{1,0} custom-call(%n, %x, %w), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_a_grouped_product_reads_the_experts_of_its_own_layer():
+    """Of 8 experts 4 are on the chip, and the stack is of 3 layers: half of the rows, a third of the matrices."""
+    found = Program(GROUPED_TEXT, experts=(8, 4)).cost()
+    assert found.flops == found.grouped_flops == 2 * 64 * 32 * 16 / 2
+    assert found.bytes == found.grouped_bytes == 4 + 2 * (64 * 32 + 4 * 32 * 16 + 64 * 16)
+    assert not found.unknown_kernels
+
+
 @pytest.mark.parametrize(
     "text, groups",
     [

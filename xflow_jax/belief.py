@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
-from xflow_jax.largest import largest
+from xflow_jax.largest import first_of, largest
 from xflow_jax.sharding import BATCH, LOGICAL, MESH_AXES, divides, platform
 
 TOP = 4  # how many of the largest probabilities are kept: the policy's features need four
@@ -125,13 +125,14 @@ def believe(
     """
     with jax.named_scope("belief"):
         if isinstance(head, Head) and _spread(head):
-            return _finish(_over_mesh(head, hidden, options, keys, unconditional, chunk))
+            return _over_mesh(head, hidden, options, keys, unconditional, chunk)
         return _finish(_run(head, hidden, rows, 0, options, keys, unconditional, chunk))
 
 
 @struct.dataclass
 class _Running:
-    """What is known after some chunks; `total` and `weighted` are sums of e^(z - top[0]) and of z e^(z - top[0])."""
+    """What is known after some chunks, [B, N], and top, top_tokens [4, B, N]; `total` and `weighted` are sums of
+    e^(z - top[0]) and of z e^(z - top[0])."""
 
     best: jax.Array
     best_logit: jax.Array
@@ -160,8 +161,8 @@ def _run(
         best=jnp.full((b, n), -jnp.inf),
         best_logit=jnp.full((b, n), -jnp.inf),
         tokens=jnp.zeros((b, n), jnp.int32),
-        top=jnp.full((b, n, TOP), -jnp.inf),
-        top_tokens=jnp.zeros((b, n, TOP), jnp.int32),
+        top=jnp.full((TOP, b, n), -jnp.inf),
+        top_tokens=jnp.zeros((TOP, b, n), jnp.int32),
         total=jnp.zeros((b, n)),
         weighted=jnp.zeros((b, n)),
     )
@@ -211,12 +212,12 @@ def _noise(key: jax.Array, ids: jax.Array, n: int) -> jax.Array:
 
 
 def _finish(state: _Running) -> Belief:
-    log_sum = state.top[..., 0] + jnp.log(state.total)
+    log_sum = state.top[0] + jnp.log(state.total)
     return Belief(
         tokens=state.tokens,
         confidence=jnp.exp(state.best_logit - log_sum),
-        top=jnp.exp(state.top - log_sum[..., None]),
-        top_tokens=state.top_tokens,
+        top=jnp.moveaxis(jnp.exp(state.top - log_sum[None]), 0, -1),
+        top_tokens=jnp.moveaxis(state.top_tokens, 0, -1),
         entropy=jnp.maximum(log_sum - state.weighted / state.total, 0.0),
     )
 
@@ -237,7 +238,7 @@ def _over_mesh(
     keys: jax.Array | None,
     unconditional: jax.Array | None,
     chunk: int | None,
-) -> _Running:
+) -> Belief:
     """`_run` on each device for its part of the vocabulary and of the batch, and one gather of what they found.
 
     Where the table's dimension E is spread, too (fsdp), it is gathered for a chunk at a time.
@@ -247,10 +248,10 @@ def _over_mesh(
     table = P(vocab, embed) if head.tied else P(embed, vocab)
     head = head.replace(gather=embed if mesh.shape[embed] > 1 else None)
 
-    def local(head: Head, hidden: jax.Array, keys: Any, unconditional: Any) -> _Running:
+    def local(head: Head, hidden: jax.Array, keys: Any, unconditional: Any) -> Belief:
         first = jax.lax.axis_index(vocab) * head.rows
         mine = _run(head, hidden, head.rows, first, options, keys, unconditional, chunk)
-        return mine if mesh.shape[vocab] == 1 else _gather(mine, vocab)
+        return _finish(mine if mesh.shape[vocab] == 1 else _gather(mine, vocab))
 
     specs = (head.replace(table=table, bias=None if head.bias is None else P(vocab)), batch, batch, batch)
     spread = jax.shard_map(local, in_specs=specs, out_specs=batch, check_vma=False)
@@ -260,21 +261,18 @@ def _over_mesh(
 def _gather(mine: _Running, axis: str) -> _Running:
     """What the devices of an axis found, each in its part of the vocabulary, in one collective operation."""
     leaves, tree = jax.tree.flatten(mine)
-    flat = [x.reshape(*mine.best.shape, -1) for x in leaves]
-    bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in flat]
-    every = jax.lax.all_gather(jnp.concatenate(bits, axis=-1), axis)
-    cuts = [sum(x.shape[-1] for x in flat[: i + 1]) for i in range(len(flat) - 1)]
-    parts = zip(jnp.split(every, cuts, axis=-1), leaves, strict=True)
+    bits = [jax.lax.bitcast_convert_type(x, jnp.int32).reshape(-1, *mine.best.shape) for x in leaves]
+    every = jax.lax.all_gather(jnp.concatenate(bits), axis)
+    cuts = [sum(len(x) for x in bits[: i + 1]) for i in range(len(bits) - 1)]
+    parts = zip(jnp.split(every, cuts, axis=1), leaves, strict=True)
     found = [jax.lax.bitcast_convert_type(part, x.dtype).reshape(-1, *x.shape) for part, x in parts]
     return _combine(jax.tree.unflatten(tree, found))
 
 
 def _combine(parts: _Running) -> _Running:
-    """The state after all parts of the vocabulary from theirs, [parts, B, N, ...] in the vocabulary's order."""
-    # In that order the lowest id comes first among equals.
-    top, ids = (jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1) for x in (parts.top, parts.top_tokens))
-    top, place = largest(top, TOP)
-    rescale = jnp.exp(parts.top[..., 0] - _finite(top[..., 0])[None])
+    """The state after all parts of the vocabulary from theirs, [parts, ...] in the vocabulary's order."""
+    top, ids = first_of(*(x.reshape(-1, *x.shape[2:]) for x in (parts.top, parts.top_tokens)), TOP)
+    rescale = jnp.exp(parts.top[:, 0] - _finite(top[0])[None])
     best = parts.best.max(axis=0)
     winner = jnp.argmax(parts.best == best[None], axis=0)[None]
     return _Running(
@@ -282,7 +280,7 @@ def _combine(parts: _Running) -> _Running:
         best_logit=jnp.take_along_axis(parts.best_logit, winner, axis=0)[0],
         tokens=jnp.take_along_axis(parts.tokens, winner, axis=0)[0],
         top=top,
-        top_tokens=jnp.take_along_axis(ids, place, axis=-1),
+        top_tokens=ids,
         total=jnp.sum(parts.total * rescale, axis=0),
         weighted=jnp.sum(parts.weighted * rescale, axis=0),
     )
@@ -300,16 +298,16 @@ def _merge(state: _Running, noisy: jax.Array, logits: jax.Array, start: int | ja
     chunk_top, chunk_tokens = largest(logits, min(TOP, logits.shape[-1]), rounded=guided)
     plain, logits = noisy is logits, logits.astype(jnp.float32)
     # The earlier chunk stands first, so that among equals the lower id does.
-    top, place = largest(jnp.concatenate([state.top, chunk_top], axis=-1), TOP)
-    ids = jnp.concatenate([state.top_tokens, chunk_tokens + start], axis=-1)
-    finite = _finite(top[..., 0])
+    both = ((state.top, chunk_top), (state.top_tokens, chunk_tokens + start))
+    top, ids = first_of(*map(jnp.concatenate, both), TOP)
+    finite = _finite(top[0])
     total, weighted = _sums(logits, finite)
-    rescale = jnp.exp(state.top[..., 0] - finite)
+    rescale = jnp.exp(state.top[0] - finite)
     if plain:
-        best = best_logit = chunk_top[..., 0]
-        index = chunk_tokens[..., 0]
+        best = best_logit = chunk_top[0]
+        index = chunk_tokens[0]
     else:
-        best, index = (x[..., 0] for x in largest(noisy, 1, rounded=True))
+        best, index = (x[0] for x in largest(noisy, 1, rounded=True))
         best_logit = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
     better = best > state.best  # strictly: of equals the earlier chunk, hence the lower index, stays
     return _Running(
@@ -317,7 +315,7 @@ def _merge(state: _Running, noisy: jax.Array, logits: jax.Array, start: int | ja
         best_logit=jnp.where(better, best_logit, state.best_logit),
         tokens=jnp.where(better, index + start, state.tokens),
         top=top,
-        top_tokens=jnp.take_along_axis(ids, place, axis=-1),
+        top_tokens=ids,
         total=state.total * rescale + total,
         weighted=state.weighted * rescale + weighted,
     )

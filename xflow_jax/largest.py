@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,23 +12,33 @@ GROUP = 64  # entries whose maximum is taken first
 
 
 def largest(z: jax.Array, k: int, rounded: bool = False) -> tuple[jax.Array, jax.Array]:
-    """The k largest of z [..., V] as float32, descending, and their indices, [..., k] each; of equal ones the lowest
+    """The k largest of z [..., V] as float32, descending, and their indices, [k, ...] each; of equal ones the lowest
     index first, and each counts.
 
-    In rounds of reductions: top_k would sort all of z, on CPUs and TPUs alike. rounded: z is made by arithmetic here
-    and now. The compiler may then compute it anew for each reduction, once with a fused multiply-add and once without,
-    and the index of a maximum is not where its value is looked for; so the last few candidates are sorted after all.
+    Without top_k, which would sort all of z, on CPUs and TPUs alike. rounded: z is made by arithmetic here and now. The
+    compiler may then compute it anew for each reduction, once with a fused multiply-add and once without, and the index
+    of a maximum is not where its value is looked for; so the last few candidates are sorted after all.
     """
     size = z.shape[-1]
     few = jax.lax.top_k if rounded else _rounds
 
     def plain(z: jax.Array) -> tuple[jax.Array, jax.Array]:
         z = z.astype(jnp.float32)
-        return _grouped(z, k, few) if size % GROUP == 0 and size >= k * GROUP else tuple(few(z, k))
+        found = _grouped(z, k, few) if size % GROUP == 0 and size >= k * GROUP else few(z, k)
+        return tuple(jnp.moveaxis(part, -1, 0) for part in found)
 
     if rounded or z.dtype != jnp.bfloat16 or size > 2**16:
         return plain(z)
     return jax.lax.platform_dependent(z, cpu=plain, default=lambda z: _packed(z, k))
+
+
+def first_of(values: jax.Array, ids: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest of a few values [m, ...], descending, [k, ...], and their ids; of equal ones the earlier first."""
+    place = jnp.arange(len(values)).reshape(-1, *[1] * (values.ndim - 1))
+    above = values[:, None] > values[None, :]
+    above |= (values[:, None] == values[None, :]) & (place[:, None] < place[None, :])
+    here = above.sum(axis=0)[None, :] == place[:k, None]  # a value's rank is how many stand above it
+    return jnp.where(here, values[None, :], -jnp.inf).max(axis=1), jnp.where(here, ids[None, :], 0).sum(axis=1)
 
 
 def _rounds(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -60,14 +70,14 @@ def _packed(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     packed = (ordered << 16) | (0xFFFF - jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1))
     length, least = 1 << (k - 1).bit_length(), jnp.int32(jnp.iinfo(jnp.int32).min)
     lists = (packed, *[jnp.full_like(packed, least)] * (length - 1))  # each entry a list of its own
-    best = jnp.stack(jax.lax.reduce(lists, (least,) * length, _merge, (z.ndim - 1,))[:k], axis=-1)
+    best = jnp.stack(jax.lax.reduce(lists, (least,) * length, _bitonic, (z.ndim - 1,))[:k])
     ordered = best >> 16
     bits = jnp.where(ordered < 0, (ordered - 1) ^ 0x7FFF, ordered).astype(jnp.int16)
     return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32), 0xFFFF - (best & 0xFFFF)
 
 
-def _merge(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """The k largest of two descending lists of k, descending; k a power of two. Batcher's bitonic merge."""
+def _bitonic(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """The k largest of two descending lists of k, descending; k a power of two. Batcher's network."""
     found, step = [jnp.maximum(x, y) for x, y in zip(a, reversed(b), strict=True)], len(a) // 2
     while step:
         for i in (i for i in range(len(found)) if not i & step):

@@ -30,7 +30,7 @@ from xflow_jax.plan_hlo import Collective, Cost, Program, by_kind, part_cycles
 from xflow_jax.plan_programs import PROGRAMS, Analytic, Work, analytic, lowerable, meshes, passes
 from xflow_jax.plan_report import markdown, sentence, table
 from xflow_jax.records import write_whole
-from xflow_jax.sharding import MESH_AXES, make_mesh
+from xflow_jax.sharding import LOGICAL, MESH_AXES, make_mesh
 from xflow_jax.strict import UserError, require
 
 # Parts of a decode by the names that the compiler kept; what the backbone and the head are not is the decoder.
@@ -87,7 +87,8 @@ def compiled_row(config: Any, work: Work, topology: Topology, mesh: Mesh, keep: 
         "code": stats.generated_code_size_in_bytes,
     }
     memory |= {"total": sum(memory.values()), "capacity": topology.chip.memory}
-    module = Program(text, experts=getattr(config, "num_experts", None))
+    count = getattr(config, "num_experts", None)
+    module = Program(text, experts=count and (count, count // mesh.shape[LOGICAL["expert"]]))
     cost = module.cost()
     row |= {"memory": memory, "fits": memory["total"] <= topology.chip.memory}
     row |= measures(cost, work, topology, mesh, program.steps)
@@ -115,7 +116,9 @@ def measures(cost: Cost, work: Work, topology: Topology, mesh: Mesh, steps: int)
         dict(kind, count=kind["count"] / steps, bytes=kind["bytes"] / steps) for kind in by_kind(cost.collectives)
     ]
     parts = part_cycles(cost, PARTS)
-    total = sum(parts.values())
+    # Grouped products have no estimate: the least that they can take stands in for it.
+    grouped = max(cost.grouped_flops / chip.flops, cost.grouped_bytes / chip.bandwidth) * chip.clock
+    total = sum(parts.values()) + grouped
     if total and work.program != "align":
         row["decoder_share"] = parts["rest"] / total
     return row | _speed(work, steps, row["flops"] / chip.flops, row["bytes"] / chip.bandwidth, links)

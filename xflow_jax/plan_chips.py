@@ -14,7 +14,8 @@ GIB = 2**30
 @dataclass(frozen=True)
 class Chip:
     """A chip's peaks: bfloat16 FLOP/s, bytes of memory that a program can have, bytes/s of memory and of a link in one
-    direction. axes: of the torus, with a link to both neighbours on each; pod: the most chips on one torus."""
+    direction. axes: of the torus, with a link to both neighbours on each; pod: the most chips on one torus. clock: in
+    Hz, what the peak takes of the matrix units that the maker names (the rate itself is not published)."""
 
     name: str
     flops: float
@@ -23,15 +24,16 @@ class Chip:
     link: float
     axes: int
     pod: int
+    clock: float = 0.0
 
 
 # TPUs: Google Cloud's pages of each version (peak compute, memory bandwidth, interconnect bandwidth per chip over its
 # ports, pod size), memory as the compiler leaves it to programs. GPUs: NVIDIA's data sheets, dense bfloat16; NVLink is
 # taken as one axis.
 CHIPS: dict[str, Chip] = {
-    "v5e": Chip("TPU v5e", 197e12, 15.75 * GIB, 819e9, 50e9, 2, 256),
-    "v5p": Chip("TPU v5p", 459e12, 95.74 * GIB, 2765e9, 100e9, 3, 8960),
-    "v6e": Chip("TPU v6e", 918e12, 31.25 * GIB, 1638e9, 100e9, 2, 256),
+    "v5e": Chip("TPU v5e", 197e12, 15.75 * GIB, 819e9, 50e9, 2, 256, 1.5e9),
+    "v5p": Chip("TPU v5p", 459e12, 95.74 * GIB, 2765e9, 100e9, 3, 8960, 1.75e9),
+    "v6e": Chip("TPU v6e", 918e12, 31.25 * GIB, 1638e9, 100e9, 2, 256, 1.75e9),
 }
 GPUS: dict[str, Chip] = {
     "a100": Chip("A100 80GB SXM", 312e12, 80e9, 2039e9, 300e9, 1, 8),

@@ -46,10 +46,13 @@ class Collective:
 
 @dataclasses.dataclass
 class Cost:
-    """Of a program on one chip. cycles: the compiler's own estimate, where it gives one, by op_name."""
+    """Of a program on one chip. cycles: the compiler's own estimate, where it gives one, by op_name; grouped_flops,
+    grouped_bytes: of the grouped matrix products, for which it gives none."""
 
     flops: float = 0.0
     bytes: float = 0.0
+    grouped_flops: float = 0.0
+    grouped_bytes: float = 0.0
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     cycles: dict[str, float] = dataclasses.field(default_factory=dict)
     unknown_loops: list[str] = dataclasses.field(default_factory=list)
@@ -57,8 +60,8 @@ class Cost:
 
     def add(self, other: Cost, times: float) -> None:
         """Adds `other`, done so many times."""
-        self.flops += times * other.flops
-        self.bytes += times * other.bytes
+        for name in ("flops", "bytes", "grouped_flops", "grouped_bytes"):
+            setattr(self, name, getattr(self, name) + times * getattr(other, name))
         self.collectives += [dataclasses.replace(c, count=c.count * times) for c in other.collectives]
         for mine, theirs in ((self.cycles, other.cycles), (self.unknown_kernels, other.unknown_kernels)):
             for key, value in theirs.items():
@@ -69,11 +72,11 @@ class Cost:
 class Program:
     """A module of HLO text; `cost()` walks it from its entry.
 
-    experts: of the model, whose tokens are taken to be spread evenly; of the rows of a grouped matrix product those of
-    a chip's own experts are computed.
+    experts: (of a layer, of those on a chip). Tokens are taken to be spread evenly; a grouped matrix product computes
+    the rows of a chip's own experts, and reads these, even where it is given those of all layers.
     """
 
-    def __init__(self, text: str, experts: int | None = None):
+    def __init__(self, text: str, experts: tuple[int, int] | None = None):
         self.experts = experts
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry, current = "", None
@@ -108,8 +111,10 @@ class Program:
         elif i.opcode == "call" or (i.opcode == "async-start" and i.called):
             total.add(self.cost(i.called[0]), 1)
         elif i.opcode not in _FREE and not i.opcode.endswith(("-done", "-update")):
-            total.flops += self._flops(i, around)
-            total.bytes += self._traffic(i, around)
+            flops, moved = self._flops(i, around), self._traffic(i, around)
+            total.flops, total.bytes = total.flops + flops, total.bytes + moved
+            if _grouped(i):
+                total.grouped_flops, total.grouped_bytes = total.grouped_flops + flops, total.grouped_bytes + moved
             self._note_collective(i, around, total)
             self._note_cycles(i, total)
             if i.opcode == "custom-call" and not i.name.startswith("ragged-dot"):
@@ -150,10 +155,9 @@ class Program:
             return 2.0 * math.prod(i.arrays[0].shape) * math.prod(lhs[d] for d in contracted)
         if i.opcode == "convolution":
             return _convolution_flops(i, *(around[name].arrays[0].shape for name in i.operands[:2]))
-        if i.opcode == "ragged-dot" or (i.opcode == "custom-call" and i.name.startswith("ragged-dot-none")):
-            # The compiler's own kernel takes the groups' places first, then rows [A, E] and matrices [X, E, F].
+        if _grouped(i):
             rows, matrices = (around[name].arrays[0].shape for name in _matrix_operands(i, around))
-            share = matrices[0] / self.experts if self.experts else 1.0
+            share = self.experts[1] / self.experts[0] if self.experts else 1.0
             return 2.0 * rows[0] * math.prod(matrices[1:]) * share
         if i.opcode == "fusion":
             inner = self.computations[i.called[0]]
@@ -178,7 +182,11 @@ class Program:
         if i.opcode.endswith("-start") and len(i.arrays) > 1:
             # (result, operand, ...): one of the two may lie on the chip.
             return sum(a.traffic for a in i.arrays[:2])
-        return out + sum(a.traffic for a in _operands(i, around))
+        idle = 0.0
+        if _grouped(i) and self.experts:
+            stack = around[_matrix_operands(i, around)[1]].arrays[0]
+            idle = stack.traffic * max(1 - self.experts[1] / stack.shape[0], 0.0)
+        return out + sum(a.traffic for a in _operands(i, around)) - idle
 
     def _read(self, computation: str, number: int, whole: float) -> float:
         """Bytes that a fusion reads of its operand; of one that it only slices, the slices."""
@@ -296,8 +304,13 @@ def _operands(i: Instruction, around: dict[str, Instruction]) -> Iterator[Array]
     return itertools.chain.from_iterable(_arrays(around, name) for name in i.operands)
 
 
+def _grouped(i: Instruction) -> bool:
+    """Whether it is a grouped matrix product, HLO's own or the compiler's kernel for it."""
+    return i.opcode == "ragged-dot" or (i.opcode == "custom-call" and i.name.startswith("ragged-dot-none"))
+
+
 def _matrix_operands(i: Instruction, around: dict[str, Instruction]) -> list[str]:
-    """The last two operands that are matrices: rows [A, E] and a stack [X, E, F]."""
+    """Of a grouped product: rows [A, E] and a stack [X, E, F]; before them the kernel takes the groups' places."""
     found = [name for name in i.operands if any(len(a.shape) >= 2 for a in _arrays(around, name))]
     return found[-2:] if i.opcode == "custom-call" else list(i.operands[:2])
 

@@ -63,7 +63,8 @@ def markdown(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
         "`/ least` is the FLOPs over those of the matrix products that the step cannot do without. The three times are "
         "what a step takes at the chip's peak rates if nothing else held it up; tokens/s is the bound that the largest "
         "of them sets, response tokens of all rows. `decoder %` is the share of the compiler's own cycle estimate that "
-        "is neither backbone nor head.",
+        "is neither backbone nor head; the grouped products of experts, for which it has none, count with the least "
+        "time that they can take.",
         "",
     ]
     for preset in dict.fromkeys(row["preset"] for row in rows):

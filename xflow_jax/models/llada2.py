@@ -11,7 +11,7 @@ from xflow_jax.config import LLaDA2Config
 from xflow_jax.models import cache as kv
 from xflow_jax.models.attention import attend, attention_mask
 from xflow_jax.models.layers import REMAT, Linear, RMSNorm, apply_rope, rope_tables
-from xflow_jax.models.moe import Experts, Router, route
+from xflow_jax.models.moe import Experts, Router, default_kernel, route
 from xflow_jax.sharding import LOGICAL, constrain_batch, constrain_lookup
 from xflow_jax.strict import require
 
@@ -192,7 +192,7 @@ class LLaDA2(nn.Module):
         """All layers' experts, where the layers take them so: only in decoding, since the gradient of a layer would be
         as large as the stack, and where no device has to gather or cast more than it holds."""
         mesh = jax.sharding.get_abstract_mesh()
-        if self.experts_kernel != "stacked" or mesh.shape.get(LOGICAL["embed"], 1) > 1:
+        if (self.experts_kernel or default_kernel()) != "stacked" or mesh.shape.get(LOGICAL["embed"], 1) > 1:
             return None
         stack = self.variables["params"]["blocks"]["experts"]
         return stack if all(x.dtype == self.dtype for x in stack.values()) else None

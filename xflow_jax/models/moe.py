@@ -143,7 +143,8 @@ def _experts(
     key = jnp.where(held, local, count)
     order = jnp.argsort(key, stable=True)
     inverse = jnp.argsort(order)
-    sizes = groups = jnp.diff(jnp.searchsorted(key[order], jnp.arange(count + 1))).astype(jnp.int32)
+    ends = jnp.searchsorted(key[order], jnp.arange(count + 1), method="compare_all")  # a search is a loop
+    sizes = groups = jnp.diff(ends).astype(jnp.int32)
     if layer is not None:
         # One list of all layers' experts, the other layers' without a row: the kernel passes over those, whereas a
         # layer's part of the stack would be copied for it.
@@ -241,11 +242,11 @@ def _tiling(sizes: jax.Array, rows: int, size: int) -> tuple[jax.Array, jax.Arra
     return expert, start, ends[expert], last[-1]
 
 
-# stacked: XLA's own grouped product, in decoding with a cache of all layers' experts at once (see `_experts`). Only the
-# kernel of TPUs passes over groups without a row.
+# stacked: XLA's own grouped product, in decoding with a cache of all layers' experts at once (see `_experts`). That of
+# TPUs lists the tiles of the groups that have rows, and visits these; others would multiply the whole stack.
 KERNELS: dict[str, Kernel] = {"ragged": _ragged, "stacked": _ragged, "tiles": _tiles}
 
 
 def default_kernel() -> str:
     """The kernel for the platform: the loop over tiles on CPUs, XLA's own grouped product elsewhere."""
-    return "tiles" if platform() == "cpu" else "ragged"
+    return {"cpu": "tiles", "tpu": "stacked"}.get(platform(), "ragged")
