@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.helpers import stub, toy
+from tests.llada2_helpers import TINY2, toy2
 from xflow_jax import bench
 from xflow_jax.config import UserError
 from xflow_jax.generate import settings_of
@@ -58,15 +59,30 @@ def test_the_forward_pass_that_is_timed_is_the_decoders():
     lm = toy()
     settings = settings_of(lm, 5, 8, 4, None, 4)
     x, mask = jnp.ones((3, 13, 16)), jnp.ones((3, 13), bool)
-    h, logits = bench._forward(lm.model, lm.params, settings, True, x, mask)
+    h, logits = bench._passes(lm.model, lm.params, settings, True, x, mask)
     wanted = x
     for _ in range(4):
         wanted = lm.model.apply({"params": lm.params}, wanted, mask, method="hidden")
     assert h.shape == (3, 13, 16) and logits.shape == (3, 8, lm.config.vocab_rows)
     assert jnp.allclose(h, wanted, atol=1e-4)
     assert jnp.allclose(logits, lm.model.apply({"params": lm.params}, wanted[:, -8:], method="head"), atol=1e-3)
-    alone, nothing = bench._forward(lm.model, lm.params, settings, False, x, mask)
+    alone, nothing = bench._passes(lm.model, lm.params, settings, False, x, mask)
     assert jnp.allclose(alone, h, atol=1e-6) and nothing.shape == ()
+
+
+@pytest.mark.slow
+def test_the_passes_with_a_cache_are_the_decoders():
+    """Of a model with the exact cache, the parts are those of the decode: here of nothing but a head."""
+    lm = toy2(0, dataclasses.replace(TINY2, num_experts=None, num_hidden_layers=1))
+    settings = dataclasses.replace(settings_of(lm, 8, 8, 4, None, 4), stop_at_eos=False)
+    prompt, mask = jnp.arange(16).reshape(2, 8), jnp.ones((2, 8), bool)
+    x, cache, logits = bench._cached_passes(lm.model, lm.params, settings, True, 2, prompt, mask)
+    assert x.shape == (2, settings.canvas, TINY2.hidden_size) and logits.shape == (2, 4, lm.config.vocab_rows)
+    assert all(jnp.any(part[:, :, :12] != 0, axis=(0, 3, 4)).all() for part in jax.tree.leaves(cache))
+    timing = bench.measure(lm, MaskPrediction(), settings, 1, 8, rate=1e9, rounds=1)
+    assert math.isclose(timing.warm, 4 * timing.step)
+    padded = bench.pad_prompts(lm, [[0] * 8])[0].shape[1]
+    assert math.isclose(timing.floor, bench.step_flops(lm.config, 1, 4, padded + settings.canvas, 4) / 1e9)
 
 
 def test_flops_by_hand():
@@ -75,13 +91,12 @@ def test_flops_by_hand():
     layer = 4 * c.d_model**2 + 3 * c.d_model * c.mlp_width  # q, k, v, out; gate, up, down
     attention = 2 * c.n_heads * length * c.head_dim * 2  # scores and their use, per position
     wanted = b * length * c.n_layers * (2 * layer + attention) + b * canvas * 2 * c.d_model * c.vocab_rows
-    assert bench.step_flops(lm, b, length, canvas) == wanted
+    assert bench.step_flops(c, b, length, length, canvas) == wanted
 
 
 def test_guidance_counts_its_doubled_batch(monkeypatch):
     monkeypatch.setattr(bench, "LEAST_SECONDS", 0.0)
     lm = stub()
-    lm = dataclasses.replace(lm, params=lm.params | {"blocks": {"kernel": jnp.ones((1, 3, 3))}})
     settings = settings_of(lm, 5, 4, 2, None, None)
     rules = (MaskPrediction(), MaskPrediction(cfg_scale=1.0))
     plain, guided = (bench.measure(lm, rule, settings, 2, 5, rate=1e9, rounds=1) for rule in rules)

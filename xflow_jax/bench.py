@@ -27,13 +27,15 @@ from xflow_jax import bench_cache
 from xflow_jax.belief import model_head
 from xflow_jax.choices import parse_rule
 from xflow_jax.config import PRESETS, LLaDAConfig, UserError
-from xflow_jax.decode import Settings
+from xflow_jax.decode import Settings, layout, schedule
 from xflow_jax.generate import decode_batch, pad_prompts, settings_of
 from xflow_jax.lm import DTYPES, LM, load
 from xflow_jax.models import abstract_params, build, init_params
+from xflow_jax.plan_programs import forward_flops
 from xflow_jax.records import write_whole
 from xflow_jax.rules import MaskPrediction, Rule
 from xflow_jax.sharding import make_mesh, shardings
+from xflow_jax.sight import Cached
 from xflow_jax.storage import refuse_existing
 
 # A vocabulary as large as LLaDA's behind a backbone that a CPU can run: 97 M parameters.
@@ -79,31 +81,44 @@ def measure(lm: LM, rule: Rule, settings: Settings, batch: int, prompt_length: i
     """Times a decode of `batch` random prompts and its parts; rate: FLOP/s of `matmul_rate`."""
     rng = np.random.default_rng(0)
     rows = rng.integers(0, lm.config.vocab_size, (batch, prompt_length)).tolist()
-    ids, mask = pad_prompts(lm, rows)
+    ids, mask = (jnp.asarray(x) for x in pad_prompts(lm, rows))
     keys = jax.random.split(jax.random.key(0), batch)
     copies = 2 if rule.belief_options(lm.config, None).guidance else 1  # guidance doubles the batch
-    width, table = ids.shape[1] + settings.canvas, lm.params["wte"]["embedding"]
-    x = jnp.asarray(rng.normal(size=(batch * copies, width, table.shape[1])), lm.dtype)
-    whole = jnp.asarray(np.pad(np.tile(mask, (copies, 1)), ((0, 0), (0, settings.canvas)), constant_values=True))
-    ids, mask = jnp.asarray(ids), jnp.asarray(mask)
-    steps = settings.blocks * settings.steps
+    settings = dataclasses.replace(settings, stop_at_eos=False)
+
+    def decoded() -> Any:
+        return decode_batch(lm.model, lm.params, rule, settings, ids, mask, keys)
+
+    began = time.perf_counter()
+    with lm.scope():
+        steps = int(decoded()[2].max())
+    cold = time.perf_counter() - began
+    width, seen = ids.shape[1] + settings.canvas, jnp.tile(mask, (copies, 1))
+    if settings.cache:
+        queries = headed = settings.block_length
+        passes, given = _cached_passes, (steps // settings.steps, jnp.tile(ids, (copies, 1)), seen)
+    else:
+        queries, headed = width, settings.canvas
+        x = jnp.asarray(rng.normal(size=(batch * copies, width, lm.params["wte"]["embedding"].shape[1])), lm.dtype)
+        passes, given = _passes, (x, jnp.pad(seen, ((0, 0), (0, settings.canvas)), constant_values=True))
     programs = {
-        "warm": lambda: decode_batch(lm.model, lm.params, rule, settings, ids, mask, keys),
-        "with_head": lambda: _forward(lm.model, lm.params, settings, True, x, whole),
-        "backbone": lambda: _forward(lm.model, lm.params, settings, False, x, whole),
+        "warm": decoded,
+        "with_head": lambda: passes(lm.model, lm.params, settings, True, *given),
+        "backbone": lambda: passes(lm.model, lm.params, settings, False, *given),
     }
     with lm.scope():
-        first = {name: seconds(program) for name, program in programs.items()}
-        times = {name: [] for name in programs}
+        times, once = {name: [] for name in programs}, 0.0
+        for program in programs.values():
+            seconds(program)  # compiles
+            once += seconds(program)
         # Short programs need more rounds for a steady median.
-        once = sum(seconds(program) for program in programs.values())
         for _ in range(max(rounds, min(99, int(LEAST_SECONDS / once)))):
             for name, program in programs.items():
                 times[name].append(seconds(program))
     warm, with_head, backbone = (statistics.median(t) for t in times.values())
     # Of neighbours in time: the median of quotients is steadier than the quotient of medians.
     share = statistics.median(1 - part / all_ for part, all_ in zip(times["with_head"], times["warm"], strict=True))
-    floor = step_flops(lm, batch * copies, width, settings.canvas) / rate
+    floor = step_flops(lm.config, batch * copies, queries, width, headed) / rate
     return Timing(
         batch=batch,
         tokens_per_second=batch * settings.gen_length / warm,
@@ -114,7 +129,7 @@ def measure(lm: LM, rule: Rule, settings: Settings, batch: int, prompt_length: i
         outside_share=share,
         floor=floor,
         floor_share=floor * steps / warm,
-        cold=first["warm"],
+        cold=cold,
         warm=warm,
         peak_memory=peak_memory(),
     )
@@ -162,13 +177,13 @@ def _timed(program: Callable[[], Any]) -> float:
 
 
 @partial(jax.jit, static_argnames=("model", "settings", "head"))
-def _forward(model: Any, params: Any, settings: Settings, head: bool, x: jax.Array, mask: jax.Array) -> Any:
+def _passes(model: Any, params: Any, settings: Settings, head: bool, x: jax.Array, mask: jax.Array) -> Any:
     """As many forward passes as a decode makes, each on what the last one left: x [B, L, E] -> the last (x, logits)."""
     logits_of = model_head(model, params)
     rows, canvas = model.config.vocab_rows, settings.canvas
 
     def one(carry: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, jax.Array], None]:
-        h = model.apply({"params": params}, carry[0], mask, _block_length(settings), method="hidden")
+        h = model.apply({"params": params}, carry[0], mask, method="hidden")
         # Kept in the carry: nothing may be cut off as unused.
         return (h, logits_of(h[:, -canvas:], 0, rows) if head else carry[1]), None
 
@@ -176,8 +191,31 @@ def _forward(model: Any, params: Any, settings: Settings, head: bool, x: jax.Arr
     return jax.lax.scan(one, (x, logits), None, length=settings.blocks * settings.steps)[0]
 
 
-def _block_length(settings: Settings) -> int | None:
-    return settings.block_length if settings.block_causal else None
+@partial(jax.jit, static_argnames=("model", "settings", "head", "blocks"))
+def _cached_passes(
+    model: Any, params: Any, settings: Settings, head: bool, blocks: int, prompt: jax.Array, mask: jax.Array
+) -> Any:
+    """The same of a decode with the exact cache: the prompt's pass, those of each block's steps, and the one that reads
+    it into the cache. prompt int, mask bool [B, P] -> the last (x [B, canvas, E], cache, logits)."""
+    logits_of, rows = model_head(model, params), model.config.vocab_rows
+    prompt_x = model.apply({"params": params}, prompt, method="embed")
+    sight = Cached(model, params, settings, prompt_x, mask, layout(settings, mask)[1])
+
+    def one_step(carry: Any, step: Any) -> tuple[Any, None]:
+        x, kept, logits = carry
+        h, kept = sight.hidden(kept, x, step)
+        x = jax.lax.dynamic_update_slice_in_dim(x, h, 0, axis=1)  # so that each pass is of what the last one left
+        return (x, kept, logits_of(h, 0, rows) if head else logits), None
+
+    def one_block(carry: Any, steps: Any) -> tuple[Any, None]:
+        x, kept, logits = carry
+        kept = sight.keep(kept, x, steps.block[0], jnp.array(True))
+        return jax.lax.scan(one_step, (x, kept, logits), steps)[0], None
+
+    x = jnp.zeros((prompt.shape[0], settings.canvas, prompt_x.shape[-1]), prompt_x.dtype)
+    logits = jnp.zeros((x.shape[0], settings.block_length, rows) if head else (), x.dtype)
+    steps = jax.tree.map(lambda part: part.reshape(settings.blocks, -1)[:blocks], schedule(settings))
+    return jax.lax.scan(one_block, (x, sight.start(), logits), steps)[0]
 
 
 def seconds(program: Callable[[], Any]) -> float:
@@ -200,15 +238,10 @@ def matmul_rate(dtype: Any, rounds: int = 5) -> float:
     return best
 
 
-def step_flops(lm: LM, batch: int, length: int, canvas: int) -> float:
-    """FLOPs of the matrix products of one forward pass: layers and attention at all positions, the head on the canvas.
-
-    Of a model whose layers' matrices [layers, in, out] are all used at each position.
-    """
-    kernels = sum(x.size for x in jax.tree.leaves(lm.params["blocks"]) if x.ndim == 3)
-    c = lm.config
-    attention = 4 * batch * length * length * c.n_heads * c.head_dim * c.num_layers
-    return 2.0 * batch * length * kernels + attention + 2.0 * batch * canvas * c.hidden_size * c.vocab_rows
+def step_flops(config: Any, rows: int, queries: int, keys: int, headed: int) -> float:
+    """FLOPs of the matrix products of one step: the layers on `queries` positions of each row, attention of these to
+    `keys` positions, the head on `headed`."""
+    return forward_flops(config, rows, queries, keys) + 2.0 * rows * headed * config.hidden_size * config.vocab_rows
 
 
 def peak_memory() -> int:
@@ -275,7 +308,7 @@ def run(args: argparse.Namespace) -> None:
     print(
         f"{args.model}: {parameters / 1e6:.2f} M parameters in {lm.dtype}, on {device.device_kind}, which multiplies "
         f"matrices at {rate / 1e9:.0f} GFLOP/s\n{label}: prompts of {args.prompt_length} tokens, responses of "
-        f"{args.gen_length} in {settings.blocks * settings.steps} steps, none skipped; {args.rounds} rounds or more"
+        f"{args.gen_length} in {steps} steps, none skipped; {args.rounds} rounds or more"
     )
     if args.against:
         print("mask prediction beside PyTorch on the same weights:")

@@ -153,7 +153,7 @@ def decode(
     """
     canvas, config = settings.canvas, model.config
     batch, index = prompt.shape[0], jnp.arange(canvas)[None, :]
-    block_of, on_canvas = _layout(settings, prompt_mask)
+    block_of, on_canvas = layout(settings, prompt_mask)
     table = params["wte"]["embedding"]
     m = table[config.mask_id].astype(jnp.float32)[None, None, :]
     prompt_x = model.apply({"params": params}, prompt, method="embed")
@@ -304,7 +304,7 @@ def _onto_canvas(belief: Belief, first: jax.Array, here: jax.Array, tokens: jax.
     return belief.replace(tokens=jnp.where(here, belief.tokens, tokens), top=top)
 
 
-def _layout(settings: Settings, prompt_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def layout(settings: Settings, prompt_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(block of each canvas position int [B, N], whether the position is on the row's canvas bool [B, N])."""
     index = jnp.arange(settings.canvas)[None, :]
     batch = prompt_mask.shape[0]

@@ -141,10 +141,9 @@ def analytic(config: Any, work: Work, shape: tuple[int, int, int], itemsize: int
         keys = prompt + blocks * size
         queries = (prompt * prompt / keys + size * (count + blocks - 1)) / count
         headed, held = size, itemsize * 2 * layers * rows * keys * config.kv_heads * config.head_width / tensor
-    active, every = _matrices(config)
+    every = _matrices(config)[1]
     tokens, scores = rows * queries, rows * queries * keys
-    width = _head_width(config)
-    forward = 2 * tokens * active + 4 * scores * width * _heads(config) * layers
+    forward = forward_flops(config, rows, queries, keys)
     heading = 2 * rows * headed * head
     weights = itemsize * (every + 2 * head) / (tensor * fsdp)
     activations = itemsize * tokens * e * layers * 8
@@ -163,6 +162,13 @@ def analytic(config: Any, work: Work, shape: tuple[int, int, int], itemsize: int
     stepping = 2 * rows * work.response * sum(x.size for x in jax.tree.leaves(_policy().params) if x.ndim == 2)
     flops = (forward + heading) / tensor + stepping
     return Analytic(flops, weights, read + activations + held, reduced, memory)
+
+
+def forward_flops(config: Any, rows: float, queries: float, keys: float) -> float:
+    """FLOPs of the matrix products of all layers, for rows x queries tokens that attend to `keys` each; with a mixture
+    of experts, of the experts that a token is sent to."""
+    attention = 4 * rows * queries * keys * _head_width(config) * _heads(config) * config.num_layers
+    return 2 * rows * queries * _matrices(config)[0] + attention
 
 
 def _policy() -> Any:
