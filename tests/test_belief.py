@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xflow_jax.belief import TOP, BeliefOptions, believe, model_head
+from xflow_jax.belief import TOP, BeliefOptions, _chunk, believe, model_head
 from xflow_jax.largest import _packed, _rounds
 from xflow_jax.sharding import batch_sharding, make_mesh, shardings
 
@@ -222,6 +222,16 @@ def test_large_vocabularies_go_by_groups(name):
     logits[0, 1, [64, 127, 128, 639]] = 50.0
     logits[0, 2, 100:105] = [9, 8, 9, 8, 9]
     agree(run(logits, OPTIONS[name], 320), plain(logits, OPTIONS[name]))
+
+
+@pytest.mark.parametrize(
+    "platform, positions, wanted",
+    [("cpu", 32, 126464), ("cpu", 256, 4096), ("cpu", 2048, 512), ("tpu", 32, 15872), ("tpu", 2048, 2048)],
+)
+def test_the_size_of_a_chunk(monkeypatch, platform, positions, wanted):
+    """Few positions read the head whole on a CPU; elsewhere a chunk's logits fit where they are made."""
+    monkeypatch.setattr("xflow_jax.belief.platform", lambda: platform)
+    assert _chunk(positions, 126464) == wanted
 
 
 def test_values_and_ids_packed_into_one_integer():
