@@ -276,6 +276,17 @@ def test_over_a_mesh_it_is_the_same(mesh, name):
         np.testing.assert_allclose(getattr(ours, part), getattr(wanted, part), rtol=1e-5, atol=far)
 
 
+def test_a_chunk_is_for_the_positions_of_one_device(monkeypatch):
+    """Also where a mesh spreads nothing but the batch."""
+    seen, mesh = [], make_mesh("8,1,1")
+    monkeypatch.setattr("xflow_jax.belief._chunk", lambda positions, rows: seen.append(positions) or rows)
+    params = {"wte": {"embedding": jnp.zeros((V, E))}}
+    hidden = jax.ShapeDtypeStruct((16, N, E), jnp.float32, sharding=batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        jax.eval_shape(lambda h: believe(model_head(None, params), h, V), hidden)
+    assert seen == [2 * N]
+
+
 def test_over_a_mesh_one_small_gather_and_no_head():
     """What travels is a dozen numbers per position, once; the head and the logits stay where they are."""
     rows, made = 4096, make_mesh("2,1,4")

@@ -223,9 +223,9 @@ def _finish(state: _Running) -> Belief:
 
 
 def _spread(head: Head) -> bool:
-    """Whether there is a mesh set over which the table's axes are spread."""
+    """Whether there is a mesh set, of several devices, whose axes divide the table's."""
     mesh, axes = jax.sharding.get_abstract_mesh(), (LOGICAL["vocab"], LOGICAL["embed"])
-    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names) or all(mesh.shape[axis] == 1 for axis in axes):
+    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names) or mesh.size == 1:
         return False
     width = head.table.shape[1 if head.tied else 0]
     return all(divides(size, (axis,)) for size, axis in zip((head.rows, width), axes, strict=True))
