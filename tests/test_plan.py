@@ -135,6 +135,36 @@ def test_the_tpus_own_forms():
     assert part_cycles(found, {"backbone": "/blocks/"}) == {"backbone": 1500.0, "rest": 500.0}
 
 
+CHAINED_TEXT = """HloModule m, num_partitions=4
+
+%part (p0: bf16[8,16], p1: bf16[32,16], p2: bf16[64,16]) -> (bf16[64,16], bf16[8,16], bf16[32,16]) {
+  %p0 = bf16[8,16]{1,0} parameter(0)
+  %p1 = bf16[32,16]{1,0} parameter(1)
+  %p2 = bf16[64,16]{1,0} parameter(2)
+  %g = bf16[32,16]{1,0} all-gather(%p0), channel_id=7, replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="1"}
+  %n = bf16[64,16]{1,0} negate(%p2)
+  ROOT %t = (bf16[64,16]{1,0}, bf16[8,16]{1,0}, bf16[32,16]{1,0}) tuple(%n, %p0, %g)
+}
+
+ENTRY %main (x: bf16[8,16], y: bf16[32,16], z: bf16[64,16]) -> bf16[64,16] {
+  %x = bf16[8,16]{1,0} parameter(0)
+  %y = bf16[32,16]{1,0} parameter(1)
+  %z = bf16[64,16]{1,0} parameter(2)
+  %a = (bf16[64,16]{1,0}, bf16[8,16]{1,0}, bf16[32,16]{1,0}) fusion(%x, %y, %z), kind=kLoop, calls=%part
+  %a0 = bf16[64,16]{1,0} get-tuple-element(%a), index=0
+  %b = (bf16[64,16]{1,0}, bf16[8,16]{1,0}, bf16[32,16]{1,0}) fusion(%x, %y, %a0), kind=kLoop, calls=%part
+  ROOT %b0 = bf16[64,16]{1,0} get-tuple-element(%b), index=0
+}
+"""
+
+
+def test_a_collective_behind_several_fusions_moves_its_bytes_once():
+    found = Program(CHAINED_TEXT).cost()
+    (gathered,) = found.collectives
+    assert gathered.kind == "all-gather" and gathered.bytes == 2 * 32 * 16
+    assert found.bytes == 2 * 16 * ((8 + 32) + 2 * (64 + 64))
+
+
 GROUPED_TEXT = """HloModule m
 
 ENTRY %main (n: s32[1], x: bf16[64,32], w: bf16[12,32,16]) -> bf16[64,16] {

@@ -139,6 +139,8 @@ class Program:
         channel = (i.attribute("channel_id") or "") if "chain_id=" in i.rest else ""
         if channel and any(c.channel == channel for c in total.collectives):
             return
+        if channel:
+            total.bytes += sum(a.traffic for a in (*i.arrays, *_operands(i, around)))
         size = sum(a.bytes for a in _operands(i, around))
         if kind == "all-gather":
             arrays = i.arrays[len(i.operands) :] if i.opcode.endswith("-start") else i.arrays
@@ -170,11 +172,13 @@ class Program:
         out = sum(a.traffic for a in i.arrays)
         if i.opcode == "fusion":
             body = self.computations[i.called[0]]
+            # What it gathers, and into what, only passes through; both count once, with the collective.
+            passed = [a for part in _chained(body) for a in (*part.arrays, *_operands(part, body))]
             read = sum(
-                self._read(i.called[0], n, sum(a.traffic for a in _arrays(around, name)))
+                self._read(i.called[0], n, sum(a.traffic for a in _arrays(around, name) if a not in passed))
                 for n, name in enumerate(i.operands)
             )
-            return read + self._written(body, out)
+            return read + self._written(body, out - sum(a.traffic for a in i.arrays if a in passed))
         if i.opcode in ("dynamic-slice", "gather", "slice"):
             return 2 * out
         if i.opcode == "dynamic-update-slice":
@@ -298,6 +302,11 @@ def copies_of(program: Program, shapes: Iterable[tuple[int, ...]]) -> list[str]:
 
 def _arrays(body: dict[str, Instruction], name: str) -> tuple[Array, ...]:
     return body[name].arrays if name in body else ()
+
+
+def _chained(body: dict[str, Instruction]) -> list[Instruction]:
+    """Collectives of which a fusion does a part: the compiler hides a large one behind several products."""
+    return [part for part in body.values() if part.opcode in COLLECTIVES and "chain_id=" in part.rest]
 
 
 def _operands(i: Instruction, around: dict[str, Instruction]) -> Iterator[Array]:
