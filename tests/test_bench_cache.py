@@ -24,6 +24,9 @@ def test_both_ways_are_timed_and_agree():
     assert result == bench_cache.Ratio(steps=4, plain=2.0, saving=0.5, ratio=4.0, agreement=1.0)
     said = bench_cache.sentence(result)
     assert said.startswith("a step takes 2000.0 ms without and 500.0 ms with the cache, 4.00 times less")
+    assert said.endswith("over 4 steps; the same tokens")
+    almost = bench_cache.sentence(dataclasses.replace(result, agreement=0.9999))
+    assert almost.endswith("99.99 % of the tokens are equal")
 
 
 def test_a_prompt_read_every_other_step(capsys):

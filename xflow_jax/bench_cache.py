@@ -82,5 +82,5 @@ def sentence(result: Ratio, refresh: int = 0) -> str:
     """A measurement in words."""
     less = f"the prompt read every {refresh} steps" if refresh else "the cache"
     times = f"{1e3 * result.plain:.1f} ms without and {1e3 * result.saving:.1f} ms with {less}"
-    same = f"{100 * result.agreement:.1f} % of the tokens are equal"
+    same = "the same tokens" if result.agreement == 1 else f"{100 * result.agreement:.2f} % of the tokens are equal"
     return f"a step takes {times}, {result.ratio:.2f} times less, over {result.steps} steps; {same}"
