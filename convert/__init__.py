@@ -6,10 +6,12 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from xflow_jax.config import UserError
+from xflow_jax.errors import UserError
 
 
-def run_program(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
+def run_program(
+    main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser
+) -> None:
     """`main(arguments)` from the command line; a user's mistake is one sentence and exit status 2."""
     try:
         main(parser.parse_args())

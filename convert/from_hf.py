@@ -18,13 +18,20 @@ import numpy as np
 from tqdm import tqdm
 
 from convert import run_program
-from xflow_jax import hf
-from xflow_jax.checkpoint import Draft, is_checkpoint, make_record
-from xflow_jax.config import UserError
-from xflow_jax.hf_names import Plan, make_plan
-from xflow_jax.models import abstract_params, build
-from xflow_jax.sharding import make_mesh, shardings
-from xflow_jax.storage import refuse_existing, release_memory
+from xflow_jax.checkpoints import (
+    PartialCheckpoint,
+    WeightMapping,
+    huggingface,
+    is_checkpoint,
+    make_record,
+    map_weights,
+    refuse_existing,
+    release_memory,
+    safetensors_reader,
+)
+from xflow_jax.errors import UserError
+from xflow_jax.models import abstract_params, build, shardings
+from xflow_jax.parallel import make_mesh
 
 DTYPES = ("keep", "bfloat16", "float32")
 BLOCK = 2**24
@@ -38,34 +45,42 @@ def convert(src: str | Path, dst: str | Path, dtype: str = "keep", mesh: str | N
     input, before anything is written, and for what the disk refuses.
     """
     refuse_existing(Path(dst))
-    directory = hf.find_directory(src)
+    directory = huggingface.find_hf_directory(src)
     if is_checkpoint(directory):
-        raise UserError(f"{directory}: already converted; load it, or go back with python -m convert.to_hf")
-    config = hf.read_config(directory)
-    source = hf.Source(directory)
+        raise UserError(
+            f"{directory}: already converted; load it, or go back with python -m convert.to_hf"
+        )
+    config = huggingface.read_hf_config(directory)
+    source = safetensors_reader.SafetensorsSource(directory)
     abstract = abstract_params(build(config))
-    plan = make_plan(config, abstract, source.entries)
+    plan = map_weights(config, abstract, source.entries)
     source.check(plan)
     if dtype != "keep":
         abstract = abstract_params(build(config, param_dtype=np.dtype(jax.numpy.dtype(dtype))))
     leaves = {
-        path: jax.ShapeDtypeStruct(x.shape, source.dtype_of(plan.leaves[path]) if dtype == "keep" else x.dtype)
-        for path, x in hf.flatten(abstract)
+        path: jax.ShapeDtypeStruct(
+            x.shape, source.dtype_of(plan.leaves[path]) if dtype == "keep" else x.dtype
+        )
+        for path, x in huggingface.flatten(abstract)
     }
     where: dict[str, Any] = {}
     if mesh is not None:
-        where = dict(hf.flatten(shardings(abstract, make_mesh(mesh), config.family)))
-    files = [*source.files, directory / hf.CONFIG]
+        where = dict(huggingface.flatten(shardings(abstract, make_mesh(mesh), config.family)))
+    files = [*source.files, directory / safetensors_reader.CONFIG]
     provenance = {"source": _source_name(src), "files": _hashes(files), "dtype": dtype}
-    record = make_record(config, provenance, leaves, variant=plan.variant, dtypes=_dtypes(source, plan))
+    record = make_record(
+        config, provenance, leaves, variant=plan.variant, dtypes=_dtypes(source, plan)
+    )
     kept = "; what is done so far is kept, and the same command goes on from there"
-    draft = Draft(dst, record, kept)
+    draft = PartialCheckpoint(dst, record, kept)
     with _bar("converting", sum(map(_size, leaves.values()))) as bar:
         for path, x in leaves.items():
             bar.set_postfix_str(path)
             if not draft.has(path):
                 with _on_the_host():
-                    leaf = hf.read_leaf(source, plan.leaves[path], x.shape, x.dtype, where.get(path))
+                    leaf = safetensors_reader.read_leaf(
+                        source, plan.leaves[path], x.shape, x.dtype, where.get(path)
+                    )
                 draft.write(path, leaf)
                 del leaf
                 release_memory(_size(x))
@@ -86,7 +101,7 @@ def _source_name(src: str | Path) -> str:
     return Path(src).expanduser().resolve().name if Path(src).expanduser().exists() else str(src)
 
 
-def _dtypes(source: hf.Source, plan: Plan) -> dict[str, str]:
+def _dtypes(source: safetensors_reader.SafetensorsSource, plan: WeightMapping) -> dict[str, str]:
     """The dtype of each tensor, the most common one once, under the empty name."""
     dtypes = {name: str(source.entries[name].dtype) for name in plan.tensors}
     usual = Counter(dtypes.values()).most_common(1)[0][0]
@@ -122,9 +137,20 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m convert.from_hf", description="Hugging Face checkpoint -> Orbax")
-    parser.add_argument("src", help="directory with config.json and safetensors, or a model's name on the hub")
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.from_hf", description="Hugging Face checkpoint -> Orbax"
+    )
+    parser.add_argument(
+        "src", help="directory with config.json and safetensors, or a model's name on the hub"
+    )
     parser.add_argument("dst", help="directory to make")
-    parser.add_argument("--dtype", choices=DTYPES, default="keep", help="of the parameters (default: as in the source)")
-    parser.add_argument("--mesh", metavar="DATA,FSDP,TENSOR", help="sizes like 1,8,1 (default: one device)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="keep",
+        help="of the parameters (default: as in the source)",
+    )
+    parser.add_argument(
+        "--mesh", metavar="DATA,FSDP,TENSOR", help="sizes like 1,8,1 (default: one device)"
+    )
     run_program(main, parser)

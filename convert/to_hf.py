@@ -9,17 +9,27 @@ import jax
 import numpy as np
 
 from convert import run_program
-from xflow_jax.checkpoint import described, is_checkpoint, read_leaf, read_record
-from xflow_jax.config import UserError
-from xflow_jax.hf import flatten
-from xflow_jax.hf_names import make_plan
-from xflow_jax.hf_write import MAX_SHARD, parse_size, write_tensors
-from xflow_jax.storage import refuse_existing, release_memory
+from xflow_jax.checkpoints import (
+    MAX_SHARD,
+    abstract_model,
+    flatten,
+    is_checkpoint,
+    map_weights,
+    parse_size,
+    read_leaf,
+    read_record,
+    refuse_existing,
+    release_memory,
+    write_tensors,
+)
+from xflow_jax.errors import UserError
 
 DTYPES = ("source", "bfloat16", "float32")
 
 
-def convert(src: str | Path, dst: str | Path, dtype: str = "source", max_shard_size: int = MAX_SHARD) -> None:
+def convert(
+    src: str | Path, dst: str | Path, dtype: str = "source", max_shard_size: int = MAX_SHARD
+) -> None:
     """Writes the Hugging Face directory `dst` from a converted one, atomically: config, tensors, tokenizer.
 
     dtype: of the tensors, but for those that are float32 always; source = as they were before they were converted, or
@@ -32,9 +42,11 @@ def convert(src: str | Path, dst: str | Path, dtype: str = "source", max_shard_s
         state = "not a converted checkpoint" if src.is_dir() else "there is no such directory"
         raise UserError(f"{src}: {state}; make one with python -m convert.from_hf")
     record = read_record(src)
-    config, abstract = described(src, record, jax.numpy.dtype("float32" if dtype == "source" else dtype))
+    config, abstract = abstract_model(
+        src, record, jax.numpy.dtype("float32" if dtype == "source" else dtype)
+    )
     asked = {path: jax.numpy.dtype(x.dtype) for path, x in flatten(abstract)}
-    plan = make_plan(config, abstract, variant=record.variant)
+    plan = map_weights(config, abstract, variant=record.variant)
     dtypes = {}
     for path, pieces in plan.leaves.items():
         own = jax.numpy.dtype(record.leaves[path][0])
@@ -59,9 +71,15 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m convert.to_hf", description="Orbax checkpoint -> Hugging Face")
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.to_hf", description="Orbax checkpoint -> Hugging Face"
+    )
     parser.add_argument("src", help="directory made by convert.from_hf, or by a training program")
     parser.add_argument("dst", help="directory to make")
-    parser.add_argument("--dtype", choices=DTYPES, default="source", help="of the tensors (default: as they came)")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of each file (default: 5GB)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="source", help="of the tensors (default: as they came)"
+    )
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of each file (default: 5GB)"
+    )
     run_program(main, parser)

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from convert import run_program
-from xflow_jax import hf
-from xflow_jax.config import UserError
+from xflow_jax.checkpoints import huggingface, safetensors_reader
+from xflow_jax.errors import UserError
 from xflow_jax.lm import load
 
 CASES = ((1, 32), (2, 17))  # batch and length
@@ -54,13 +54,18 @@ def inputs(config: Any, seed: int = 0) -> list[np.ndarray]:
     return cases
 
 
-def verify(directory: Path, original: Callable[[list[np.ndarray]], list[np.ndarray]]) -> list[Difference]:
+def verify(
+    directory: Path, original: Callable[[list[np.ndarray]], list[np.ndarray]]
+) -> list[Difference]:
     """Our logits of the model in `directory` against those that `original` computes for the same ids, case by case."""
-    cases = inputs(hf.read_config(directory))
+    cases = inputs(huggingface.read_hf_config(directory))
     theirs = original(cases)
     gc.collect()
     lm = load(directory)
-    return [compare(np.asarray(lm.logits(ids)), logits) for ids, logits in zip(cases, theirs, strict=True)]
+    return [
+        compare(np.asarray(lm.logits(ids)), logits)
+        for ids, logits in zip(cases, theirs, strict=True)
+    ]
 
 
 def torch_logits(directory: Path, trust: bool) -> Callable[[list[np.ndarray]], list[np.ndarray]]:
@@ -75,9 +80,11 @@ def torch_logits(directory: Path, trust: bool) -> Callable[[list[np.ndarray]], l
         raise UserError(
             "convert.verify runs the original PyTorch code, but torch is not installed: pip install -e '.[convert]'"
         ) from None
-    named = json.loads((directory / hf.CONFIG).read_text()).get("auto_map") or {}
+    named = json.loads((directory / safetensors_reader.CONFIG).read_text()).get("auto_map") or {}
     if not any(key in named for key in AUTO):
-        raise UserError(f"{directory / hf.CONFIG}: no auto_map names the original's code, so there is nothing to run")
+        raise UserError(
+            f"{directory / safetensors_reader.CONFIG}: no auto_map names the original's code, so there is nothing to run"
+        )
     if not trust:
         raise UserError(
             f"{directory}: its modelling code would be run; read it, and pass --trust-remote-code if you trust it"
@@ -99,10 +106,14 @@ def _torch_model(directory: Path, named: dict[str, str]) -> Any:
     try:
         where = str(directory.absolute())
         config = get_class_from_dynamic_module(named["AutoConfig"], where).from_pretrained(where)
-        kind = get_class_from_dynamic_module(next(named[key] for key in AUTO if key in named), where)
+        kind = get_class_from_dynamic_module(
+            next(named[key] for key in AUTO if key in named), where
+        )
         model = kind(config)
-        source = hf.Source(directory)
-        state = {name: torch.from_numpy(source.read(name).astype(np.float32)) for name in source.entries}
+        source = safetensors_reader.SafetensorsSource(directory)
+        state = {
+            name: torch.from_numpy(source.read(name).astype(np.float32)) for name in source.entries
+        }
         model.load_state_dict(state, assign=True)
     except Exception as error:  # whatever somebody's code raises
         raise UserError(
@@ -114,7 +125,7 @@ def _torch_model(directory: Path, named: dict[str, str]) -> Any:
 
 def main(arguments: argparse.Namespace) -> None:
     """The command: a line per case, and exit status 1 where the two differ."""
-    directory = hf.find_directory(arguments.hf_dir)
+    directory = huggingface.find_hf_directory(arguments.hf_dir)
     original = torch_logits(directory, arguments.trust_remote_code)
     differences = verify(directory, original)
     for shape, d in zip(CASES, differences, strict=True):
@@ -123,15 +134,29 @@ def main(arguments: argparse.Namespace) -> None:
             f"same argmax at {d.agreement:.2%} of positions"
         )
     worst = max(d.relative for d in differences)
-    print("same" if worst <= arguments.tolerance else f"DIFFERENT: more than {arguments.tolerance} standard deviations")
+    print(
+        "same"
+        if worst <= arguments.tolerance
+        else f"DIFFERENT: more than {arguments.tolerance} standard deviations"
+    )
     sys.exit(worst > arguments.tolerance)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m convert.verify", description="our logits beside the original's")
-    parser.add_argument("hf_dir", help="Hugging Face directory with the modelling code, or a model's name on the hub")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the model")
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.verify", description="our logits beside the original's"
+    )
     parser.add_argument(
-        "--tolerance", type=float, default=TOLERANCE, help="in standard deviations of the logits (default: %(default)s)"
+        "hf_dir",
+        help="Hugging Face directory with the modelling code, or a model's name on the hub",
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that comes with the model"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help="in standard deviations of the logits (default: %(default)s)",
     )
     run_program(main, parser)

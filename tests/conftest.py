@@ -8,7 +8,9 @@ _DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # commands turn it on, in the user's own folder
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = (
+    "false"  # commands turn it on, in the user's own folder
+)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -13,13 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xflow_jax.config import LLaDAConfig
-from xflow_jax.lm import LM, load
-from xflow_jax.models import build, init_params
-from xflow_jax.sharding import make_mesh, path_name, shardings
+from xflow_jax.lm import BUNDLED, LM, load
+from xflow_jax.models.config import LLaDAConfig
+from xflow_jax.models.factory import build, init_params
+from xflow_jax.models.logical_axes import shardings
+from xflow_jax.parallel.mesh import make_mesh
+from xflow_jax.parallel.partitioning import path_name
+from xflow_jax.tokenizer import load_tokenizer
 
-eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices, which conftest.py fakes")
+eight = pytest.mark.skipif(
+    jax.device_count() < 8, reason="needs eight devices, which conftest.py fakes"
+)
 
+TOKENIZER = load_tokenizer(BUNDLED["tiny"])
 GOLDENS = Path(__file__).parent / "goldens"
 TOY = LLaDAConfig(
     d_model=16,
@@ -34,7 +40,13 @@ TOY = LLaDAConfig(
     rope_theta=4.0,  # of four frequencies per head all should tell neighbours apart
 )
 # What random weights are multiplied with, so that positions and prompts matter and every rule has something to decide.
-_SCALES = {"wte": 20, "blocks/q_proj": 24, "blocks/k_proj": 24, "blocks/v_proj": 12, "blocks/attn_out": 24}
+_SCALES = {
+    "wte": 20,
+    "blocks/q_proj": 24,
+    "blocks/k_proj": 24,
+    "blocks/v_proj": 12,
+    "blocks/attn_out": 24,
+}
 _SCALES |= {"blocks/ff_proj": 16, "blocks/up_proj": 16, "blocks/ff_out": 32, "ff_out": 50}
 
 
@@ -83,7 +95,9 @@ class Stub:
     config: LLaDAConfig
     dtype: ClassVar[Any] = jnp.float32
 
-    def apply(self, variables: Any, x: Any, mask: Any = None, block_length: Any = None, method: str = "") -> Any:
+    def apply(
+        self, variables: Any, x: Any, mask: Any = None, block_length: Any = None, method: str = ""
+    ) -> Any:
         p = variables["params"]
         if method == "embed":
             return p["wte"]["embedding"][x]
@@ -122,3 +136,14 @@ def stub_params(seed: int, width: int, rows: int, sharpness: float) -> dict[str,
         "place": normal(width),
         "ff_out": {"kernel": normal(width, rows) * np.float32(sharpness)},
     }
+
+
+def tiny_lm(mesh: str | None = None):
+    """A random model with microcode's tokenizer."""
+    ids = {
+        "mask_token_id": TOKENIZER.convert_tokens_to_ids("<|mdm_mask|>"),
+        "eos_token_id": TOKENIZER.eos_token_id,
+    }
+    rows = -(-len(TOKENIZER) // 64) * 64
+    lm = toy(mesh, vocab_size=len(TOKENIZER), embedding_size=rows, **ids)
+    return dataclasses.replace(lm, tokenizer=TOKENIZER)

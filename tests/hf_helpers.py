@@ -7,15 +7,21 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from xflow_jax.config import LLaDAConfig
-from xflow_jax.models import abstract_params, build
+from xflow_jax.models.config import LLaDAConfig
+from xflow_jax.models.factory import abstract_params, build
 
 GOLDEN = Path(__file__).parent / "goldens" / "llada_tiny"
 GOLDEN2 = GOLDEN.with_name("llada2_tiny")
 PREFIX = "model.transformer."
 Q2 = PREFIX + "blocks.2.q_proj.weight"
 TOY = LLaDAConfig(
-    d_model=32, n_layers=2, n_heads=4, vocab_size=40, mlp_hidden_size=48, mask_token_id=39, eos_token_id=1
+    d_model=32,
+    n_layers=2,
+    n_heads=4,
+    vocab_size=40,
+    mlp_hidden_size=48,
+    mask_token_id=39,
+    eos_token_id=1,
 )
 
 
@@ -32,12 +38,18 @@ def tensors_of(directory):
 def edited(folder, change=None, config=None, drop=(), golden=GOLDEN):
     """A copy of a golden checkpoint in one file, after `change(tensors)` and with other keys in its config.json."""
     folder.mkdir()
-    tensors = {name: x for file in sorted(golden.glob("*.safetensors")) for name, x in load_file(file).items()}
+    tensors = {
+        name: x
+        for file in sorted(golden.glob("*.safetensors"))
+        for name, x in load_file(file).items()
+    }
     if change is not None:
         change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     told = json.loads((golden / "config.json").read_text()) | (config or {})
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in told.items() if key not in drop}))
+    (folder / "config.json").write_text(
+        json.dumps({key: value for key, value in told.items() if key not in drop})
+    )
     return folder
 
 
@@ -45,5 +57,7 @@ def random_params(config, seed=0):
     """Random parameters of a configuration; drawn by NumPy, since JAX would compile something for every shape."""
     rng = np.random.default_rng(seed)
     return jax.device_put(
-        jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), abstract_params(build(config)))
+        jax.tree.map(
+            lambda x: rng.normal(size=x.shape).astype(np.float32), abstract_params(build(config))
+        )
     )

@@ -12,10 +12,10 @@ import numpy as np
 from flax import linen as nn
 
 from tests.helpers import GOLDENS
-from xflow_jax.config import LLaDA2Config
 from xflow_jax.lm import LM, load
-from xflow_jax.models import abstract_params, build
-from xflow_jax.sharding import path_name
+from xflow_jax.models.config import LLaDA2Config
+from xflow_jax.models.factory import abstract_params, build
+from xflow_jax.parallel.partitioning import path_name
 
 TINY2 = LLaDA2Config(
     hidden_size=32,

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 import xflow_jax as xf
+import xflow_jax.lm as lm_module
 from convert import from_hf
 from tests.helpers import eight
 from tests.hf_helpers import GOLDEN
-from xflow_jax import lm as lm_module
-from xflow_jax.config import UserError
+from xflow_jax.errors import UserError
 from xflow_jax.lm import LM, load
-from xflow_jax.sharding import make_mesh
+from xflow_jax.parallel.mesh import make_mesh
 
 TOLERANCE = 3e-4
 
@@ -65,22 +65,31 @@ def test_golden_logits_on_a_mesh(converted, golden, mesh):
     sharded = load(converted, mesh=mesh)
     assert sharded.mesh == make_mesh(mesh)
     close(sharded.logits(golden["ids_2"]), golden["logits_2"])
-    close(sharded.logits(golden["ragged_ids"], golden["ragged_attention_mask"]), golden["ragged_logits"])
+    close(
+        sharded.logits(golden["ragged_ids"], golden["ragged_attention_mask"]),
+        golden["ragged_logits"],
+    )
     ids = np.tile(golden["ids_1"], (8, 1))
     close(sharded.logits(ids), np.tile(golden["logits_1"], (8, 1, 1)))
-    close(sharded.logits_from_embeddings(sharded.embed(ids)), np.tile(golden["logits_1"], (8, 1, 1)))
+    close(
+        sharded.logits_from_embeddings(sharded.embed(ids)), np.tile(golden["logits_1"], (8, 1, 1))
+    )
 
 
 def test_bfloat16(converted, golden):
     for path in (GOLDEN, converted):
         half = load(path, "bfloat16")
-        assert {x.dtype for x in jax.tree.leaves(half.params)} == {jnp.dtype("bfloat16")} and half.dtype == jnp.bfloat16
+        assert {x.dtype for x in jax.tree.leaves(half.params)} == {
+            jnp.dtype("bfloat16")
+        } and half.dtype == jnp.bfloat16
         assert half.embed(golden["ids_1"]).dtype == jnp.bfloat16
         ours = half.logits(golden["ids_1"])
         assert ours.dtype == jnp.float32
         assert np.abs(ours - golden["logits_1"]).max() < 1.5
         assert np.mean(np.argmax(ours, -1) == np.argmax(golden["logits_1"], -1)) > 0.9
-    assert load(GOLDEN, jnp.bfloat16).dtype == load(GOLDEN, np.dtype(jnp.bfloat16)).dtype == half.dtype
+    assert (
+        load(GOLDEN, jnp.bfloat16).dtype == load(GOLDEN, np.dtype(jnp.bfloat16)).dtype == half.dtype
+    )
 
 
 def test_one_compilation_per_shape(lm):
@@ -109,7 +118,12 @@ def test_within_other_programs(lm, golden):
 
 
 def test_the_parts(lm):
-    assert lm.family == "llada" and lm.config.mask_id == 490 and lm.mesh is None and lm.dtype == np.float32
+    assert (
+        lm.family == "llada"
+        and lm.config.mask_id == 490
+        and lm.mesh is None
+        and lm.dtype == np.float32
+    )
     assert lm.tokenizer.convert_tokens_to_ids("<|mdm_mask|>") == 490
     assert "'wte'" not in repr(lm), "a notebook shows no arrays"
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -133,7 +147,10 @@ def test_float32_is_true_float32(lm):
         ({"tokens": [[0.5]]}, "tokens must be integers [B, L], not float64 [1, 1]"),
         ({"tokens": [[3, 520]]}, "tokens hold the id 520; the vocabulary has ids 0 to 519"),
         ({"tokens": [[-1]]}, "tokens hold the id -1; the vocabulary has ids 0 to 519"),
-        ({"tokens": [[3, 4]], "mask": [[True]]}, "the mask must be [1, 2] like the tokens, not [1, 1]"),
+        (
+            {"tokens": [[3, 4]], "mask": [[True]]},
+            "the mask must be [1, 2] like the tokens, not [1, 1]",
+        ),
         ({"tokens": [[3]], "block_length": 0}, "block_length must be at least 1, not 0"),
     ],
 )
@@ -149,13 +166,18 @@ def test_bad_embeddings(lm):
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", "fp8"])
 def test_bad_dtype(dtype):
-    with pytest.raises(UserError, match=f"^dtype is '{dtype}', but it must be float32 or bfloat16$"):
+    with pytest.raises(
+        UserError, match=f"^dtype is '{dtype}', but it must be float32 or bfloat16$"
+    ):
         load(GOLDEN, dtype)
 
 
 def test_the_bundled_model_without_its_weights(monkeypatch, tmp_path):
     monkeypatch.setitem(lm_module.BUNDLED, "tiny", tmp_path)
-    with pytest.raises(UserError, match=f"^{tmp_path}: the bundled model's weights are not there; install the package"):
+    with pytest.raises(
+        UserError,
+        match=f"^{tmp_path}: the bundled model's weights are not there; install the package",
+    ):
         load("tiny")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import GOLDENS
-from xflow_jax.config import UserError
+from xflow_jax.errors import UserError
 from xflow_jax.tokenizer import chat_ids, decode_answers, load_tokenizer, pad_left
 
 DIR = GOLDENS / "llada_tiny"
@@ -26,7 +26,9 @@ def golden():
 
 def test_sizes_and_special_ids(tokenizer, golden):
     assert len(tokenizer) == golden["len_tokenizer"]
-    assert {name: tokenizer.convert_tokens_to_ids(name) for name in golden["special_ids"]} == golden["special_ids"]
+    assert {
+        name: tokenizer.convert_tokens_to_ids(name) for name in golden["special_ids"]
+    } == golden["special_ids"]
     assert tokenizer.eos_token_id == tokenizer.pad_token_id == 481
 
 
@@ -34,7 +36,9 @@ def test_encodings(tokenizer, golden):
     for case in golden["encodings"]:
         assert tokenizer(case["text"])["input_ids"] == case["ids"]
         assert tokenizer.decode(case["ids"]) == case["decoded"]
-        assert tokenizer.decode(case["ids"], skip_special_tokens=True) == case["decoded_skip_special"]
+        assert (
+            tokenizer.decode(case["ids"], skip_special_tokens=True) == case["decoded_skip_special"]
+        )
 
 
 def test_chats(tokenizer, golden):

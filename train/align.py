@@ -14,17 +14,28 @@ from typing import Any, Literal
 import jax
 
 from train.setup import Run, export, run_program
-from xflow_jax.alignment import AlignProgram, AlignSettings, align_program, check_batch, check_lengths
-from xflow_jax.config import UserError, load_toml
-from xflow_jax.data import Responses, local_rows, place, shuffled_batches, stack
+from xflow_jax.errors import UserError
+from xflow_jax.evaluation import plot_alignment
 from xflow_jax.lm import load, read_model_config
-from xflow_jax.models.lora import merge
-from xflow_jax.plot import alignment_losses
-from xflow_jax.sharding import batch_sharding, make_mesh
+from xflow_jax.models import merge
+from xflow_jax.parallel import batch_sharding, make_mesh
+from xflow_jax.toml_config import load_toml
+from xflow_jax.training import (
+    AlignmentConfig,
+    AlignProgram,
+    Responses,
+    align_program,
+    check_batch,
+    check_lengths,
+    local_rows,
+    place_batch,
+    shuffled_batches,
+    stack_examples,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AlignConfig(AlignSettings):
+class AlignConfig(AlignmentConfig):
     """A run of alignment: `AlignSettings`, and where things are.
 
     data: jsonl of train.self_generate, whose lines are sorted by the prompts' lengths; `limit` lines of each file are
@@ -82,14 +93,20 @@ def train(
     rows = local_rows(sharding, config.batch_size)
     data = shuffled_batches(source, config.batch_size, config.seed, rows)
     key, eval_key = jax.random.split(jax.random.key(config.seed))
-    fixed = [place(stack([part[i] for i in rows]), sharding, config.batch_size) for part in held_out]
+    fixed = [
+        place_batch(stack_examples([part[i] for i in rows]), sharding, config.batch_size)
+        for part in held_out
+    ]
 
     def measure(state: Any, base: Any) -> dict[str, float]:
         """The metrics on the held-out responses, always under the same masks."""
         kept = [
-            program.measure(state.params, batch, jax.random.fold_in(eval_key, i), base) for i, batch in enumerate(fixed)
+            program.measure(state.params, batch, jax.random.fold_in(eval_key, i), base)
+            for i, batch in enumerate(fixed)
         ]
-        return {f"held_out_{name}": float(sum(m[name] for m in kept) / len(kept)) for name in kept[0]}
+        return {
+            f"held_out_{name}": float(sum(m[name] for m in kept) / len(kept)) for name in kept[0]
+        }
 
     run = Run(config.out, config.keep)
     needs_base = config.tune == "lora"
@@ -106,7 +123,9 @@ def train(
         state, notes = run.restore(state, data)
     first, began = int(state.step), time.perf_counter()
     for step in run.steps(first, config.steps, "align"):
-        state, metrics = program.step(state, place(next(data), sharding, config.batch_size), key, base)
+        state, metrics = program.step(
+            state, place_batch(next(data), sharding, config.batch_size), key, base
+        )
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
             seconds = (time.perf_counter() - began) / (done - first)
@@ -116,14 +135,16 @@ def train(
             run.save(done, state, data, notes)
     run.close()
     if run.stopped and int(state.step) < config.steps:
-        run.say(f"stopped at step {int(state.step)} of {config.steps}; the same command goes on from there")
+        run.say(
+            f"stopped at step {int(state.step)} of {config.steps}; the same command goes on from there"
+        )
         return
     params = jax.jit(merge)(base, state.params) if config.tune == "lora" else state.params
     folder = "hf" if jax.process_count() == 1 else "model"
     made_by = {"command": "python -m train.align", "config": dataclasses.asdict(config)}
     export(Path(config.out) / folder, params, model_config, directory, made_by, config.export_dtype)
     if run.first_process:
-        alignment_losses(run.metrics(), Path(config.out) / "alignment.png")
+        plot_alignment(run.metrics(), Path(config.out) / "alignment.png")
 
 
 if __name__ == "__main__":

@@ -23,21 +23,46 @@ from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
 from train.setup import Run, run_program
-from xflow_jax.choices import parse_budget, parse_rule
-from xflow_jax.config import UserError, load_toml
-from xflow_jax.evaluate import Cell, describe_rule, describe_task, evaluate, fingerprint, make_cells
-from xflow_jax.generate import pad_prompts, row_keys, settings_of
+from xflow_jax.decoding import (
+    Flow,
+    MaskPrediction,
+    Policy,
+    fit_policy,
+    init_policy,
+    load_policy,
+    make_decode_config,
+    pad_prompts,
+    parse_budget,
+    parse_rule,
+    row_keys,
+    save_policy,
+)
+from xflow_jax.errors import UserError
+from xflow_jax.evaluation import (
+    Answers,
+    Cell,
+    describe_rule,
+    describe_task,
+    evaluate,
+    fingerprint,
+    make_cells,
+    plot_policy_steps,
+)
 from xflow_jax.lm import LM, load
-from xflow_jax.plot import policy_steps
-from xflow_jax.policy import Policy, fit, init_policy, load_policy, save_policy
-from xflow_jax.records import Answers
-from xflow_jax.rollout import Rollout, delay, rollout, summarise, token_rewards
-from xflow_jax.rules import Flow, MaskPrediction
+from xflow_jax.parallel import BATCH, batch_sharding, make_mesh, replicated
 from xflow_jax.sandbox import Pool
-from xflow_jax.sharding import BATCH, batch_sharding, make_mesh, replicated
-from xflow_jax.steps import TrainState, make_policy_step
 from xflow_jax.tasks import Task, get_task
 from xflow_jax.tokenizer import chat_ids, decode_answers
+from xflow_jax.toml_config import load_toml
+from xflow_jax.training import (
+    Rollout,
+    TrainState,
+    delay,
+    make_policy_step,
+    rollout,
+    rollout_metrics,
+    token_rewards,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +127,21 @@ class GrpoConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("prompts_per_step", "group_size", "steps", "epochs", "evaluate_every", "log_every", "save_every"):
+        for name in (
+            "prompts_per_step",
+            "group_size",
+            "steps",
+            "epochs",
+            "evaluate_every",
+            "log_every",
+            "save_every",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, but it must be at least 1")
         if self.group_size < 2:
-            raise UserError("group_size is 1, but an advantage is what a decode gains over others of its group")
+            raise UserError(
+                "group_size is 1, but an advantage is what a decode gains over others of its group"
+            )
         if not 0 < self.epsilon < 1:
             raise UserError(f"epsilon is {self.epsilon}, but it must be above 0 and below 1")
 
@@ -118,22 +153,40 @@ def main(path: str, overrides: list[str]) -> None:
     mesh = make_mesh(config.mesh) if config.mesh or jax.process_count() > 1 else None
     lm = load(config.model, dtype=config.dtype, mesh=mesh)
     if lm.tokenizer is None:
-        raise UserError(f"{config.model} has no tokenizer.json, which training needs for its prompts")
-    cell = make_cells(lm, task, {"flow": parse_flow(config.switches, None)}, [parse_budget(config.budget)])[0]
+        raise UserError(
+            f"{config.model} has no tokenizer.json, which training needs for its prompts"
+        )
+    cell = make_cells(
+        lm, task, {"flow": parse_flow(config.switches, None)}, [parse_budget(config.budget)]
+    )[0]
     sampler = Sampler(lm, task, config, read_problems(config, task, lm), cell)
     policy = start_policy(config)
     optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(config.rate))
     step_fn = jax.jit(
-        make_policy_step(policy, optimizer, config.epsilon, config.epochs, config.per_position, config.scale_rewards)
+        make_policy_step(
+            policy,
+            optimizer,
+            config.epsilon,
+            config.epochs,
+            config.per_position,
+            config.scale_rewards,
+        )
     )
-    held_out = task.problems(None if config.data is None else Path(config.data), config.evaluate_problems)
+    held_out = task.problems(
+        None if config.data is None else Path(config.data), config.evaluate_problems
+    )
 
     def measure(params: Any) -> dict[str, float]:
         """How the policy does in its expectation on held-out problems."""
         flow = parse_flow(config.switches, policy.replace(params=params))
         cells = [dataclasses.replace(cell, rule=flow)]
-        row = evaluate(lm, task, held_out, cells, Answers(None, {}), config.batch_size, config.seed)[0]
-        return {"held_out/solved": row.accuracy / 100, "held_out/forward_passes": row.forward_passes}
+        row = evaluate(
+            lm, task, held_out, cells, Answers(None, {}), config.batch_size, config.seed
+        )[0]
+        return {
+            "held_out/solved": row.accuracy / 100,
+            "held_out/forward_passes": row.forward_passes,
+        }
 
     run = Run(config.out)
     # With `behaviour`, the parameters that sampled the batch at hand, a resumed run samples that batch again.
@@ -146,7 +199,11 @@ def main(path: str, overrides: list[str]) -> None:
     made = sampler(policy.replace(params=behaviour), first) if first < config.steps else None
     with ThreadPoolExecutor(1) as judge, sampler.sandbox:
         for step in run.steps(first, config.steps, "grpo"):
-            verdicts, batch, last = judge.submit(sampler.judge, step, made.tokens), made, step + 1 == config.steps
+            verdicts, batch, last = (
+                judge.submit(sampler.judge, step, made.tokens),
+                made,
+                step + 1 == config.steps,
+            )
             if config.overlap and not last:
                 behaviour = train.params
                 made = sampler(policy.replace(params=behaviour), step + 1)
@@ -162,15 +219,22 @@ def main(path: str, overrides: list[str]) -> None:
             if done % config.evaluate_every == 0 or last:
                 solved = measure(train.params)
                 run.log(done, solved)
-                run.bar.write(f"step {done}: {solved['held_out/solved']:.1%} of {len(held_out)} held-out problems")
+                run.bar.write(
+                    f"step {done}: {solved['held_out/solved']:.1%} of {len(held_out)} held-out problems"
+                )
             if done % config.save_every == 0 or last or run.stopped:
                 run.save(done, (train, behaviour))
     run.close()
     if int(train.step) == config.steps and jax.process_index() == 0:
         trained, out = policy.replace(params=jax.device_get(train.params)), Path(config.out)
         made_by = {"command": "python -m train.grpo", "config": dataclasses.asdict(config)}
-        save_policy(out / "policy.safetensors", trained, switches=config.switches, made_by=json.dumps(made_by))
-        policy_steps(trained, out / "policy.png")
+        save_policy(
+            out / "policy.safetensors",
+            trained,
+            switches=config.switches,
+            made_by=json.dumps(made_by),
+        )
+        plot_policy_steps(trained, out / "policy.png")
         print(f"{out / 'policy.safetensors'}: the policy; policy.png beside it shows its steps")
 
 
@@ -185,7 +249,9 @@ class Sampler:
         self.prompts = [chat_ids(lm.tokenizer, task.prompt(problem)) for problem in problems]
         protocol = task.settings
         longest = max(map(len, self.prompts))
-        settings = settings_of(lm, longest, protocol.gen_length, cell.steps, None, protocol.block_length)
+        settings = make_decode_config(
+            lm, longest, protocol.gen_length, cell.steps, None, protocol.block_length
+        )
         early = {"early_exit": cell.rule.early_exit, "settled": cell.rule.settled}
         self.settings = dataclasses.replace(settings, **early)
         self.sandbox = Pool(protocol.limits)
@@ -198,7 +264,9 @@ class Sampler:
         rows = config.prompts_per_step * config.group_size
         if lm.mesh is not None and rows % (lm.mesh.shape["data"] * lm.mesh.shape["fsdp"]):
             parts = lm.mesh.shape["data"] * lm.mesh.shape["fsdp"]
-            raise UserError(f"prompts_per_step x group_size is {rows}, which {parts} devices of the mesh do not divide")
+            raise UserError(
+                f"prompts_per_step x group_size is {rows}, which {parts} devices of the mesh do not divide"
+            )
 
     def problems_of(self, step: int) -> np.ndarray:
         """Indices of the problems of each row of a step's batch, int [B G]."""
@@ -222,28 +290,48 @@ class Sampler:
         asked = self.problems_of(step)
         texts = decode_answers(self.lm.tokenizer, mine, self.lm.config.eos_id)
         problems = [self.problems[i] for i in asked[first : first + len(mine)]]
-        codes = [self.task.extract(problem, text) for problem, text in zip(problems, texts, strict=True)]
-        jobs = self.task.parts if self.config.reward == "share" else lambda *pair: [self.task.program(*pair)]
+        codes = [
+            self.task.extract(problem, text) for problem, text in zip(problems, texts, strict=True)
+        ]
+        jobs = (
+            self.task.parts
+            if self.config.reward == "share"
+            else lambda *pair: [self.task.program(*pair)]
+        )
         parts = [jobs(problem, code) for problem, code in zip(problems, codes, strict=True)]
         results = iter(self.sandbox.run_many([job for part in parts for job in part]))
-        return np.asarray([np.mean([next(results).passed for _ in part]) for part in parts], np.float32)
+        return np.asarray(
+            [np.mean([next(results).passed for _ in part]) for part in parts], np.float32
+        )
 
-    def reward(self, verdicts: Future, made: Rollout, policy: Policy) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def reward(
+        self, verdicts: Future, made: Rollout, policy: Policy
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(rewards float32 [B, G, N], metrics) once a batch is judged."""
         scores = verdicts.result()
         if self.lm.mesh is not None:
-            scores = multihost_utils.host_local_array_to_global_array(scores, self.lm.mesh, P(BATCH))
+            scores = multihost_utils.host_local_array_to_global_array(
+                scores, self.lm.mesh, P(BATCH)
+            )
         return self.score(jnp.asarray(scores), made, policy)
 
 
-def make_score(config: GrpoConfig, eos_id: int) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+def make_score(
+    config: GrpoConfig, eos_id: int
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
     """(scores [R], rollout, policy) -> (rewards [B, G, N], metrics), jitted once."""
 
-    def score(scores: jax.Array, made: Rollout, policy: Policy) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def score(
+        scores: jax.Array, made: Rollout, policy: Policy
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         rewards = token_rewards(scores, made.progress, config.progress_weight, config.group_size)
-        rewards -= config.pass_weight * made.forward_passes.reshape(*rewards.shape[:2], 1) / rewards.shape[-1]
+        rewards -= (
+            config.pass_weight
+            * made.forward_passes.reshape(*rewards.shape[:2], 1)
+            / rewards.shape[-1]
+        )
         rewards -= config.delay_weight * delay(made).reshape(rewards.shape)
-        return rewards, summarise(made, scores, rewards, eos_id, policy.step_of)
+        return rewards, rollout_metrics(made, scores, rewards, eos_id, policy.step_of)
 
     return jax.jit(score)
 
@@ -257,12 +345,16 @@ def parse_flow(switches: str, policy: Policy | None) -> Flow:
 def start_policy(config: GrpoConfig) -> Policy:
     """The policy before the first step: fresh, read from a file, or fitted to a fixed rule."""
     key, fit_key = jax.random.split(jax.random.key(config.seed))
-    shape = {name: value for name, value in dataclasses.asdict(config.policy).items() if name != "init"}
+    shape = {
+        name: value for name, value in dataclasses.asdict(config.policy).items() if name != "init"
+    }
     init = config.policy.init
     if init != "fresh" and not init.startswith("flow"):
         return load_policy(init)
     policy = init_policy(key, **shape)
-    return policy if init == "fresh" else fit(policy, parse_rule(init)[1].fixed_step, fit_key)
+    return (
+        policy if init == "fresh" else fit_policy(policy, parse_rule(init)[1].fixed_step, fit_key)
+    )
 
 
 def read_problems(config: GrpoConfig, task: Task, lm: LM) -> list[Any]:
@@ -275,7 +367,9 @@ def read_problems(config: GrpoConfig, task: Task, lm: LM) -> list[Any]:
     if config.solved_only:
         cells = make_cells(lm, task, {"mask": MaskPrediction()}, [Fraction(1)])
         if config.failed_by:
-            cells += make_cells(lm, task, dict([parse_rule(config.failed_by)]), [parse_budget(config.budget)])
+            cells += make_cells(
+                lm, task, dict([parse_rule(config.failed_by)]), [parse_budget(config.budget)]
+            )
         about = describe_task(task, data) | {
             "model": f"{fingerprint(lm.params)} {config.dtype}",
             "rules": [[str(cell.budget), describe_rule(cell.rule)] for cell in cells],
@@ -284,12 +378,20 @@ def read_problems(config: GrpoConfig, task: Task, lm: LM) -> list[Any]:
         answers = Answers(config.solved, json.loads(json.dumps(about)))
         for cell in cells:
             evaluate(lm, task, problems, [cell], answers, config.batch_size)
-            given = answers.of(cell.label, str(cell.budget), [task.task_id(problem) for problem in problems])
+            given = answers.of(
+                cell.label, str(cell.budget), [task.task_id(problem) for problem in problems]
+            )
             wanted = cell is cells[0]
-            problems = [problem for problem, answer in zip(problems, given, strict=True) if answer.passed == wanted]
+            problems = [
+                problem
+                for problem, answer in zip(problems, given, strict=True)
+                if answer.passed == wanted
+            ]
         print(f"{len(problems)} problems to train on")
     if len(problems) < config.prompts_per_step:
-        raise UserError(f"{len(problems)} problems do not fill a batch of {config.prompts_per_step}; use more")
+        raise UserError(
+            f"{len(problems)} problems do not fill a batch of {config.prompts_per_step}; use more"
+        )
     return problems
 
 

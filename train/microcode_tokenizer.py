@@ -24,7 +24,14 @@ SPECIAL = (
     + [f"<|reserved_token_{i}|>" for i in range(6)]
     + ["<|mdm_mask|>"]
     + [f"<|reserved_token_{i}|>" for i in range(253, 256)]
-    + ["<role>", "</role>", "<|arithmetic_start|>", "<|arithmetic_end|>", "<|number_start|>", "<|number_end|>"]
+    + [
+        "<role>",
+        "</role>",
+        "<|arithmetic_start|>",
+        "<|arithmetic_end|>",
+        "<|number_start|>",
+        "<|number_end|>",
+    ]
     + ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 )
 # Line breaks stand inside expressions: Jinja would drop one at the template's end.
@@ -46,10 +53,16 @@ def build() -> Tokenizer:
     def spell(word: str) -> str:
         return to_unicode.pre_tokenize_str(word)[0][0]
 
-    entries = sorted(pre_tokenizers.ByteLevel.alphabet()) + sorted({spell(w) for w in words if len(w.encode()) > 1})
+    entries = sorted(pre_tokenizers.ByteLevel.alphabet()) + sorted(
+        {spell(w) for w in words if len(w.encode()) > 1}
+    )
     # Without merges, but with `ignore_merges`, a known word is one token and an unknown one is its bytes.
-    tokenizer = Tokenizer(models.BPE({e: i for i, e in enumerate(entries)}, merges=[], ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"), to_unicode])
+    tokenizer = Tokenizer(
+        models.BPE({e: i for i, e in enumerate(entries)}, merges=[], ignore_merges=True)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), to_unicode]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
     return tokenizer
@@ -61,7 +74,11 @@ def main(directory: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build()
     tokenizer.save(str(out / "tokenizer.json"))
-    names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    names = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+    }
     config = names | {
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
@@ -71,7 +88,9 @@ def main(directory: str) -> None:
     }
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (out / "special_tokens_map.json").write_text(json.dumps(names, indent=2) + "\n")
-    print(f"{out}: {tokenizer.get_vocab_size()} tokens, mask {tokenizer.token_to_id('<|mdm_mask|>')}")
+    print(
+        f"{out}: {tokenizer.get_vocab_size()} tokens, mask {tokenizer.token_to_id('<|mdm_mask|>')}"
+    )
 
 
 if __name__ == "__main__":

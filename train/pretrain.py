@@ -15,16 +15,14 @@ import jax.numpy as jnp
 import optax
 
 from train.setup import Run, export, run_program
-from xflow_jax.config import LLaDAConfig, load_toml
-from xflow_jax.data import MicrocodePairs, batches
-from xflow_jax.generate import generate
+from xflow_jax.decoding import MaskPrediction, generate
 from xflow_jax.lm import LM
-from xflow_jax.models import build, init_params
-from xflow_jax.rules import MaskPrediction
+from xflow_jax.models import LLaDAConfig, build, init_params
 from xflow_jax.sandbox import run_many
-from xflow_jax.steps import TrainState, make_pretrain_step
 from xflow_jax.tasks import microcode
 from xflow_jax.tokenizer import load_tokenizer
+from xflow_jax.toml_config import load_toml
+from xflow_jax.training import MicrocodePairs, TrainState, batch_iterator, make_pretrain_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +90,14 @@ def make_optimizer(config: PretrainConfig) -> optax.GradientTransformation:
         return lambda count: peak * jnp.interp(count, steps, shares)
 
     def matrices(params: Any) -> Any:
-        return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(1, 2) if x.ndim == 3 else None, params)
+        return jax.tree.map(
+            lambda x: optax.contrib.MuonDimensionNumbers(1, 2) if x.ndim == 3 else None, params
+        )
 
     muon = optax.contrib.muon(
-        rate(config.muon_rate), adam_learning_rate=rate(config.adam_rate), muon_weight_dimension_numbers=matrices
+        rate(config.muon_rate),
+        adam_learning_rate=rate(config.adam_rate),
+        muon_weight_dimension_numbers=matrices,
     )
     return optax.chain(optax.clip_by_global_norm(config.clip), muon)
 
@@ -118,7 +120,7 @@ def train(config: PretrainConfig) -> None:
     run = Run(config.out)
     wide = config.wide_steps * config.batch_size
     source = MicrocodePairs(config.seed, tokenizer, config.prompt_length, config.gen_length, wide)
-    data = batches(source, config.batch_size)
+    data = batch_iterator(source, config.batch_size)
     create = jax.jit(lambda k: TrainState.create(init_params(model, k), optimizer))
     if run.latest is None:
         state = create(key)
@@ -138,13 +140,24 @@ def train(config: PretrainConfig) -> None:
         if done % config.save_every == 0 or done == config.steps or run.stopped:
             run.save(done, state, data)
         if done % config.evaluate_every == 0 or done == config.steps:
-            solved = solve_rate(LM(build(model.config), model.config, state.params, tokenizer), config)
+            solved = solve_rate(
+                LM(build(model.config), model.config, state.params, tokenizer), config
+            )
             run.log(done, {"solved": solved})
-            run.bar.write(f"step {done}: {100 * solved:.1f} % of {config.evaluate_problems} held-out problems solved")
+            run.bar.write(
+                f"step {done}: {100 * solved:.1f} % of {config.evaluate_problems} held-out problems solved"
+            )
     run.close()
     if int(state.step) == config.steps:
         made_by = {"command": "python -m train.pretrain", "config": dataclasses.asdict(config)}
-        export(Path(config.out) / "hf", state.params, model.config, config.tokenizer, made_by, config.export_dtype)
+        export(
+            Path(config.out) / "hf",
+            state.params,
+            model.config,
+            config.tokenizer,
+            made_by,
+            config.export_dtype,
+        )
 
 
 def solve_rate(lm: LM, config: PretrainConfig) -> float:
@@ -155,10 +168,18 @@ def solve_rate(lm: LM, config: PretrainConfig) -> float:
         part = problems[first : first + config.batch_size]
         prompts = [problem.prompt for problem in part]
         made = generate(
-            lm, prompts, MaskPrediction(), config.gen_length, config.gen_length, block_length=config.block_length
+            lm,
+            prompts,
+            MaskPrediction(),
+            config.gen_length,
+            config.gen_length,
+            block_length=config.block_length,
         )
         codes = [microcode.extract(text) for text in made.texts]
-        jobs = [(code, microcode.checks(problem, code)) for problem, code in zip(part, codes, strict=True)]
+        jobs = [
+            (code, microcode.checks(problem, code))
+            for problem, code in zip(part, codes, strict=True)
+        ]
         passed += sum(result.passed for result in run_many(jobs))
     return passed / len(problems)
 

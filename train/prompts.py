@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from xflow_jax.config import UserError
-from xflow_jax.data import read_lines
-from xflow_jax.hf import from_hub
+from xflow_jax.checkpoints import download_from_hub
+from xflow_jax.errors import UserError
+from xflow_jax.training import read_lines
 
 FORMATS = (".jsonl", ".parquet")
 
@@ -48,7 +48,7 @@ def _found(folder: Path) -> list[Path]:
 def _from_hub(name: str) -> list[Path]:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or Path(name).suffix in FORMATS:
         raise UserError(f"{name}: there is no such file")
-    return _found(from_hub(name, "dataset", "file", [f"*{suffix}" for suffix in FORMATS]))
+    return _found(download_from_hub(name, "dataset", "file", [f"*{suffix}" for suffix in FORMATS]))
 
 
 def _records(file: Path) -> Iterator[tuple[str, Any]]:
@@ -57,7 +57,9 @@ def _records(file: Path) -> Iterator[tuple[str, Any]]:
         try:
             from pyarrow import parquet
         except ImportError:
-            raise UserError(f'{file}: parquet files need pyarrow; pip install "xflow-jax[data]"') from None
+            raise UserError(
+                f'{file}: parquet files need pyarrow; pip install "xflow-jax[data]"'
+            ) from None
         for number, record in enumerate(parquet.read_table(file).to_pylist(), start=1):
             yield f"{file}, record {number}", record
         return
@@ -78,8 +80,12 @@ def _conversation(record: Any, where: str) -> list[dict[str, str]]:
     if not isinstance(asked, list) or not asked:
         raise UserError(f"{where} has neither `messages` nor `prompt`")
     for message in asked:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise UserError(f"{where}: each of its messages must have a role and a content, both text")
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(k), str) for k in ("role", "content")
+        ):
+            raise UserError(
+                f"{where}: each of its messages must have a role and a content, both text"
+            )
     asked = [{key: message[key] for key in ("role", "content")} for message in asked]
     while asked and asked[-1]["role"] == "assistant":
         asked.pop()

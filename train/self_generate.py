@@ -18,15 +18,15 @@ from tqdm import tqdm
 
 from train.prompts import read_conversations
 from train.setup import run_program
-from xflow_jax.config import UserError, load_toml
-from xflow_jax.data import read_lines
-from xflow_jax.generate import generate, settings_of
+from xflow_jax.decoding import MaskPrediction, generate, make_decode_config
+from xflow_jax.errors import UserError
 from xflow_jax.lm import LM, load, read_model_config
-from xflow_jax.rules import MaskPrediction
+from xflow_jax.parallel import make_mesh
 from xflow_jax.sandbox import run_many
-from xflow_jax.sharding import make_mesh
 from xflow_jax.tasks import microcode
 from xflow_jax.tokenizer import chat_ids, load_tokenizer
+from xflow_jax.toml_config import load_toml
+from xflow_jax.training import read_lines
 
 # What may differ between the calls of one run.
 FREE = ("out", "limit", "batch_size", "mesh")
@@ -75,9 +75,13 @@ def read_prompts(config: SelfGenerateConfig, tokenizer: Any) -> dict[int, list[i
     longest = config.longest_prompt
     kept = {index: ids for index, ids in prompts.items() if not longest or len(ids) <= longest}
     if not kept:
-        raise UserError(f"{config.prompts}: all of its {len(prompts)} prompts are longer than {longest} tokens")
+        raise UserError(
+            f"{config.prompts}: all of its {len(prompts)} prompts are longer than {longest} tokens"
+        )
     if dropped := len(prompts) - len(kept):
-        print(f"{dropped} of {len(prompts)} prompts have more than {longest} tokens and are left out")
+        print(
+            f"{dropped} of {len(prompts)} prompts have more than {longest} tokens and are left out"
+        )
     return kept
 
 
@@ -91,7 +95,10 @@ def microcode_problems(config: SelfGenerateConfig) -> list[microcode.Problem]:
 def judge(problems: list[microcode.Problem], texts: list[str]) -> list[bool]:
     """Whether the answers pass their problems' checks, run in the sandbox."""
     codes = [microcode.extract(text) for text in texts]
-    jobs = [(code, microcode.checks(problem, code)) for problem, code in zip(problems, codes, strict=True)]
+    jobs = [
+        (code, microcode.checks(problem, code))
+        for problem, code in zip(problems, codes, strict=True)
+    ]
     return [result.passed for result in run_many(jobs)]
 
 
@@ -102,11 +109,15 @@ def main(path: str, overrides: list[str]) -> None:
     directory, model_config = read_model_config(config.model)
     tokenizer = load_tokenizer(directory)
     if tokenizer is None:
-        raise UserError(f"{config.model} has no tokenizer.json, which self-generation needs for its prompts")
+        raise UserError(
+            f"{config.model} has no tokenizer.json, which self-generation needs for its prompts"
+        )
     prompts = read_prompts(config, tokenizer)
     longest, blocks = max(map(len, prompts.values())), config.block_length or None
     steps = config.steps or config.gen_length
-    settings_of(LM(None, model_config, None, tokenizer), longest, config.gen_length, steps, None, blocks)
+    make_decode_config(
+        LM(None, model_config, None, tokenizer), longest, config.gen_length, steps, None, blocks
+    )
     problems = microcode_problems(config) if config.prompts == "microcode" else []
     out = _own_file(Path(config.out))
     done = _resume(out, config)
@@ -115,16 +126,22 @@ def main(path: str, overrides: list[str]) -> None:
     todo = sorted((i for i in mine if i not in done), key=lambda i: (len(prompts[i]), i))
     mesh = make_mesh(config.mesh, jax.local_devices()) if config.mesh else None
     lm = load(directory, dtype=config.dtype, mesh=mesh)
-    rule = MaskPrediction(temperature=config.temperature, confidence_eos_eot_inf=config.confidence_eos_eot_inf)
+    rule = MaskPrediction(
+        temperature=config.temperature, confidence_eos_eot_inf=config.confidence_eos_eot_inf
+    )
     began, tokens = time.perf_counter(), 0
     with (
         out.open("a") as file,
-        tqdm(total=len(mine), initial=len(mine) - len(todo), desc="self-generate", dynamic_ncols=True) as bar,
+        tqdm(
+            total=len(mine), initial=len(mine) - len(todo), desc="self-generate", dynamic_ncols=True
+        ) as bar,
     ):
         for first in range(0, len(todo), config.batch_size):
             batch = todo[first : first + config.batch_size]
             rows = [prompts[i] for i in batch]
-            rows += rows[-1:] * (config.batch_size - len(rows))  # one shape of the batch, one compilation
+            rows += rows[-1:] * (
+                config.batch_size - len(rows)
+            )  # one shape of the batch, one compilation
             made = generate(
                 lm,
                 rows,
@@ -140,7 +157,9 @@ def main(path: str, overrides: list[str]) -> None:
             ]
             if problems:
                 verdicts = judge([problems[i] for i in batch], made.texts[: len(batch)])
-                lines = [line | {"passed": passed} for line, passed in zip(lines, verdicts, strict=True)]
+                lines = [
+                    line | {"passed": passed} for line, passed in zip(lines, verdicts, strict=True)
+                ]
             file.write("".join(json.dumps(line) + "\n" for line in lines))
             file.flush()
             tokens += len(batch) * config.gen_length
@@ -152,7 +171,11 @@ def main(path: str, overrides: list[str]) -> None:
 def _own_file(out: Path) -> Path:
     """Where this process writes. UserError where another number of them has begun: prompts would be answered twice."""
     count = jax.process_count()
-    own = out if count == 1 else out.with_suffix(f".{jax.process_index():05d}-of-{count:05d}{out.suffix}")
+    own = (
+        out
+        if count == 1
+        else out.with_suffix(f".{jax.process_index():05d}-of-{count:05d}{out.suffix}")
+    )
     shards = list(out.parent.glob(f"{out.stem}.?????-of-?????{out.suffix}"))
     others = [file for file in shards if count == 1 or not file.stem.endswith(f"-of-{count:05d}")]
     others += [out] if count > 1 and out.exists() else []
@@ -173,7 +196,9 @@ def _resume(out: Path, config: SelfGenerateConfig) -> set[int]:
         return set()
     before = json.loads(about.read_text()) if about.exists() else None
     if before != made_by:
-        raise UserError(f"{out} was made with other settings, see {about}; choose another out or remove it")
+        raise UserError(
+            f"{out} was made with other settings, see {about}; choose another out or remove it"
+        )
     lines = read_lines(out)
     temporary = out.with_suffix(".tmp")
     temporary.write_text("".join(line + "\n" for line in lines))

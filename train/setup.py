@@ -17,13 +17,11 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from xflow_jax import hosts
-from xflow_jax.checkpoint import save_params
-from xflow_jax.config import UserError
-from xflow_jax.data import read_lines
-from xflow_jax.hf_write import write_hf
+from xflow_jax.checkpoints import save_params, write_hf
+from xflow_jax.errors import UserError
 from xflow_jax.models import abstract_params, build
-from xflow_jax.sharding import path_name
+from xflow_jax.parallel import multihost, path_name
+from xflow_jax.training import read_lines
 
 
 class Run:
@@ -39,7 +37,9 @@ class Run:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         # Named, so that a checkpoint's shapes can be asked for before anything is restored.
         handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
-        self.manager = ocp.CheckpointManager(self.folder / "checkpoints", options=options, item_handlers=handlers)
+        self.manager = ocp.CheckpointManager(
+            self.folder / "checkpoints", options=options, item_handlers=handlers
+        )
         self.first_process = jax.process_index() == 0
         self.metrics_file = self.folder / "metrics.jsonl"
         self.stopped = False
@@ -47,7 +47,9 @@ class Run:
         self.board = None
         if self.first_process:
             self._drop_metrics_after(-1 if self.latest is None else self.latest)
-            self.board = _board(self.folder / "tensorboard", None if self.latest is None else self.latest + 1)
+            self.board = _board(
+                self.folder / "tensorboard", None if self.latest is None else self.latest + 1
+            )
 
     def restore(self, state: Any, data: Any = None) -> tuple[Any, dict[str, Any]]:
         """(state, notes) of the last checkpoint; `data` is moved to its position. There must be one (`latest`).
@@ -58,18 +60,24 @@ class Run:
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         self._check(abstract)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
+        )
         restored = self.manager.restore(self.latest, args=args)
         if data is not None:
             data.set_state(restored["data"]["position"])
         return restored["state"], restored["data"]["notes"]
 
-    def save(self, step: int, state: Any, data: Any = None, notes: dict[str, Any] | None = None) -> None:
+    def save(
+        self, step: int, state: Any, data: Any = None, notes: dict[str, Any] | None = None
+    ) -> None:
         """Writes a checkpoint in the background; a half-written one is never taken for a whole one. notes: JSON."""
         if self.manager.latest_step() == step:
             return
         beside = {"position": None if data is None else data.get_state(), "notes": notes or {}}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(beside))
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(beside)
+        )
         self.manager.save(step, args=args)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
@@ -95,11 +103,20 @@ class Run:
 
         before = signal.signal(signal.SIGTERM, stop)
         quiet = not self.first_process
-        self.bar = tqdm(range(first, last), initial=first, total=last, desc=describe, dynamic_ncols=True, disable=quiet)
+        self.bar = tqdm(
+            range(first, last),
+            initial=first,
+            total=last,
+            desc=describe,
+            dynamic_ncols=True,
+            disable=quiet,
+        )
         try:
             for step in self.bar:
                 if jax.process_count() > 1:  # all of them must leave after the same step
-                    self.stopped = bool(multihost_utils.process_allgather(np.asarray(self.stopped)).any())
+                    self.stopped = bool(
+                        multihost_utils.process_allgather(np.asarray(self.stopped)).any()
+                    )
                 yield step
                 if self.stopped:
                     break
@@ -152,7 +169,12 @@ def _board(folder: Path, purge_step: int | None) -> Any | None:
 
 
 def export(
-    folder: Path, params: Any, config: Any, tokenizer_dir: str | Path, made_by: dict[str, Any], dtype: str
+    folder: Path,
+    params: Any,
+    config: Any,
+    tokenizer_dir: str | Path,
+    made_by: dict[str, Any],
+    dtype: str,
 ) -> None:
     """Writes `folder` in the Hugging Face format with what made it in provenance.json; replaces an earlier export.
 
@@ -162,7 +184,9 @@ def export(
         shutil.rmtree(folder)
     # A router's bias stays float32, whatever the rest is.
     like = abstract_params(build(config, param_dtype=jnp.dtype(dtype)))
-    params = jax.jit(lambda tree: jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), tree, like))(params)
+    params = jax.jit(
+        lambda tree: jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), tree, like)
+    )(params)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export")
         save_params(folder, params, config, tokenizer_dir, made_by)
@@ -181,8 +205,8 @@ def run_program(main: Callable[[str, list[str]], None], usage: str) -> None:
         print(f"usage: {usage}", file=sys.stderr)
         sys.exit(2)
     try:
-        hosts.join_hosts()
-        hosts.keep_programs()
+        multihost.initialize_processes()
+        multihost.enable_compilation_cache()
         main(sys.argv[1], sys.argv[2:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -16,25 +16,31 @@ import jax
 import jax.numpy as jnp
 
 from train.setup import export, run_program
-from xflow_jax.config import LLaDA2Config, LLaDAConfig, UserError
+from xflow_jax.checkpoints import refuse_existing
+from xflow_jax.errors import UserError
 from xflow_jax.lm import load, read_model_config
-from xflow_jax.models import build, init_params
-from xflow_jax.storage import refuse_existing
+from xflow_jax.models import LLaDA2Config, LLaDAConfig, build, init_params
 
 USAGE = "python -m train.upcycle MODEL DIR [--experts X] [--seed N]"
 _EXPERTS = {"gate": "ff_proj", "up": "up_proj", "down": "ff_out"}
 
 
-def upcycle(params: Any, config: LLaDAConfig, experts: int, key: jax.Array) -> tuple[Any, LLaDA2Config]:
+def upcycle(
+    params: Any, config: LLaDAConfig, experts: int, key: jax.Array
+) -> tuple[Any, LLaDA2Config]:
     """LLaDA's parameters, float32 -> LLaDA2.0's, and their configuration; key: of the routers.
 
     Raises UserError where the model has what LLaDA2.0 of this kind has not: biases, or a tied head.
     """
     blocks = params["blocks"]
     if "ff_out" not in params or any("bias" in leaf for leaf in blocks.values()):
-        raise UserError("the model has biases or a tied head, and a LLaDA2.0 of its weights would not")
+        raise UserError(
+            "the model has biases or a tied head, and a LLaDA2.0 of its weights would not"
+        )
     if config.n_layers < 2 or experts < 2:
-        raise UserError("it takes two layers at least, of which the first stays dense, and two experts")
+        raise UserError(
+            "it takes two layers at least, of which the first stays dense, and two experts"
+        )
     made = LLaDA2Config(
         hidden_size=config.d_model,
         num_hidden_layers=config.n_layers,
@@ -55,14 +61,22 @@ def upcycle(params: Any, config: LLaDAConfig, experts: int, key: jax.Array) -> t
         rms_norm_eps=config.rms_norm_eps,
         max_position_embeddings=config.max_length,
     )
-    layers = {name: blocks[name] for name in ("attn_norm", "ff_norm", "q_proj", "k_proj", "v_proj", "attn_out")}
+    layers = {
+        name: blocks[name]
+        for name in ("attn_norm", "ff_norm", "q_proj", "k_proj", "v_proj", "attn_out")
+    }
     for name in ("q", "k"):
         # The root mean square of a query or key whose input has unit size, as the norm before makes it.
         kernel = blocks[f"{name}_proj"]["kernel"] * blocks["attn_norm"]["scale"][:, :, None]
         size = jnp.sqrt(jnp.mean(jnp.sum(kernel**2, axis=1), axis=-1, keepdims=True))
-        layers[f"{name}_norm"] = {"scale": jnp.broadcast_to(size, (config.n_layers, made.head_width))}
+        layers[f"{name}_norm"] = {
+            "scale": jnp.broadcast_to(size, (config.n_layers, made.head_width))
+        }
     mlp = {name: blocks[name] for name in ("ff_proj", "up_proj", "ff_out")}
-    copies = {ours: jnp.repeat(mlp[its]["kernel"][1:, None], experts, axis=1) for ours, its in _EXPERTS.items()}
+    copies = {
+        ours: jnp.repeat(mlp[its]["kernel"][1:, None], experts, axis=1)
+        for ours, its in _EXPERTS.items()
+    }
     router = init_params(build(made), key)["blocks"]["router"]
     return {
         "wte": params["wte"],
@@ -77,14 +91,26 @@ def main(model: str, rest: list[str]) -> None:
     """The command: a model's directory or name, then what `USAGE` says."""
     parser = argparse.ArgumentParser(prog="python -m train.upcycle MODEL")
     parser.add_argument("out", help="directory to make, in the Hugging Face format")
-    parser.add_argument("--experts", type=int, default=4, metavar="X", help="of each layer but the first (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the routers (default: 0)")
+    parser.add_argument(
+        "--experts",
+        type=int,
+        default=4,
+        metavar="X",
+        help="of each layer but the first (default: 4)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the routers (default: 0)"
+    )
     arguments = parser.parse_args(rest)
     refuse_existing(Path(arguments.out))
     directory, config = read_model_config(model)
     if not isinstance(config, LLaDAConfig):
-        raise UserError(f"{model} is of the family {config.family}, but this starts from a LLaDA model")
-    params, made = upcycle(load(directory).params, config, arguments.experts, jax.random.key(arguments.seed))
+        raise UserError(
+            f"{model} is of the family {config.family}, but this starts from a LLaDA model"
+        )
+    params, made = upcycle(
+        load(directory).params, config, arguments.experts, jax.random.key(arguments.seed)
+    )
     made_by = {"command": "python -m train.upcycle", "model": model, **vars(arguments)}
     export(Path(arguments.out), params, made, directory, made_by, "float32")
 

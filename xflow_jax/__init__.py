@@ -1,36 +1,41 @@
 """Continuous-flow decoding of masked diffusion language models, in JAX.
 
-The public names are imported when they are first used, so that `import xflow_jax` costs nothing.
+The public names are imported when they are first used, so `import xflow_jax` costs nothing.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
-import types
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from xflow_jax.generate import Generation, generate
+    from xflow_jax.decoding import (
+        Flow,
+        Generation,
+        MaskPrediction,
+        Policy,
+        Threshold,
+        generate,
+        load_policy,
+        save_policy,
+    )
+    from xflow_jax.errors import UserError
     from xflow_jax.lm import LM, load
-    from xflow_jax.policy import Policy, load_policy, save_policy
-    from xflow_jax.rules import Flow, MaskPrediction, Threshold
-    from xflow_jax.sharding import make_mesh
-    from xflow_jax.strict import UserError
+    from xflow_jax.parallel import make_mesh
 
-_HOMES = {
+_MODULES = {
     "load": "lm",
     "LM": "lm",
-    "generate": "generate",
-    "Generation": "generate",
-    "Flow": "rules",
-    "MaskPrediction": "rules",
-    "Threshold": "rules",
-    "Policy": "policy",
-    "load_policy": "policy",
-    "save_policy": "policy",
-    "make_mesh": "sharding",
-    "UserError": "strict",
+    "generate": "decoding",
+    "Generation": "decoding",
+    "Flow": "decoding",
+    "MaskPrediction": "decoding",
+    "Threshold": "decoding",
+    "Policy": "decoding",
+    "load_policy": "decoding",
+    "save_policy": "decoding",
+    "make_mesh": "parallel",
+    "UserError": "errors",
 }
 __all__ = [
     "LM",
@@ -48,21 +53,13 @@ __all__ = [
 ]
 
 
-class _Package(types.ModuleType):
-    def __getattr__(self, name: str) -> Any:
-        if name not in _HOMES:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{self.__name__}.{_HOMES[name]}"), name)
-        setattr(self, name, value)
-        return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Importing the module xflow_jax.generate would put it in the place of the function of that name.
-        if not (name in _HOMES and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,6 @@
 
 import sys
 
-from xflow_jax.cli import main
+from xflow_jax.cli.main import main
 
 sys.exit(main())

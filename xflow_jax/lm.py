@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,20 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from xflow_jax import checkpoint, hf
-from xflow_jax.config import UserError
-from xflow_jax.models import build
-from xflow_jax.sharding import batch_sharding, check_heads, make_mesh, replicated
+from xflow_jax.checkpoints import huggingface, orbax_checkpoint
+from xflow_jax.errors import UserError
+from xflow_jax.models import build, check_heads
+from xflow_jax.parallel import batch_sharding, make_mesh, replicated
 from xflow_jax.tokenizer import load_tokenizer
-
-if TYPE_CHECKING:
-    from flax import linen as nn
+from xflow_jax.types import Backbone
 
 TINY = Path(__file__).parent / "tiny"
+
+
 # The bundled models: the one to use, and the one it was aligned from.
 BUNDLED = {"tiny": TINY, "tiny-base": TINY.with_name("tiny_base")}
+
+
 DTYPES = ("float32", "bfloat16")
 
 
@@ -38,7 +40,7 @@ class LM:
     padding on the left; block_length: block-causal attention, the grid counting from each row's first real token.
     """
 
-    model: nn.Module
+    model: Backbone
     config: Any
     params: dict[str, Any] = field(repr=False)
     tokenizer: Any = field(repr=False)
@@ -57,7 +59,9 @@ class LM:
         """Of the computation and of the parameters."""
         return np.dtype(self.model.dtype)
 
-    def logits(self, tokens: ArrayLike, mask: ArrayLike | None = None, block_length: int | None = None) -> jax.Array:
+    def logits(
+        self, tokens: ArrayLike, mask: ArrayLike | None = None, block_length: int | None = None
+    ) -> jax.Array:
         """tokens int [B, L] -> logits float32 [B, L, V], V = config.vocab_rows; UserError for an id out of range."""
         tokens = self._tokens(tokens)
         mask = self._mask(mask, tokens.shape)
@@ -76,7 +80,9 @@ class LM:
         """x [B, L, E], cast to the model's dtype -> logits float32 [B, L, V]."""
         x = x if isinstance(x, jax.Array) else np.asarray(x)
         if x.ndim != 3 or x.shape[-1] != self.config.hidden_size:
-            raise UserError(f"embeddings must be [B, L, {self.config.hidden_size}], not {list(x.shape)}")
+            raise UserError(
+                f"embeddings must be [B, L, {self.config.hidden_size}], not {list(x.shape)}"
+            )
         x, mask = self._place(x), self._mask(mask, x.shape[:2])
         with self.scope():
             return _logits_from_embeddings(self.model, self.params, x, mask, _checked(block_length))
@@ -96,10 +102,14 @@ class LM:
         host = not isinstance(tokens, jax.Array)
         tokens = np.asarray(tokens) if host else tokens
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise UserError(f"tokens must be integers [B, L], not {tokens.dtype} {list(tokens.shape)}")
+            raise UserError(
+                f"tokens must be integers [B, L], not {tokens.dtype} {list(tokens.shape)}"
+            )
         if host and tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_rows:
             bad = tokens[(tokens < 0) | (tokens >= self.config.vocab_rows)][0]
-            raise UserError(f"tokens hold the id {bad}; the vocabulary has ids 0 to {self.config.vocab_rows - 1}")
+            raise UserError(
+                f"tokens hold the id {bad}; the vocabulary has ids 0 to {self.config.vocab_rows - 1}"
+            )
         return self._place(tokens)
 
     def _mask(self, mask: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
@@ -107,7 +117,9 @@ class LM:
             return None
         mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
         if mask.shape != shape:
-            raise UserError(f"the mask must be {list(shape)} like the tokens, not {list(mask.shape)}")
+            raise UserError(
+                f"the mask must be {list(shape)} like the tokens, not {list(mask.shape)}"
+            )
         return self._place(mask.astype(bool))
 
     def _place(self, x: Any) -> jax.Array:
@@ -119,18 +131,20 @@ class LM:
 
 
 @partial(jax.jit, static_argnames=("model", "block_length"))
-def _logits(model: nn.Module, params: Any, tokens: jax.Array, mask: Any, block_length: int | None) -> jax.Array:
+def _logits(
+    model: Backbone, params: Any, tokens: jax.Array, mask: Any, block_length: int | None
+) -> jax.Array:
     return model.apply({"params": params}, tokens, mask, block_length).astype(jnp.float32)
 
 
 @partial(jax.jit, static_argnames="model")
-def _embed(model: nn.Module, params: Any, tokens: jax.Array) -> jax.Array:
+def _embed(model: Backbone, params: Any, tokens: jax.Array) -> jax.Array:
     return model.apply({"params": params}, tokens, method="embed")
 
 
 @partial(jax.jit, static_argnames=("model", "block_length"))
 def _logits_from_embeddings(
-    model: nn.Module, params: Any, x: jax.Array, mask: Any, block_length: int | None
+    model: Backbone, params: Any, x: jax.Array, mask: Any, block_length: int | None
 ) -> jax.Array:
     hidden = model.apply({"params": params}, x, mask, block_length, method="hidden")
     return model.apply({"params": params}, hidden, method="head").astype(jnp.float32)
@@ -144,15 +158,17 @@ def _checked(block_length: int | None) -> int | None:
 
 def find_model(path: str | Path) -> Path:
     """The directory of a model that `load` is given by this path or name."""
-    return BUNDLED.get(str(path)) or hf.find_directory(path)
+    return BUNDLED.get(str(path)) or huggingface.find_hf_directory(path)
 
 
 def read_model_config(path: str | Path) -> tuple[Path, Any]:
     """(directory, configuration) of a model, without its parameters; UserError as `load`'s."""
     directory = find_model(path)
-    if checkpoint.is_checkpoint(directory):
-        return directory, checkpoint.described(directory, checkpoint.read_record(directory))[0]
-    return directory, hf.read_config(directory)
+    if orbax_checkpoint.is_checkpoint(directory):
+        return directory, orbax_checkpoint.abstract_model(
+            directory, orbax_checkpoint.read_record(directory)
+        )[0]
+    return directory, huggingface.read_hf_config(directory)
 
 
 def load(path: str | Path, dtype: Any = "float32", mesh: Mesh | str | None = None) -> LM:
@@ -177,6 +193,12 @@ def load(path: str | Path, dtype: Any = "float32", mesh: Mesh | str | None = Non
             f"{directory}: the bundled model's weights are not there; install the package again, "
             "or make them with python -m train.pretrain configs/pretrain_tiny.toml"
         )
-    read = checkpoint.load_params if checkpoint.is_checkpoint(directory) else hf.read_params
+    read = (
+        orbax_checkpoint.load_params
+        if orbax_checkpoint.is_checkpoint(directory)
+        else huggingface.read_hf_params
+    )
     config, params = read(directory, dtype, mesh)
-    return LM(build(config, dtype, param_dtype=dtype), config, params, load_tokenizer(directory), mesh)
+    return LM(
+        build(config, dtype, param_dtype=dtype), config, params, load_tokenizer(directory), mesh
+    )

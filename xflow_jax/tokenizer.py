@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from xflow_jax.config import UserError
+from xflow_jax.errors import UserError
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -26,7 +26,9 @@ def load_tokenizer(directory: str | Path) -> Any | None:
     try:
         return PreTrainedTokenizerFast.from_pretrained(str(directory))
     except Exception as error:  # the library raises bare exceptions, as it finds them
-        raise UserError(f"{directory}/tokenizer.json cannot be read as a tokenizer: {error}") from error
+        raise UserError(
+            f"{directory}/tokenizer.json cannot be read as a tokenizer: {error}"
+        ) from error
 
 
 def chat_ids(tokenizer: Any, messages: str | Sequence[dict[str, str]]) -> list[int]:
@@ -35,13 +37,19 @@ def chat_ids(tokenizer: Any, messages: str | Sequence[dict[str, str]]) -> list[i
     UserError where the tokenizer has no chat template, as base models' have none.
     """
     if tokenizer.chat_template is None:
-        raise UserError("the model's tokenizer has no chat template, so prompts must be lists of token ids")
+        raise UserError(
+            "the model's tokenizer has no chat template, so prompts must be lists of token ids"
+        )
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    return tokenizer.apply_chat_template(list(messages), tokenize=True, add_generation_prompt=True, return_dict=False)
+    return tokenizer.apply_chat_template(
+        list(messages), tokenize=True, add_generation_prompt=True, return_dict=False
+    )
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def pad_left(
+    rows: Sequence[Sequence[int]], pad_id: int, length: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Rows of ids -> (ids int32 [B, P], mask bool [B, P]), P = `length` or the longest row; padding is False."""
     length = length or max(len(row) for row in rows)
     ids = np.full((len(rows), length), pad_id, np.int32)
@@ -54,5 +62,7 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int, length: int | None = No
 
 def decode_answers(tokenizer: Any, tokens: np.ndarray, eos_id: int) -> list[str]:
     """Responses int [B, N] -> texts, each up to its first EOS, special tokens left out."""
-    rows = [row[: row.index(eos_id)] if eos_id in row else row for row in np.asarray(tokens).tolist()]
+    rows = [
+        row[: row.index(eos_id)] if eos_id in row else row for row in np.asarray(tokens).tolist()
+    ]
     return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]

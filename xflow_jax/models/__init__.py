@@ -1,30 +1,46 @@
-"""The models, in Flax Linen; elsewhere parameters are a plain nested dict of arrays."""
+"""Model backbones in Flax Linen, their configurations, and what all of them share.
 
-from __future__ import annotations
+flax.linen is imported in this package alone. Elsewhere parameters are a nested dict of arrays.
+"""
 
-from typing import Any
+from xflow_jax.models import kv_cache
+from xflow_jax.models.config import LLaDA2Config, LLaDAConfig, model_config
+from xflow_jax.models.factory import abstract_params, build, init_params
+from xflow_jax.models.flops import (
+    forward_flops,
+    matrix_parameters,
+    mlp_width,
+    num_heads,
+    tensor_split_sizes,
+    touched_parameters,
+)
+from xflow_jax.models.lm_head import Head, LogitsFn, make_head
+from xflow_jax.models.logical_axes import check_heads, shardings, state_shardings
+from xflow_jax.models.lora import LoraConfig, lora_init, merge
+from xflow_jax.models.presets import PRESETS
 
-import jax
-import jax.numpy as jnp
-from flax import linen as nn
-from jax.typing import DTypeLike
-
-from xflow_jax.models.llada import LLaDA
-from xflow_jax.models.llada2 import LLaDA2
-
-_FAMILIES = {"llada": LLaDA, "llada2": LLaDA2}
-
-
-def build(config: Any, dtype: DTypeLike = jnp.float32, **fields: Any) -> nn.Module:
-    """The module of a configuration, computing in `dtype`; `fields` are further fields of the module, e.g. remat."""
-    return _FAMILIES[config.family](config, dtype=dtype, **fields)
-
-
-def init_params(model: nn.Module, key: jax.Array) -> dict[str, Any]:
-    """Fresh parameters: normal of 0.02, outputs into the residual stream scaled down by the root of their number."""
-    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-
-
-def abstract_params(model: nn.Module) -> dict[str, Any]:
-    """The tree of parameters as jax.ShapeDtypeStruct: the contract for initialisation, restoring and conversion."""
-    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+__all__ = [
+    "Head",
+    "LLaDA2Config",
+    "LLaDAConfig",
+    "LogitsFn",
+    "LoraConfig",
+    "PRESETS",
+    "abstract_params",
+    "build",
+    "check_heads",
+    "forward_flops",
+    "init_params",
+    "kv_cache",
+    "lora_init",
+    "make_head",
+    "matrix_parameters",
+    "merge",
+    "mlp_width",
+    "model_config",
+    "num_heads",
+    "shardings",
+    "state_shardings",
+    "tensor_split_sizes",
+    "touched_parameters",
+]

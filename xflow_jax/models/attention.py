@@ -7,8 +7,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from xflow_jax.sharding import platform
-from xflow_jax.strict import UserError, require
+from xflow_jax.errors import UserError, require
+from xflow_jax.parallel import platform
 
 
 def attention_mask(
@@ -25,7 +25,11 @@ def attention_mask(
     keys = None if mask is None else mask[:, None, None, :]
     parts = [] if keys is None else [keys]
     if block_length is not None:
-        first = jnp.zeros((1, 1), jnp.int32) if mask is None else jnp.argmax(mask, axis=1, keepdims=True)
+        first = (
+            jnp.zeros((1, 1), jnp.int32)
+            if mask is None
+            else jnp.argmax(mask, axis=1, keepdims=True)
+        )
         block = (jnp.arange(length)[None, :] - first) // block_length
         parts.append((block[:, None, :] <= block[:, :, None])[:, None])
     if allowed is not None:
@@ -37,7 +41,11 @@ def attention_mask(
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None = None, kernel: str | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    allowed: jax.Array | None = None,
+    kernel: str | None = None,
 ) -> jax.Array:
     """q [B, L, H, D], k and v [B, M, K, D], allowed bool broadcastable to [B, 1, L, M] -> [B, L, H, D].
 
@@ -46,8 +54,10 @@ def attend(
     can do it. UserError for one that is not there or cannot.
     """
     kernel = kernel or default_kernel(q, k, allowed)
-    require(kernel in KERNELS, f"attention is {kernel!r}, but it must be one of {', '.join(KERNELS)}")
-    if why := cannot(kernel, q, k, allowed):
+    require(
+        kernel in KERNELS, f"attention is {kernel!r}, but it must be one of {', '.join(KERNELS)}"
+    )
+    if why := missing_requirement(kernel, q, k, allowed):
         raise UserError(f"the attention kernel {kernel} needs {why}; leave attention out")
     return KERNELS[kernel](q, k, v, allowed)
 
@@ -64,7 +74,9 @@ def _einsum(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None)
         scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min).reshape(b, kv, -1, keys)
     # The softmax's division comes last, on [.., D] instead of [.., M].
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    out = jnp.einsum("bkqm,bkmd->bkqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = jnp.einsum(
+        "bkqm,bkmd->bkqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
     out = (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
     return out.reshape(b, h, length, d).transpose(0, 2, 1, 3)
 
@@ -80,12 +92,14 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None) 
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None) -> jax.Array:
-    from xflow_jax.models import splash  # which imports Pallas
+    from xflow_jax.models import splash_attention  # which imports Pallas
 
-    return splash.attend(q, k, v, None if allowed is None else allowed[:, 0, 0])
+    return splash_attention.splash_attend(q, k, v, None if allowed is None else allowed[:, 0, 0])
 
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+
+
 KERNELS: dict[str, Kernel] = {"einsum": _einsum, "xla": _xla, "cudnn": _cudnn, "splash": _splash}
 
 
@@ -93,10 +107,16 @@ def default_kernel(q: jax.Array, k: jax.Array, allowed: jax.Array | None = None)
     """The kernel for the platform: our einsum on CPUs, cuDNN on GPUs where it can, JAX's own attention elsewhere."""
     if platform() == "cpu":
         return "einsum"
-    return "cudnn" if platform() == "gpu" and not cannot("cudnn", q, k, allowed) else "xla"
+    return (
+        "cudnn"
+        if platform() == "gpu" and not missing_requirement("cudnn", q, k, allowed)
+        else "xla"
+    )
 
 
-def cannot(kernel: str, q: jax.Array, k: jax.Array, allowed: jax.Array | None = None) -> str | None:
+def missing_requirement(
+    kernel: str, q: jax.Array, k: jax.Array, allowed: jax.Array | None = None
+) -> str | None:
     """What `kernel` needs and these arguments of `attend` are not; None where it can do them."""
     (_, length, _, width), keys = q.shape, k.shape[1]
     if kernel == "cudnn":

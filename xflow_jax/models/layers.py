@@ -28,7 +28,9 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.normal(self.init_std), shape, self.param_dtype)
+        kernel = self.param(
+            "kernel", nn.initializers.normal(self.init_std), shape, self.param_dtype
+        )
         x = x.astype(self.dtype)
         y = x @ kernel.astype(self.dtype)
         if self.has_variable("lora", "kernel"):
@@ -54,14 +56,18 @@ class RMSNorm(nn.Module):
         return y.astype(self.dtype) * scale.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-def rope_tables(length: int, rotary_dim: int, theta: float, start: int | jax.Array = 0) -> tuple[jax.Array, jax.Array]:
+def rope_tables(
+    length: int, rotary_dim: int, theta: float, start: int | jax.Array = 0
+) -> tuple[jax.Array, jax.Array]:
     """cos and sin, float32 [L, rotary_dim / 2], of positions start, start + 1, ...; frequency theta^(-2i/dim).
 
     start: an integer, or one per row, int [B]: the tables are then [B, L, rotary_dim / 2].
     """
     frequency = theta ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
     start = jnp.asarray(start)
-    position = start[..., None] + jax.lax.broadcasted_iota(jnp.int32, (*start.shape, length), start.ndim)
+    position = start[..., None] + jax.lax.broadcasted_iota(
+        jnp.int32, (*start.shape, length), start.ndim
+    )
     angle = jnp.multiply.outer(position.astype(jnp.float32), frequency)
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -74,5 +80,8 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     half = cos.shape[-1]
     cos, sin = (jnp.expand_dims(table, (0, 2) if table.ndim == 2 else 2) for table in (cos, sin))
     first, second = x[..., :half].astype(cos.dtype), x[..., half : 2 * half].astype(cos.dtype)
-    turned = (first * cos - second * sin).astype(x.dtype), (second * cos + first * sin).astype(x.dtype)
+    turned = (
+        (first * cos - second * sin).astype(x.dtype),
+        (second * cos + first * sin).astype(x.dtype),
+    )
     return jnp.concatenate((*turned, x[..., 2 * half :]), axis=-1)

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from xflow_jax.config import LLaDAConfig
-from xflow_jax.models import cache as kv
+from xflow_jax.errors import require
+from xflow_jax.models import kv_cache
 from xflow_jax.models.attention import attend, attention_mask
+from xflow_jax.models.config import LLaDAConfig
 from xflow_jax.models.layers import REMAT, Linear, RMSNorm, apply_rope, rope_tables
-from xflow_jax.sharding import constrain_batch, constrain_lookup
-from xflow_jax.strict import require
+from xflow_jax.parallel import constrain_batch, constrain_lookup
 
 
 class Block(nn.Module):
@@ -25,8 +25,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], allowed: jax.Array | None, cached: kv.Layer | None
-    ) -> tuple[jax.Array, kv.Layer | None]:
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        allowed: jax.Array | None,
+        cached: kv_cache.Layer | None,
+    ) -> tuple[jax.Array, kv_cache.Layer | None]:
         c, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         residual_std = 0.02 / (2 * c.n_layers) ** 0.5
         b, length, _ = x.shape
@@ -39,9 +43,11 @@ class Block(nn.Module):
         q = apply_rope(heads("q_proj", c.n_heads, h), *rope)
         k = apply_rope(heads("k_proj", c.kv_heads, h), *rope)
         v = heads("v_proj", c.kv_heads, h)
-        keys, values, new = kv.extend(cached, k, v)
+        keys, values, new = kv_cache.extend_keys(cached, k, v)
         h = attend(q, keys, values, allowed, self.attention).reshape(b, length, -1)
-        x = x + Linear(c.d_model, c.include_bias, init_std=residual_std, name="attn_out", **types)(h)
+        x = x + Linear(c.d_model, c.include_bias, init_std=residual_std, name="attn_out", **types)(
+            h
+        )
         h = RMSNorm(c.rms_norm_eps, name="ff_norm", **types)(x)
         gate = Linear(c.mlp_width, c.include_bias, name="ff_proj", **types)(h)
         up = Linear(c.mlp_width, c.include_bias, name="up_proj", **types)(h)
@@ -68,9 +74,14 @@ class LLaDA(nn.Module):
     def setup(self) -> None:
         c, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         require(
-            self.remat is None or self.remat in REMAT, f"remat is {self.remat!r}, but it must be {' or '.join(REMAT)}"
+            self.remat is None or self.remat in REMAT,
+            f"remat is {self.remat!r}, but it must be {' or '.join(REMAT)}",
         )
-        block = Block if self.remat is None else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
+        block = (
+            Block
+            if self.remat is None
+            else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
+        )
         stack = nn.scan(
             block,
             variable_axes={"params": 0, "lora": 0},
@@ -79,7 +90,9 @@ class LLaDA(nn.Module):
             length=c.n_layers,
             unroll=self.unroll,
         )
-        self.wte = nn.Embed(c.vocab_rows, c.d_model, embedding_init=nn.initializers.normal(0.02), **types)
+        self.wte = nn.Embed(
+            c.vocab_rows, c.d_model, embedding_init=nn.initializers.normal(0.02), **types
+        )
         self.blocks = stack(c, attention=self.attention, **types)
         self.ln_f = RMSNorm(c.rms_norm_eps, **types)
         if not c.weight_tying:
@@ -102,27 +115,35 @@ class LLaDA(nn.Module):
     def hidden_cached(
         self,
         x: jax.Array,
-        cache: kv.Cache,
+        cache: kv_cache.Cache,
         start: jax.Array | int,
         mask: jax.Array | None = None,
         block_length: int | None = None,
-    ) -> tuple[jax.Array, kv.Cache]:
+    ) -> tuple[jax.Array, kv_cache.Cache]:
         """x [B, n, E] at the positions start ... start + n - 1 -> (as `hidden`, their keys and values); see cache.py.
 
         start: int or int [B]. mask bool [B, n] or [B, M + n] and block_length as in `cache.visible`.
         """
         start = jnp.broadcast_to(start, x.shape[:1])
-        return self._run(x, start, kv.visible(cache, start, x.shape[1], mask, block_length), cache)
+        return self._run(
+            x, start, kv_cache.cache_mask(cache, start, x.shape[1], mask, block_length), cache
+        )
 
     @nn.nowrap
-    def empty_cache(self, batch: int, positions: int) -> kv.Cache:
+    def empty_cache(self, batch: int, positions: int) -> kv_cache.Cache:
         """A key/value cache for so many positions (see cache.py)."""
         c = self.config
-        return kv.empty({"blocks": c.n_layers}, batch, positions, c.kv_heads, c.head_dim, self.dtype)
+        return kv_cache.empty_cache(
+            {"blocks": c.n_layers}, batch, positions, c.kv_heads, c.head_dim, self.dtype
+        )
 
     def _run(
-        self, x: jax.Array, start: jax.Array | int, allowed: jax.Array | None, cache: kv.Cache | None
-    ) -> tuple[jax.Array, kv.Cache | None]:
+        self,
+        x: jax.Array,
+        start: jax.Array | int,
+        allowed: jax.Array | None,
+        cache: kv_cache.Cache | None,
+    ) -> tuple[jax.Array, kv_cache.Cache | None]:
         c = self.config
         rope = rope_tables(x.shape[1], c.head_dim, c.rope_theta, start)
         if not c.rope_full_precision:
@@ -137,6 +158,8 @@ class LLaDA(nn.Module):
             return h.astype(self.dtype) @ self.wte.embedding.astype(self.dtype).T
         return self.ff_out(h)
 
-    def __call__(self, tokens: jax.Array, mask: jax.Array | None = None, block_length: int | None = None) -> jax.Array:
+    def __call__(
+        self, tokens: jax.Array, mask: jax.Array | None = None, block_length: int | None = None
+    ) -> jax.Array:
         """tokens int [B, L], mask bool [B, L] -> logits [B, L, V] in `dtype`."""
         return self.head(self.hidden(self.embed(tokens), mask, block_length))

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from xflow_jax.config import LLaDA2Config
-from xflow_jax.models import cache as kv
+from xflow_jax.errors import require
+from xflow_jax.models import kv_cache
 from xflow_jax.models.attention import attend, attention_mask
+from xflow_jax.models.config import LLaDA2Config
 from xflow_jax.models.layers import REMAT, Linear, RMSNorm, apply_rope, rope_tables
 from xflow_jax.models.moe import Experts, Router, default_kernel, route
-from xflow_jax.sharding import LOGICAL, constrain_batch, constrain_lookup
-from xflow_jax.strict import require
+from xflow_jax.parallel import LOGICAL, constrain_batch, constrain_lookup
 
 
 class SharedMLP(nn.Module):
@@ -29,7 +29,9 @@ class SharedMLP(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         gate = Linear(self.width, name="ff_proj", **types)(x)
         up = Linear(self.width, name="up_proj", **types)(x)
-        return Linear(x.shape[-1], init_std=self.out_std, name="ff_out", **types)(nn.silu(gate) * up)
+        return Linear(x.shape[-1], init_std=self.out_std, name="ff_out", **types)(
+            nn.silu(gate) * up
+        )
 
 
 class Block(nn.Module):
@@ -49,18 +51,28 @@ class Block(nn.Module):
         self.q_proj = Linear(c.num_attention_heads * c.head_width, c.use_qkv_bias, **types)
         self.k_proj = Linear(c.kv_heads * c.head_width, c.use_qkv_bias, **types)
         self.v_proj = Linear(c.kv_heads * c.head_width, c.use_qkv_bias, **types)
-        self.q_norm, self.k_norm = RMSNorm(c.rms_norm_eps, **types), RMSNorm(c.rms_norm_eps, **types)
+        self.q_norm, self.k_norm = (
+            RMSNorm(c.rms_norm_eps, **types),
+            RMSNorm(c.rms_norm_eps, **types),
+        )
         self.attn_out = Linear(c.hidden_size, c.use_bias, init_std=out_std, **types)
         self.ff_norm = RMSNorm(c.rms_norm_eps, **types)
         if self.sparse:
             self.router = Router(c.num_experts, self.param_dtype)
             self.experts = Experts(
-                c.num_experts, c.moe_intermediate_size, out_std=out_std, kernel=self.experts_kernel, **types
+                c.num_experts,
+                c.moe_intermediate_size,
+                out_std=out_std,
+                kernel=self.experts_kernel,
+                **types,
             )
             if c.shared_width:
                 self.shared = SharedMLP(c.shared_width, out_std, **types)
         else:
-            self.ff_proj, self.up_proj = Linear(c.intermediate_size, **types), Linear(c.intermediate_size, **types)
+            self.ff_proj, self.up_proj = (
+                Linear(c.intermediate_size, **types),
+                Linear(c.intermediate_size, **types),
+            )
             self.ff_out = Linear(c.hidden_size, init_std=out_std, **types)
 
     def __call__(
@@ -68,14 +80,14 @@ class Block(nn.Module):
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array],
         allowed: jax.Array | None,
-        cached: kv.Layer | None,
+        cached: kv_cache.Layer | None,
         experts: dict[str, jax.Array] | None,
         layer: jax.Array,
-    ) -> tuple[jax.Array, kv.Layer | None]:
+    ) -> tuple[jax.Array, kv_cache.Layer | None]:
         h = self.attn_norm(x)
         q, k, v = (self._heads(proj(h)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rope(self.q_norm(q), *rope), apply_rope(self.k_norm(k), *rope)
-        keys, values, new = kv.extend(cached, k, v)
+        keys, values, new = kv_cache.extend_keys(cached, k, v)
         h = attend(q, keys, values, allowed, self.attention)
         x = x + self.attn_out(h.reshape(*h.shape[:2], -1))
         return constrain_batch(x + self.mlp(self.ff_norm(x), experts, layer)), new
@@ -84,7 +96,10 @@ class Block(nn.Module):
         return x.reshape(*x.shape[:2], -1, self.config.head_width)
 
     def mlp(
-        self, x: jax.Array, experts: dict[str, jax.Array] | None = None, layer: jax.Array | None = None
+        self,
+        x: jax.Array,
+        experts: dict[str, jax.Array] | None = None,
+        layer: jax.Array | None = None,
     ) -> jax.Array:
         """x [B, L, E], normed -> [B, L, E]: the dense MLP, or the experts (moe.Experts' stack) and the shared ones."""
         if not self.sparse:
@@ -110,9 +125,14 @@ class LLaDA2(nn.Module):
     def setup(self) -> None:
         c, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         require(
-            self.remat is None or self.remat in REMAT, f"remat is {self.remat!r}, but it must be {' or '.join(REMAT)}"
+            self.remat is None or self.remat in REMAT,
+            f"remat is {self.remat!r}, but it must be {' or '.join(REMAT)}",
         )
-        block = Block if self.remat is None else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
+        block = (
+            Block
+            if self.remat is None
+            else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
+        )
 
         def stack(length: int, sparse: bool) -> nn.Module:
             scanned = nn.scan(
@@ -123,9 +143,13 @@ class LLaDA2(nn.Module):
                 length=length,
                 unroll=self.unroll,
             )
-            return scanned(c, sparse, attention=self.attention, experts_kernel=self.experts_kernel, **types)
+            return scanned(
+                c, sparse, attention=self.attention, experts_kernel=self.experts_kernel, **types
+            )
 
-        self.wte = nn.Embed(c.vocab_rows, c.hidden_size, embedding_init=nn.initializers.normal(0.02), **types)
+        self.wte = nn.Embed(
+            c.vocab_rows, c.hidden_size, embedding_init=nn.initializers.normal(0.02), **types
+        )
         layers = self.layers
         if "dense" in layers:
             self.dense = stack(layers["dense"], sparse=False)
@@ -138,13 +162,18 @@ class LLaDA2(nn.Module):
     @property
     def layers(self) -> dict[str, int]:
         """How many layers each stack has, in order, without empty ones."""
-        counts = {"dense": self.config.dense_layers, "blocks": self.config.num_layers - self.config.dense_layers}
+        counts = {
+            "dense": self.config.dense_layers,
+            "blocks": self.config.num_layers - self.config.dense_layers,
+        }
         return {name: count for name, count in counts.items() if count}
 
     @nn.nowrap
-    def empty_cache(self, batch: int, positions: int) -> kv.Cache:
+    def empty_cache(self, batch: int, positions: int) -> kv_cache.Cache:
         """A key/value cache for so many positions (see cache.py)."""
-        return kv.empty(self.layers, batch, positions, self.config.kv_heads, self.config.head_width, self.dtype)
+        return kv_cache.empty_cache(
+            self.layers, batch, positions, self.config.kv_heads, self.config.head_width, self.dtype
+        )
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """tokens int [B, L] -> rows of the embedding table, as they are, [B, L, E] in `dtype`."""
@@ -163,21 +192,27 @@ class LLaDA2(nn.Module):
     def hidden_cached(
         self,
         x: jax.Array,
-        cache: kv.Cache,
+        cache: kv_cache.Cache,
         start: jax.Array | int,
         mask: jax.Array | None = None,
         block_length: int | None = None,
-    ) -> tuple[jax.Array, kv.Cache]:
+    ) -> tuple[jax.Array, kv_cache.Cache]:
         """x [B, n, E] at the positions start ... start + n - 1 -> (as `hidden`, their keys and values); see cache.py.
 
         start: int or int [B]. mask bool [B, n] or [B, M + n] and block_length as in `cache.visible`.
         """
         start = jnp.broadcast_to(start, x.shape[:1])
-        return self._run(x, start, kv.visible(cache, start, x.shape[1], mask, block_length), cache)
+        return self._run(
+            x, start, kv_cache.cache_mask(cache, start, x.shape[1], mask, block_length), cache
+        )
 
     def _run(
-        self, x: jax.Array, start: jax.Array | int, allowed: jax.Array | None, cache: kv.Cache | None
-    ) -> tuple[jax.Array, kv.Cache | None]:
+        self,
+        x: jax.Array,
+        start: jax.Array | int,
+        allowed: jax.Array | None,
+        cache: kv_cache.Cache | None,
+    ) -> tuple[jax.Array, kv_cache.Cache | None]:
         # The originals turn in the dtype of the computation.
         rope = rope_tables(x.shape[1], self.config.rotary_dim, self.config.rope_theta, start)
         rope = tuple(table.astype(self.dtype) for table in rope)
@@ -192,7 +227,9 @@ class LLaDA2(nn.Module):
         """All layers' experts, where the layers take them so: only in decoding, since the gradient of a layer would be
         as large as the stack, and where no device has to gather or cast more than it holds."""
         mesh = jax.sharding.get_abstract_mesh()
-        if (self.experts_kernel or default_kernel()) != "stacked" or mesh.shape.get(LOGICAL["embed"], 1) > 1:
+        if (self.experts_kernel or default_kernel()) != "stacked" or mesh.shape.get(
+            LOGICAL["embed"], 1
+        ) > 1:
             return None
         stack = self.variables["params"]["blocks"]["experts"]
         return stack if all(x.dtype == self.dtype for x in stack.values()) else None
@@ -203,6 +240,8 @@ class LLaDA2(nn.Module):
             return h.astype(self.dtype) @ self.wte.embedding.astype(self.dtype).T
         return self.ff_out(h)
 
-    def __call__(self, tokens: jax.Array, mask: jax.Array | None = None, block_length: int | None = None) -> jax.Array:
+    def __call__(
+        self, tokens: jax.Array, mask: jax.Array | None = None, block_length: int | None = None
+    ) -> jax.Array:
         """tokens int [B, L], mask bool [B, L] -> logits [B, L, V] in `dtype`."""
         return self.head(self.hidden(self.embed(tokens), mask, block_length))

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from xflow_jax.sharding import path_name
-from xflow_jax.strict import require
+from xflow_jax.errors import require
+from xflow_jax.parallel import path_name
 
 STACKS = ("dense", "blocks")
 
@@ -31,7 +31,15 @@ class LoraConfig:
 
     rank: int = 16
     alpha: float = 32.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
+    targets: tuple[str, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "attn_out",
+        "ff_proj",
+        "up_proj",
+        "ff_out",
+    )
 
     def __post_init__(self) -> None:
         require(self.rank > 0, f"the rank of LoRA is {self.rank}, but it must be positive")
@@ -62,7 +70,10 @@ def lora_init(key: jax.Array, params: Any, config: LoraConfig) -> dict[str, Any]
     matrices = {path: x for path, x in leaves.items() if _adaptable(path)}
     names = {name for path in matrices for name in _names(path)}
     for target in config.targets:
-        require(target in names, f"LoRA target {target!r} is no matrix of this model's layers; {_known(names)}")
+        require(
+            target in names,
+            f"LoRA target {target!r} is no matrix of this model's layers; {_known(names)}",
+        )
     tree: dict[str, Any] = {}
     for number, (path, x) in enumerate(sorted(matrices.items())):
         if not _names(path) & set(config.targets):
@@ -86,15 +97,24 @@ def merge(params: Any, lora: Any) -> Any:
 
     def walk(tree: Any, adapters: Any) -> Any:
         if isinstance(adapters, Adapter):
-            return jax.lax.map(lambda args: one(args, adapters.scale), (tree, adapters.a, adapters.b))
-        return {name: walk(sub, adapters[name]) if name in adapters else sub for name, sub in tree.items()}
+            return jax.lax.map(
+                lambda args: one(args, adapters.scale), (tree, adapters.a, adapters.b)
+            )
+        return {
+            name: walk(sub, adapters[name]) if name in adapters else sub
+            for name, sub in tree.items()
+        }
 
     return walk(params, lora)
 
 
 def _adaptable(path: str) -> bool:
     parts = path.split("/")
-    return parts[0] in STACKS and "router" not in parts and (parts[-1] == "kernel" or "experts" in parts)
+    return (
+        parts[0] in STACKS
+        and "router" not in parts
+        and (parts[-1] == "kernel" or "experts" in parts)
+    )
 
 
 def _names(path: str) -> set[str]:

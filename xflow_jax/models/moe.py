@@ -12,8 +12,8 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from xflow_jax.config import LLaDA2Config
-from xflow_jax.sharding import BATCH, LOGICAL, MESH_AXES, divides, platform
+from xflow_jax.models.config import LLaDA2Config
+from xflow_jax.parallel import BATCH, LOGICAL, MESH_AXES, divides, platform
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -32,7 +32,9 @@ def route(logits: jax.Array, bias: jax.Array, config: LLaDA2Config) -> tuple[jax
     best_two = jax.lax.top_k(biased, min(2, size))[0].sum(axis=-1)
     # In ascending order, so that equal scores of different groups still go to the lowest expert.
     group = jnp.sort(jax.lax.top_k(best_two, kept)[1], axis=-1)
-    candidates = jnp.take_along_axis(biased, group[..., None], axis=-2).reshape(*biased.shape[:-2], kept * size)
+    candidates = jnp.take_along_axis(biased, group[..., None], axis=-2).reshape(
+        *biased.shape[:-2], kept * size
+    )
     place = jax.lax.top_k(candidates, k)[1]
     experts = jnp.take_along_axis(group, place // size, axis=-1) * size + place % size
     weights = jnp.take_along_axis(score, experts, axis=-1)
@@ -106,20 +108,28 @@ def _over_mesh(
     layer: jax.Array | None = None,
 ) -> jax.Array:
     """`mlp`, on each device for the experts and the tokens that it holds; the experts' sums are added up."""
-    mesh, axis, count = jax.sharding.get_abstract_mesh(), LOGICAL["expert"], tree[0]["gate"].shape[-3]
+    mesh, axis, count = (
+        jax.sharding.get_abstract_mesh(),
+        LOGICAL["expert"],
+        tree[0]["gate"].shape[-3],
+    )
     if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
         return mlp(x, experts, weights, *tree, first=0, layer=layer)
     batch = BATCH if divides(x.shape[0], BATCH) else None
     split = axis if divides(count, (axis,)) else None
 
-    def local(x: jax.Array, experts: jax.Array, weights: jax.Array, tree: Any, layer: Any) -> jax.Array:
+    def local(
+        x: jax.Array, experts: jax.Array, weights: jax.Array, tree: Any, layer: Any
+    ) -> jax.Array:
         first = 0 if split is None else jax.lax.axis_index(split) * tree[0]["gate"].shape[-3]
         y = mlp(x, experts, weights, *tree, first=first, layer=layer)
         return y if split is None else jax.lax.psum(y, split)
 
     held = P(split) if layer is None else P(None, split)
     specs = (P(batch), P(batch), P(batch), (held, P(split)), P())
-    return jax.shard_map(local, in_specs=specs, out_specs=P(batch), check_vma=False)(x, experts, weights, tree, layer)
+    return jax.shard_map(local, in_specs=specs, out_specs=P(batch), check_vma=False)(
+        x, experts, weights, tree, layer
+    )
 
 
 def _experts(
@@ -143,14 +153,18 @@ def _experts(
     key = jnp.where(held, local, count)
     order = jnp.argsort(key, stable=True)
     inverse = jnp.argsort(order)
-    ends = jnp.searchsorted(key[order], jnp.arange(count + 1), method="compare_all")  # a search is a loop
+    ends = jnp.searchsorted(
+        key[order], jnp.arange(count + 1), method="compare_all"
+    )  # a search is a loop
     sizes = groups = jnp.diff(ends).astype(jnp.int32)
     if layer is not None:
         # One list of all layers' experts, the other layers' without a row: the kernel passes over those, whereas a
         # layer's part of the stack would be copied for it.
         groups = jnp.zeros(matrices["gate"].shape[0] * count, jnp.int32)
         groups = jax.lax.dynamic_update_slice_in_dim(groups, sizes, layer * count, 0)
-        matrices = {name: matrix.reshape(-1, *matrix.shape[2:]) for name, matrix in matrices.items()}
+        matrices = {
+            name: matrix.reshape(-1, *matrix.shape[2:]) for name, matrix in matrices.items()
+        }
 
     def dot(name: str, x: jax.Array) -> jax.Array:
         y = kernel(x, matrices[name], groups)
@@ -201,7 +215,9 @@ def _tiles(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, used, tile, y)[:-size]
 
 
-def _tiles_backward(saved: tuple[jax.Array, ...], g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+def _tiles_backward(
+    saved: tuple[jax.Array, ...], g: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
     x, w, sizes = saved
     size = _tile_size(x.shape[0], w.shape[0])
     expert, start, stop, used = _tiling(sizes, x.shape[0], size)
@@ -232,7 +248,9 @@ def _tile_size(rows: int, experts: int) -> int:
     return size
 
 
-def _tiling(sizes: jax.Array, rows: int, size: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def _tiling(
+    sizes: jax.Array, rows: int, size: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """(expert, first row, row behind the last) of each tile, and the number of tiles in use."""
     last, ends = jnp.cumsum(-(-sizes // size)), jnp.cumsum(sizes)
     tile = jnp.arange((rows + min(rows, sizes.shape[0]) * (size - 1)) // size)

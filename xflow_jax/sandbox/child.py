@@ -27,6 +27,8 @@ WARM = (
     "abc array bisect cmath collections contextlib copy datetime decimal enum fractions functools "
     "heapq io itertools json math numbers operator random re statistics string struct textwrap time typing"
 )
+
+
 # Audit hooks cannot be removed, and they hold wherever the kernel gives little.
 FORBIDDEN = (
     "ctypes.", "fcntl.", "gc.", "socket.", "sqlite3.", "subprocess.", "shutil.chown", "signal.pthread_kill",
@@ -35,7 +37,20 @@ FORBIDDEN = (
     "os.system", "os.truncate", "os.utime", "resource.prlimit", "resource.setrlimit", "sys._current",
     "sys.addaudithook", "sys.monitoring", "sys.setprofile", "sys.settrace",
 )  # fmt: skip
-UNIMPORTABLE = ("_ctypes", "_dbm", "_gdbm", "_interp", "_posixsubprocess", "_test", "_xx", "readline")
+
+
+UNIMPORTABLE = (
+    "_ctypes",
+    "_dbm",
+    "_gdbm",
+    "_interp",
+    "_posixsubprocess",
+    "_test",
+    "_xx",
+    "readline",
+)
+
+
 FRAMES = ("ag_frame", "cr_frame", "gi_frame", "tb_frame")
 
 
@@ -140,7 +155,9 @@ def read_exactly(descriptor: int, size: int) -> bytes:
 def names(code: CodeType) -> set[str]:
     """What code refers to by name, its functions included, and the first parts of dotted names."""
     found = {name.partition(".")[0] for name in code.co_names} | set(code.co_names)
-    return found.union(*(names(constant) for constant in code.co_consts if isinstance(constant, CodeType)))
+    return found.union(
+        *(names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    )
 
 
 def run_child(output: int, channel: int, scratch: str, others: int) -> None:
@@ -162,22 +179,37 @@ def run_child(output: int, channel: int, scratch: str, others: int) -> None:
         hard = resource.getrlimit(number)[1]
         most += others if number == resource.RLIMIT_NPROC else 0
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        grace = 1 if number == resource.RLIMIT_CPU else 0  # it is told by a signal of its own, and killed after it
-        resource.setrlimit(number, (most, most + grace if hard == resource.RLIM_INFINITY else min(most + grace, hard)))
+        grace = (
+            1 if number == resource.RLIMIT_CPU else 0
+        )  # it is told by a signal of its own, and killed after it
+        resource.setrlimit(
+            number,
+            (most, most + grace if hard == resource.RLIM_INFINITY else min(most + grace, hard)),
+        )
 
     # The functions below keep the builtins they are made with: a program that replaces some must not reach the guard.
     pristine = globals()["__builtins__"] = dict(vars(builtins))
     frames, forbidden, unimportable = FRAMES, FORBIDDEN, UNIMPORTABLE
-    readable = (os.path.dirname(os.__file__) + "/", scratch, "/usr/share/zoneinfo/", os.devnull, "/dev/urandom")
+    readable = (
+        os.path.dirname(os.__file__) + "/",
+        scratch,
+        "/usr/share/zoneinfo/",
+        os.devnull,
+        "/dev/urandom",
+    )
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     fspath, stdout, leave, null, modules = os.fspath, sys.stdout, os._exit, os.devnull, sys.modules
     stage, guarded = "compile", True
 
     def within(path: object, folders: tuple[str, ...]) -> bool:
-        path = fspath(path)  # nothing here may ask a function or a method that a program can replace or override
+        path = fspath(
+            path
+        )  # nothing here may ask a function or a method that a program can replace or override
         if isinstance(path, bytes):
             path = bytes.decode(path, "utf-8", "surrogateescape")
-        return ".." not in str.split(path, "/") and (str.startswith(path, folders) or not str.startswith(path, "/"))
+        return ".." not in str.split(path, "/") and (
+            str.startswith(path, folders) or not str.startswith(path, "/")
+        )
 
     def guard(event: str, args: tuple) -> None:
         nonlocal writable
@@ -189,11 +221,15 @@ def run_child(output: int, channel: int, scratch: str, others: int) -> None:
             else:
                 allowed = isinstance(path, int) or within(path, readable)
         elif event in ("os.remove", "os.rename"):
-            allowed = all(arg == -1 if isinstance(arg, int) else within(arg, (scratch,)) for arg in args)
+            allowed = all(
+                arg == -1 if isinstance(arg, int) else within(arg, (scratch,)) for arg in args
+            )
         elif event == "import" and args[0].startswith(unimportable):
             raise ImportError(f"{args[0]} is not available here")
         elif event == "sys._getframe":
-            raise ValueError("call stack is not deep enough")  # what namedtuple, enum and typing are prepared for
+            raise ValueError(
+                "call stack is not deep enough"
+            )  # what namedtuple, enum and typing are prepared for
         else:
             allowed = not event.startswith(forbidden)
             if event == "object.__getattr__" and guarded:
@@ -207,10 +243,14 @@ def run_child(output: int, channel: int, scratch: str, others: int) -> None:
         used = names(judge)
         module = ModuleType("program")
         modules["program"] = modules["__main__"] = module
-        finders = [(lasting, list(lasting)) for lasting in (sys.meta_path, sys.path_hooks, sys.path)]
+        finders = [
+            (lasting, list(lasting)) for lasting in (sys.meta_path, sys.path_hooks, sys.path)
+        ]
         before = set(modules)
         named = {name: modules[name] for name in used & before}  # all would take long
-        known = [(it, vars(it), dict(vars(it))) for it in named.values() if isinstance(it, ModuleType)]
+        known = [
+            (it, vars(it), dict(vars(it))) for it in named.values() if isinstance(it, ModuleType)
+        ]
         sys.addaudithook(guard)
         code = compile(program, "<program>", "exec", dont_inherit=True)
         stage = "program"
@@ -264,5 +304,8 @@ def run_child(output: int, channel: int, scratch: str, others: int) -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError), socket.socket(fileno=int(sys.argv[1])) as control:
+    with (
+        contextlib.suppress(BrokenPipeError, ConnectionResetError),
+        socket.socket(fileno=int(sys.argv[1])) as control,
+    ):
         serve(control, sys.argv[2], sys.argv[3], int(sys.argv[4]))

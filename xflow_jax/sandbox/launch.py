@@ -22,14 +22,32 @@ import struct
 import sys
 
 NOBODY = 65534
+
+
 # Of the kernel's headers. The system calls from 424 on have the same number on every architecture.
 PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 24, 36, 38
+
+
 KEPT_RIGHTS = (1, 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-NEW_NAMESPACES = 0x10000000 | 0x20000 | 0x20000000 | 0x40000000 | 0x8000000 | 0x4000000  # user mnt pid net ipc uts
+
+
+NEW_NAMESPACES = (
+    0x10000000 | 0x20000 | 0x20000000 | 0x40000000 | 0x8000000 | 0x4000000
+)  # user mnt pid net ipc uts
+
+
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 2, 4, 4096, 16384, 1 << 18, 2
+
+
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, READ_ONLY_NOSUID = 442, -100, 0x8000, 3
+
+
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
-EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, MAKE_CHAR, MAKE_BLOCK, IOCTL_DEV = (1 << n for n in (0, 1, 2, 3, 6, 11, 15))
+
+
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, MAKE_CHAR, MAKE_BLOCK, IOCTL_DEV = (
+    1 << n for n in (0, 1, 2, 3, 6, 11, 15)
+)
 
 
 def call(name: str, *args: object) -> int:
@@ -57,7 +75,9 @@ def enter_namespaces() -> None:
     if os.waitpid(mapper, 0)[1] != 0:
         raise OSError("the user namespace: its ids cannot be set")
     with contextlib.suppress(OSError):  # a container's /proc may be read-only
-        write("/proc/sys/user/max_user_namespaces", "0")  # none in this one: a program would have all rights there
+        write(
+            "/proc/sys/user/max_user_namespaces", "0"
+        )  # none in this one: a program would have all rights there
 
 
 def write_maps(pid: int) -> None:
@@ -83,7 +103,9 @@ def enter_root(scratch: str, scratch_bytes: int, readable: list[str]) -> None:
     root = scratch  # an empty folder that only we know
     call("mount", b"tmpfs", root.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, b"size=1m,mode=755")
     shown: list[str] = []
-    for path in sorted({*readable, *map(os.path.realpath, readable)}):  # a folder before what is in it
+    for path in sorted(
+        {*readable, *map(os.path.realpath, readable)}
+    ):  # a folder before what is in it
         if path.startswith(tuple(f"{folder}/" for folder in shown)):
             continue
         shown.append(path)
@@ -92,10 +114,19 @@ def enter_root(scratch: str, scratch_bytes: int, readable: list[str]) -> None:
         else:
             os.makedirs(os.path.dirname(root + path), exist_ok=True)
             write(root + path, "")
-        call("mount", os.path.realpath(path).encode(), (root + path).encode(), None, MS_BIND | MS_REC, None)
+        call(
+            "mount",
+            os.path.realpath(path).encode(),
+            (root + path).encode(),
+            None,
+            MS_BIND | MS_REC,
+            None,
+        )
     os.makedirs(root + scratch)
     attributes = struct.pack("QQQQ", READ_ONLY_NOSUID, 0, 0, 0)
-    call("syscall", MOUNT_SETATTR, AT_FDCWD, root.encode(), AT_RECURSIVE, attributes, len(attributes))
+    call(
+        "syscall", MOUNT_SETATTR, AT_FDCWD, root.encode(), AT_RECURSIVE, attributes, len(attributes)
+    )
     size = f"size={scratch_bytes},nr_inodes=4096,mode=777".encode()
     call("mount", b"tmpfs", (root + scratch).encode(), b"tmpfs", MS_NOSUID | MS_NODEV, size)
     os.chdir(root)
@@ -128,11 +159,18 @@ def enter_landlock(scratch: str, readable: list[str]) -> bool:
     except OSError:
         return False
     # Each version of the interface handles more: by each, what nothing below allows is forbidden.
-    rights = sum(1 << n for n in range(13 + (abi >= 2) + (abi >= 3))) | (IOCTL_DEV if abi >= 5 else 0)
-    network, scope = (3 if abi >= 4 else 0), (3 if abi >= 6 else 0)  # TCP; abstract sockets and signals
+    rights = sum(1 << n for n in range(13 + (abi >= 2) + (abi >= 3))) | (
+        IOCTL_DEV if abi >= 5 else 0
+    )
+    network, scope = (
+        (3 if abi >= 4 else 0),
+        (3 if abi >= 6 else 0),
+    )  # TCP; abstract sockets and signals
     attributes = struct.pack("QQQ", rights, network, scope)[: 8 + 8 * (abi >= 4) + 8 * (abi >= 6)]
     rules = call("syscall", LANDLOCK_CREATE, attributes, len(attributes), 0)
-    allowed = {path: READ_FILE | EXECUTE | (READ_DIR if os.path.isdir(path) else 0) for path in readable}
+    allowed = {
+        path: READ_FILE | EXECUTE | (READ_DIR if os.path.isdir(path) else 0) for path in readable
+    }
     allowed[os.devnull] = READ_FILE | WRITE_FILE
     allowed[scratch] = rights & ~(EXECUTE | MAKE_CHAR | MAKE_BLOCK | IOCTL_DEV)
     for path, right in allowed.items():

@@ -6,7 +6,7 @@ import math
 import sys
 from dataclasses import dataclass, fields
 
-from xflow_jax.strict import require
+from xflow_jax.errors import require
 
 FULL = "namespaces+landlock+limits"  # isolation
 
@@ -20,8 +20,12 @@ class Limits:
     output_bytes: int = 1 << 18  # printed; one more ends the run
     file_bytes: int = 1 << 20  # in each file
     files: int = 32  # open at once, and opened for writing in all
-    processes: int = 1  # itself and its threads included; without namespaces all of this user's count
-    minimum: str = "limits"  # of namespaces+landlock+limits: what must be in force, or nothing is run
+    processes: int = (
+        1  # itself and its threads included; without namespaces all of this user's count
+    )
+    minimum: str = (
+        "limits"  # of namespaces+landlock+limits: what must be in force, or nothing is run
+    )
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -36,7 +40,8 @@ class Limits:
         import resource  # not on Windows, where this module must still import
 
         table = {
-            resource.RLIMIT_CPU: math.ceil(self.seconds) + 1,  # ends a busy child whose parent is gone
+            resource.RLIMIT_CPU: math.ceil(self.seconds)
+            + 1,  # ends a busy child whose parent is gone
             resource.RLIMIT_AS: self.memory_mb << 20,
             resource.RLIMIT_FSIZE: self.file_bytes,
             resource.RLIMIT_NOFILE: self.files,

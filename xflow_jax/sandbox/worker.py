@@ -24,10 +24,29 @@ from pathlib import Path
 from xflow_jax.sandbox.limits import Limits
 
 _LONGEST_VERDICT = 2000  # bytes
+
+
 _PATIENCE = 60.0  # seconds for what the machine does: to start, and to end what was killed
-_FOLDERS = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/local/lib", "/nix/store")
+
+
+_FOLDERS = (
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/usr/lib",
+    "/usr/lib32",
+    "/usr/lib64",
+    "/usr/local/lib",
+    "/nix/store",
+)
+
+
 _DEVICES = (os.devnull, "/dev/urandom")
+
+
 _FILES = ("/etc/ld.so.cache", "/usr/share/zoneinfo", *_DEVICES)
+
+
 # Into isolation, the best first. Where not even "plain" works, with Landlock alone, the interpreter keeps its libraries
 # in a place that `readable` does not know.
 WAYS = ("unshare", "bubblewrap", "plain", "bare")
@@ -54,12 +73,22 @@ class Outcome:
 
 def interpreter() -> list[str]:
     """The one behind the links of a virtual environment, as isolated as with -I -S, but not deaf to the hash seed."""
-    return [os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable), "-P", "-s", "-S", "-B"]
+    return [
+        os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable),
+        "-P",
+        "-s",
+        "-S",
+        "-B",
+    ]
 
 
 def readable() -> list[str]:
     """What a program may read: the interpreter, its standard library, what these load, and time zones."""
-    homes = [f"{prefix}/{lib}" for prefix in (sys.base_prefix, sys.base_exec_prefix) for lib in ("lib", "lib64")]
+    homes = [
+        f"{prefix}/{lib}"
+        for prefix in (sys.base_prefix, sys.base_exec_prefix)
+        for lib in ("lib", "lib64")
+    ]
     paths = [interpreter()[0], os.path.dirname(os.__file__), *homes, *_FOLDERS, *_FILES]
     return [path for path in dict.fromkeys(paths) if os.path.exists(path)]
 
@@ -79,7 +108,12 @@ def launcher(way: str, landlock: bool, scratch: str, scratch_bytes: int, control
         "scratch_bytes": scratch_bytes,
         "control": control,
     }
-    command = [*interpreter(), "-c", Path(__file__).with_name("launch.py").read_text(), json.dumps(spec)]
+    command = [
+        *interpreter(),
+        "-c",
+        Path(__file__).with_name("launch.py").read_text(),
+        json.dumps(spec),
+    ]
     if way != "bubblewrap":
         return command
     shown = sorted({*readable(), *map(os.path.realpath, readable())})
@@ -96,7 +130,9 @@ class Worker:
     """One warm zygote and its folder; runs one program at a time. NotStarted where this way does not work here."""
 
     def __init__(self, way: str, scratch_bytes: int) -> None:
-        self.folder = tempfile.TemporaryDirectory(prefix="xflow-sandbox-", ignore_cleanup_errors=True)
+        self.folder = tempfile.TemporaryDirectory(
+            prefix="xflow-sandbox-", ignore_cleanup_errors=True
+        )
         self.control, theirs = socket.socketpair()
         scratch = os.path.realpath(self.folder.name)
         command = [
@@ -118,7 +154,9 @@ class Worker:
                 self.control.close()
                 self.folder.cleanup()
                 raise NotStarted(str(error)) from None
-        self.close = weakref.finalize(self, _end, os.getpid(), self.process, self.control, self.folder)
+        self.close = weakref.finalize(
+            self, _end, os.getpid(), self.process, self.control, self.folder
+        )
         self.control.settimeout(_PATIENCE)
         try:
             hello = self.control.recv(4096).decode()
@@ -139,7 +177,9 @@ class Worker:
             with theirs, open(printed, "wb", buffering=0) as printed:
                 self._tell(b"r", [printed.fileno(), theirs.fileno()])
             ours.settimeout(limits.seconds)
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError, TimeoutError):  # of a child that has ended
+            with contextlib.suppress(
+                BrokenPipeError, ConnectionResetError, TimeoutError
+            ):  # of a child that has ended
                 ours.sendall(len(job).to_bytes(8, "little") + job)
                 ours.sendall(token)  # by itself: such a short one arrives whole
             return _listen(self, ours, output, deadline, limits.output_bytes, token)
@@ -160,7 +200,12 @@ class Worker:
         return True
 
 
-def _end(owner: int, process: subprocess.Popen, control: socket.socket, folder: tempfile.TemporaryDirectory) -> None:
+def _end(
+    owner: int,
+    process: subprocess.Popen,
+    control: socket.socket,
+    folder: tempfile.TemporaryDirectory,
+) -> None:
     """Ends a worker; the zygote ends by itself when its control closes, and all that it started with it."""
     control.close()
     if os.getpid() != owner:  # a fork of this process: the worker is not its own
@@ -168,13 +213,17 @@ def _end(owner: int, process: subprocess.Popen, control: socket.socket, folder: 
     try:
         process.wait(5)
     except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # PermissionError: macOS, of a dead group
+        with contextlib.suppress(
+            ProcessLookupError, PermissionError
+        ):  # PermissionError: macOS, of a dead group
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     folder.cleanup()
 
 
-def _listen(worker: Worker, ours: socket.socket, output, deadline: float, most: int, token: bytes) -> Outcome:
+def _listen(
+    worker: Worker, ours: socket.socket, output, deadline: float, most: int, token: bytes
+) -> Outcome:
     """Until the child has ended or must be; holds at most `most` bytes of output. Died where the zygote has."""
     verdict, printed, cut, answer = b"", b"", "", b""
     asked = 0.0  # when the zygote was told to end the program
@@ -189,7 +238,9 @@ def _listen(worker: Worker, ours: socket.socket, output, deadline: float, most: 
                 cut, asked = ("output limit" if len(printed) > most else "timeout"), now
                 worker._tell(b"k")
                 with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(worker.process.pid, signal.SIGCONT)  # where the program could stop the zygote
+                    os.killpg(
+                        worker.process.pid, signal.SIGCONT
+                    )  # where the program could stop the zygote
             if cut and now - asked > _PATIENCE:
                 worker.close()
                 raise Died
@@ -241,7 +292,9 @@ def start(scratch_bytes: int, ways: Sequence[str] = WAYS) -> Worker:
     """A worker by the best of the ways that works, `why` not by a better one; NotStarted says why by none."""
     why = []
     for way in ways:
-        if (way == "unshare" and sys.platform != "linux") or (way == "bubblewrap" and not bubblewrap()):
+        if (way == "unshare" and sys.platform != "linux") or (
+            way == "bubblewrap" and not bubblewrap()
+        ):
             continue
         try:
             worker = Worker(way, scratch_bytes)

@@ -12,13 +12,15 @@ import re
 import textwrap
 from pathlib import Path
 
+from xflow_jax.errors import UserError
 from xflow_jax.sandbox import Limits
-from xflow_jax.strict import UserError
-from xflow_jax.tasks import Settings, Task, extract_code
-from xflow_jax.tasks.files import read_problems
+from xflow_jax.tasks.base import Task, TaskConfig, extract_code
+from xflow_jax.tasks.datasets import read_problems
 
 HUB = ("openai/openai_humaneval", None, ("test",))
-SETTINGS = Settings(
+
+
+SETTINGS = TaskConfig(
     gen_length=512,
     prompt="Complete the following python code:\n{prompt}",
     extraction="first fence",

@@ -11,16 +11,24 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from xflow_jax.errors import UserError
 from xflow_jax.sandbox import Limits
-from xflow_jax.strict import UserError
-from xflow_jax.tasks import Settings, Task, extract_code
-from xflow_jax.tasks.files import read_problems
+from xflow_jax.tasks.base import Task, TaskConfig, extract_code
+from xflow_jax.tasks.datasets import read_problems
 
 HUB = ("google-research-datasets/mbpp", "full", ("prompt", "test", "train"))
+
+
 SHOTS = (2, 3, 4)
+
+
 TESTS = range(11, 511)
+
+
 TRAINING = range(601, 975)
-SETTINGS = Settings(
+
+
+SETTINGS = TaskConfig(
     gen_length=256,
     shots=len(SHOTS),
     prompt="You are an expert Python programmer, and here is your task: {text} "
@@ -48,11 +56,16 @@ def problems(data: Path | None, limit: int | None, wanted: range = TESTS) -> lis
     """The first `limit` of the `wanted` problems of the file, or of the hub's data set, with the worked examples."""
     keys = {"task_id": int, "text": str, "code": str, "test_list": list, "test_setup_code": str}
     rows = read_problems(data, keys, "mbpp", HUB)
-    found = (Problem(**{**{k: row[k] for k in keys}, "test_list": tuple(row["test_list"])}) for row in rows)
+    found = (
+        Problem(**{**{k: row[k] for k in keys}, "test_list": tuple(row["test_list"])})
+        for row in rows
+    )
     by_id = {problem.task_id: problem for problem in found}
     where = HUB[0] if data is None else data
     if missing := [i for i in SHOTS if i not in by_id]:
-        raise UserError(f"{where} has no problem {missing[0]}, one of the worked examples {', '.join(map(str, SHOTS))}")
+        raise UserError(
+            f"{where} has no problem {missing[0]}, one of the worked examples {', '.join(map(str, SHOTS))}"
+        )
     found = [by_id[i] for i in wanted if i in by_id]
     if not found:
         raise UserError(f"{where} has none of the problems {wanted[0]} to {wanted[-1]}")
@@ -77,7 +90,11 @@ def canonical(problem: Problem) -> str:
 
 def prompt(problem: Problem) -> list[dict[str, str]]:
     """The worked examples in turns, and the question."""
-    turns = [turn for shot in problem.shots for turn in (("user", question(shot)), ("assistant", canonical(shot)))]
+    turns = [
+        turn
+        for shot in problem.shots
+        for turn in (("user", question(shot)), ("assistant", canonical(shot)))
+    ]
     return [{"role": role, "content": text} for role, text in [*turns, ("user", question(problem))]]
 
 

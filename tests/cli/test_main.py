@@ -1,0 +1,240 @@
+"""The command as a user meets it: help at once, one sentence for a mistake, and what each command leaves behind."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import xflow_jax as xf
+from tests.helpers import tiny_lm
+from xflow_jax.checkpoints.hf_export import write_hf
+from xflow_jax.cli import demo, main
+from xflow_jax.decoding.rules.flow import Flow
+from xflow_jax.evaluation.verdicts import judge_prompts, verdict_sentence
+
+TOKENIZER = Path(xf.__file__).parent / "tiny"
+PROMPT = "Keep the even numbers and return the count."
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A directory with a random model and microcode's tokenizer."""
+    path = tmp_path_factory.mktemp("model") / "random"
+    lm = tiny_lm()
+    write_hf(path, lm.params, lm.config, tokenizer_dir=TOKENIZER)
+    return str(path)
+
+
+def refused(capsys, *argv: str) -> str:
+    """The one sentence with which the command refuses."""
+    try:
+        status = main.main(argv)
+    except SystemExit as leave:
+        status = leave.code
+    captured = capsys.readouterr()
+    assert status == 2 and captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_help_comes_without_jax():
+    code = "import sys, xflow_jax.cli.main as c\ntry:\n    c.main(['--help'])\nfinally:\n    assert 'jax' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in ("demo", "generate", "evaluate"))
+    same = subprocess.run(
+        [sys.executable, "-m", "xflow_jax", "--help"], capture_output=True, text=True
+    )
+    assert same.stdout == done.stdout
+
+
+def test_help_of_every_command(capsys):
+    assert main.main([]) == 0
+    for command in ("demo", "generate", "evaluate"):
+        with pytest.raises(SystemExit) as leave:
+            main.main([command, "--help"])
+        assert leave.value.code == 0
+    assert "Traceback" not in capsys.readouterr().out
+
+
+def test_public_names():
+    module = importlib.import_module("xflow_jax.decoding.generate")
+    assert callable(xf.generate) and xf.generate is module.generate
+    assert xf.Flow is Flow and set(xf.__all__) <= set(dir(xf))
+    assert all(getattr(xf, name) is not None for name in xf.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Flwo'"):
+        _ = xf.Flwo
+
+
+GENERATE = ("generate", "--prompt", PROMPT)
+EVALUATE = ("evaluate", "--task", "microcode", "--model", "{model}")
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (("generat",), "invalid choice"),
+        (("generate", "--model", "tiny"), "the following arguments are required: --prompt"),
+        (
+            (*GENERATE, "--model", "{model}", "--rulse", "flow"),
+            "unknown argument '--rulse', did you mean --rule?",
+        ),
+        ((*GENERATE, "--model", "{model}", "--rule", "flwo"), "did you mean flow?"),
+        ((*GENERATE, "--model", "{model}", "--budget", "1.5"), "must be above 0 and at most 1"),
+        (
+            (*GENERATE, "--model", "{model}", "--gen-length", "48", "--budget", "0.3"),
+            "use 7/24 or 5/16",
+        ),
+        (
+            (*GENERATE, "--model", "{model}", "--gen-length", "0"),
+            "gen_length must be a whole number",
+        ),
+        (
+            (*GENERATE, "--model", "{model}", "--gen-length", "9", "--block-length", "2"),
+            "use 8 or 10",
+        ),
+        (
+            (*GENERATE, "--model", "{model}", "--block-length", "-2"),
+            "block_length must be at least 1, not -2",
+        ),
+        (
+            (*GENERATE, "--model", "{model}", "--gen-length", "8", "--steps", "0"),
+            "steps must be a whole number",
+        ),
+        (
+            (*GENERATE, "--model", "{model}", "--gen-length", "8", "--steps", "1", "--budget", "1"),
+            "not allowed with",
+        ),
+        (
+            (*GENERATE, "--model", "{model}", "--gen-length", "4096"),
+            "exceed the model's 128 positions",
+        ),
+        ((*GENERATE, "--model", "{model}", "--prompt", " "), "a prompt is empty"),
+        (
+            (*GENERATE, "--model", "{model}", "--prompt", "b", "--trace", "x.html"),
+            "--trace shows one decode",
+        ),
+        ((*GENERATE, "--model", "{model}", "--dtype", "float16"), "it must be float32 or bfloat16"),
+        ((*GENERATE, "--model", "{model}", "--mesh", "1,2"), "three positive sizes"),
+        (
+            (*GENERATE, "--model", "{model}", "--refresh", "-1"),
+            "refresh must be a whole number of at least 0, not -1",
+        ),
+        ((*GENERATE, "--model", "./nowhere"), "no such directory"),
+        (
+            ("evaluate", "--task", "microcode"),
+            "one of the arguments --model --canonical --answers is required",
+        ),
+        (("evaluate", "--task", "micorcode", "--canonical"), "did you mean microcode?"),
+        (
+            ("evaluate", "--task", "microcode", "--canonical", "--limit", "0"),
+            "--limit must be at least 1",
+        ),
+        (
+            ("evaluate", "--task", "microcode", "--canonical", "--data", "x"),
+            "reads no data file, so leave x out",
+        ),
+        (
+            ("evaluate", "--task", "microcode", "--answers", "nowhere.jsonl"),
+            "nowhere.jsonl: cannot be read",
+        ),
+        ((*EVALUATE, "--budgets", "1/4,1/5"), "the budget 1/5"),
+        ((*EVALUATE, "--rules", "mask,trheshold"), "did you mean threshold?"),
+        ((*EVALUATE, "--batch-size", "0"), "batch_size must be at least 1"),
+        (("demo", "--limit", "0"), "--limit must be at least 1"),
+        (("demo", "--out", __file__), "cannot be made an output folder"),
+    ],
+)
+def test_mistakes_are_one_sentence(capsys, model, argv, sentence):
+    assert sentence in refused(capsys, *(part.replace("{model}", model) for part in argv))
+
+
+def test_interruption(monkeypatch, capsys):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", interrupt)
+    assert main.main(["demo"]) == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+def test_generate(capsys, model, tmp_path):
+    common = ["generate", "--model", model, "--gen-length", "8", "--steps", "2", "--mesh", "1,1,1"]
+    common += ["--rule", "threshold:tau=0.5"]
+    assert main.main([*common, "--prompt", PROMPT, "--prompt", "A joke!", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["prompt"] for line in lines] == [PROMPT, "A joke!"]
+    assert [line["judged"] for line in lines] == [True, False] and lines[0]["passed"] is False
+    assert lines[0]["rule"] == "threshold:tau=0.5" and 1 <= lines[0]["forward_passes"] <= 2
+    page = tmp_path / "page.html"
+    assert main.main([*common, "--prompt", PROMPT, "--trace", str(page)]) == 0
+    printed = capsys.readouterr().out
+    assert "[failed: " in printed and f"[wrote {page}]" in printed and PROMPT in page.read_text()
+
+
+def test_answers_to_typed_prompts_are_run():
+    right = "def f(xs):\n    return len([x for x in xs if x % 2 == 0])"
+    prompts = [
+        PROMPT,
+        PROMPT,
+        "A joke!",
+        "Take absolute values, keep values below 0 and return the largest.",
+    ]
+    verdicts = judge_prompts(prompts, [right, "def f(xs):\n    return 0.5", right, right])
+    assert [v["judged"] for v in verdicts] == [True, True, False, False]
+    assert verdicts[0][
+        "passed"
+    ] and f"{verdicts[0]['input']} -> {verdicts[0]['output']}" in verdict_sentence(verdicts[0])
+    assert verdicts[0]["output"] == len([x for x in verdicts[0]["input"] if x % 2 == 0])
+    assert verdict_sentence(verdicts[1]).startswith("failed: wrong answer: ")
+    assert (
+        "not in microcode's language" in verdict_sentence(verdicts[2]) and not verdicts[3]["judged"]
+    )
+
+
+def test_evaluate_and_its_files(capsys, model, tmp_path):
+    out = tmp_path / "out"
+    common = [
+        "evaluate",
+        "--model",
+        model,
+        "--task",
+        "microcode",
+        "--budgets",
+        "1/16",
+        "--limit",
+        "3",
+    ]
+    common += ["--out", str(out), "--mesh", "1,1,1"]
+    assert main.main([*common, "--rules", "mask,flow:power=4"]) == 0
+    printed = capsys.readouterr().out
+    assert "flow:power=4" in printed and "0-shot, 48 response tokens, blocks of 16" in printed
+    names = ["accuracy-over-budget.png", "answers.jsonl", "results.csv", "run.json", "table.md"]
+    assert sorted(p.name for p in out.iterdir()) == names
+    assert len((out / "answers.jsonl").read_text().splitlines()) == 6
+    assert main.main([*common, "--rules", "mask,flow:power=4"]) == 0  # nothing left to do
+    assert capsys.readouterr().out == printed
+    assert "differs in rules; choose another folder" in refused(capsys, *common, "--rules", "mask")
+
+
+def test_canonical(capsys):
+    assert main.main(["evaluate", "--task", "microcode", "--canonical", "--limit", "5"]) == 0
+    assert "100.0 %" in capsys.readouterr().out
+
+
+def test_demo(capsys, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("xflow_jax.lm.BUNDLED", {"tiny": Path(model), "tiny-base": Path(model)})
+    monkeypatch.setattr(demo, "BUNDLED", {"tiny": Path(model)})
+    monkeypatch.setattr(demo, "BUDGETS", demo.BUDGETS[-1:])
+    assert main.main(["demo", "--out", str(tmp_path / "demo"), "--limit", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert all(rule in printed for rule in (*demo.RULES, demo.BASE)) and "8 devices" in printed
+    made = ["accuracy-over-budget.png", "results.csv", "table.md", "trajectory.html"]
+    assert sorted(p.name for p in (tmp_path / "demo").iterdir()) == made
+    assert (
+        main.main(["demo", "--out", str(tmp_path / "demo"), "--limit", "2"]) == 0
+    )  # again, over the same files

@@ -1,0 +1,192 @@
+"""`generate`: what it promises to whoever calls it, whatever else is in the batch, and what it says to bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+
+from tests.helpers import TOY, eight, llada_tiny, random_prompts, toy
+from xflow_jax.decoding.generate import generate
+from xflow_jax.decoding.rules.baselines import Threshold
+from xflow_jax.decoding.rules.flow import Flow
+from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
+from xflow_jax.errors import UserError
+
+LENGTHS = [3, 20, 7, 1, 12, 16, 9]
+RULES = {
+    "flow": Flow(),
+    "jump": Flow(jump=0.7, early_exit=True),
+    "synchronous": Flow(synchronous=True, commit=False, reedit_margin=None),
+    "mask": MaskPrediction(),
+    "entropy": MaskPrediction(order="entropy", cfg_scale=0.5),
+    "random": MaskPrediction(order="random", temperature=0.8),
+    "margin with threshold": MaskPrediction(order="margin", threshold=0.6),
+    "threshold": Threshold(0.5),
+}
+run = functools.partial(generate, gen_length=6, steps=6, block_length=3)
+
+
+def everything(rule, lm=None, prompts=None, seed=3):
+    return run(lm or toy(), prompts or random_prompts(LENGTHS), rule, seed=seed)
+
+
+@pytest.mark.parametrize("name", list(RULES))
+def test_a_prompt_alone_in_a_batch_padded_or_not(name):
+    """Alone (padded to 16), among seven of mixed lengths (padded to 32), and among others of another order."""
+    rule, prompts = RULES[name], random_prompts(LENGTHS)
+    together = everything(rule)
+    for row in (0, 4):
+        alone = everything(rule, prompts=[prompts[row]])
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
+        np.testing.assert_allclose(alone.progress[0], together.progress[row], atol=1e-4)
+        assert alone.forward_passes[0] == together.forward_passes[row]
+    backwards = everything(rule, prompts=prompts[::-1])
+    np.testing.assert_array_equal(backwards.tokens[::-1], together.tokens)
+    np.testing.assert_array_equal(backwards.forward_passes[::-1], together.forward_passes)
+
+
+def test_a_prompt_that_needs_no_padding():
+    """A prompt of 16 tokens is not padded alone, and is in a batch with a longer one."""
+    prompts = random_prompts([16, 20])
+    for rule in (RULES["flow"], RULES["mask"]):
+        both, alone = everything(rule, prompts=prompts), everything(rule, prompts=prompts[:1])
+        np.testing.assert_array_equal(both.tokens[0], alone.tokens[0])
+
+
+def test_seeds():
+    """The same seed repeats, another differs, and rules that draw nothing do not care."""
+    prompts = random_prompts(LENGTHS)
+    first, again, other = (
+        everything(RULES["random"], prompts=prompts, seed=seed) for seed in (3, 3, 4)
+    )
+    np.testing.assert_array_equal(first.tokens, again.tokens)
+    assert (first.tokens != other.tokens).any()
+    np.testing.assert_array_equal(
+        everything(RULES["mask"]).tokens, everything(RULES["mask"], seed=4).tokens
+    )
+
+
+def test_the_same_prompt_twice_draws_twice():
+    out = everything(RULES["random"], prompts=[random_prompts([5])[0]] * 7)
+    assert len({tuple(row) for row in out.tokens.tolist()}) > 1
+
+
+def test_shapes_and_types():
+    out = run(toy(), random_prompts([3, 20]), Flow(), trace=True)
+    assert out.tokens.shape == out.progress.shape == (2, 6) and out.forward_passes.shape == (2,)
+    assert out.texts is None and np.issubdtype(out.tokens.dtype, np.integer)
+    assert out.trace.notes is None
+    for name in (f.name for f in dataclasses.fields(out.trace) if f.name != "notes"):
+        part = getattr(out.trace, name)
+        assert part.shape == (6, 2, 6, 4)[: 4 if "top" in name else 3] and isinstance(
+            part, np.ndarray
+        )
+    assert out.trace.reedited.dtype == bool
+    assert run(toy(), random_prompts([3, 20]), Flow()).trace is None
+
+
+def test_prompts_may_be_arrays():
+    rows = random_prompts([4, 4])
+    wanted = everything(RULES["mask"], prompts=rows).tokens
+    for prompts in (
+        np.asarray(rows),
+        [np.asarray(row) for row in rows],
+        tuple(tuple(row) for row in rows),
+    ):
+        np.testing.assert_array_equal(run(toy(), prompts, RULES["mask"], seed=3).tokens, wanted)
+
+
+def test_texts():
+    """A text gets the chat template; answers are texts up to their first EOS."""
+    lm = llada_tiny()
+    ids = lm.tokenizer.apply_chat_template([{"role": "user", "content": "Add."}], return_dict=False)
+    short = functools.partial(generate, lm, rule=MaskPrediction(), gen_length=6, steps=2)
+    out, same = short(["Add."]), short([ids])
+    np.testing.assert_array_equal(out.tokens, same.tokens)
+    answer = out.tokens[0].tolist()
+    answer = answer[: answer.index(lm.config.eos_id)] if lm.config.eos_id in answer else answer
+    assert out.texts == same.texts == [lm.tokenizer.decode(answer, skip_special_tokens=True)]
+
+
+@pytest.mark.slow
+@eight
+@pytest.mark.parametrize(
+    "mesh, name", [("2,2,2", "flow"), ("1,8,1", "random"), ("2,1,1", "threshold")]
+)
+def test_a_mesh_changes_no_token(mesh, name):
+    sharded, plain = (everything(RULES[name], lm) for lm in (toy(mesh), toy()))
+    np.testing.assert_array_equal(sharded.tokens, plain.tokens)
+    np.testing.assert_array_equal(sharded.forward_passes, plain.forward_passes)
+    np.testing.assert_allclose(sharded.progress, plain.progress, atol=1e-4)
+
+
+@eight
+def test_a_mesh_and_a_trace_and_a_batch_that_it_does_not_divide():
+    prompts = random_prompts([4, 9, 5])
+    sharded, plain = (run(lm, prompts, Flow(), trace=True) for lm in (toy("2,2,2"), toy()))
+    assert sharded.trace.tokens.shape == (6, 3, 6)
+    np.testing.assert_array_equal(sharded.trace.tokens, plain.trace.tokens)
+
+
+BAD = [
+    ({"prompts": []}, "prompts is empty: give at least one text or list of token ids"),
+    ({"prompts": "Add."}, "prompts must be a list of texts or of lists of token ids, not one text"),
+    ({"prompts": 7}, "prompts must be a list of texts or of lists of token ids, not int"),
+    (
+        {"prompts": ["Add."]},
+        "the model's directory has no tokenizer.json, so prompts must be lists of token ids",
+    ),
+    ({"prompts": [1, 2]}, "prompt 0 must be a text or a list of token ids, not 1"),
+    ({"prompts": [[1], [2.5]]}, "prompt 1 must be a text or a list of token ids, not [2.5]"),
+    ({"prompts": [[1], []]}, "prompt 1 is empty: give at least one token id"),
+    ({"prompts": [[1], [2, 24]]}, "prompt 1 holds the id 24; the vocabulary has ids 0 to 23"),
+    ({"prompts": [[-1]]}, "prompt 0 holds the id -1; the vocabulary has ids 0 to 23"),
+    ({"gen_length": 0}, "gen_length must be a whole number of at least 1, not 0"),
+    ({"gen_length": 8.0}, "gen_length must be a whole number of at least 1, not 8.0"),
+    ({"steps": 0}, "steps must be a whole number of at least 1, not 0"),
+    ({"steps": -3}, "steps must be a whole number of at least 1, not -3"),
+    ({"steps_per_block": 0}, "steps_per_block must be a whole number of at least 1, not 0"),
+    ({"block_length": 0}, "block_length must be a whole number of at least 1, not 0"),
+    ({"block_length": 3}, "gen_length 8 is not a whole number of blocks of 3; use 6 or 9"),
+    ({"block_length": 16}, "gen_length 8 is not a whole number of blocks of 16; use 16"),
+    ({"block_length": 4, "steps": 5}, "5 steps do not divide over 2 blocks; use 4 or 6"),
+    ({"block_length": 4, "steps": 1}, "1 steps do not divide over 2 blocks; use 2"),
+    (
+        {"steps": 33},
+        "33 steps for a block of 8 tokens: it must be 1 to 32 (for the response of 8 tokens, at most 32)",
+    ),
+    (
+        {"block_length": 4, "steps_per_block": 17},
+        "17 steps for a block of 4 tokens: it must be 1 to 16 (for the response of 8 tokens, at most 32)",
+    ),
+    (
+        {"prompts": [[1], [2] * 121]},
+        "a prompt of 121 tokens and a response of 8 exceed the model's 128 positions; shorten one of them",
+    ),
+]
+
+
+@pytest.mark.parametrize("arguments, sentence", BAD, ids=[sentence[:40] for _, sentence in BAD])
+def test_bad_input_is_one_sentence(arguments, sentence):
+    good = {"prompts": [[1, 2]], "rule": Flow(), "gen_length": 8, "steps": 8}
+    with pytest.raises(UserError) as error:
+        generate(toy(), **good | arguments)
+    assert str(error.value) == sentence
+
+
+def test_a_prompt_that_just_fits():
+    out = generate(toy(), [[1] * 120], MaskPrediction(), gen_length=8, steps=1)
+    assert out.tokens.shape == (1, 8) and TOY.max_length == 128
+
+
+def test_a_tokenizer_without_a_chat_template():
+    lm = llada_tiny()
+
+    class Plain:
+        chat_template = None
+
+    with pytest.raises(UserError, match="no chat template, so prompts must be lists of token ids"):
+        generate(dataclasses.replace(lm, tokenizer=Plain()), ["Add."], Flow(), 4, 4)

@@ -1,0 +1,416 @@
+"""Evaluation from problems to rows: what is asked, what is kept, what continues, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import TOKENIZER, tiny_lm
+from xflow_jax.cli import evaluate as cli_evaluate
+from xflow_jax.decoding.policy import init_policy
+from xflow_jax.decoding.rules.flow import Flow
+from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
+from xflow_jax.decoding.rules.parsing import parse_rules
+from xflow_jax.errors import UserError
+from xflow_jax.evaluation import runner
+from xflow_jax.evaluation.answers import Answers
+from xflow_jax.evaluation.fingerprint import describe_rule, describe_task, fingerprint
+from xflow_jax.tasks import microcode
+from xflow_jax.tokenizer import chat_ids
+
+TASK = microcode.TASK
+SHORT = dataclasses.replace(
+    TASK, settings=dataclasses.replace(TASK.settings, gen_length=8, block_length=4)
+)
+RULES = parse_rules("mask,flow:power=4")
+BUDGETS = [Fraction(1), Fraction(1, 2)]
+RULES_OF_ALL_KINDS = (
+    "mask",
+    "mask:order=entropy",
+    "mask:order=margin",
+    "mask:temperature=0.5",
+    "mask:cfg_scale=1",
+)
+RULES_OF_ALL_KINDS += (
+    "threshold",
+    "factor",
+    "eb",
+    "klass:tau=0.5",
+    "softmask",
+    "edit",
+    "flow",
+    "flow:jump=0.9",
+)
+
+
+@pytest.fixture
+def oracle(monkeypatch):
+    """In the place of decoding: right answers to even problems, wrong ones to odd ones; counts its calls."""
+    problems = TASK.problems(None, 20)
+    texts = {}
+    for number, problem in enumerate(problems):
+        wrong = "def f(xs):\n    return None"
+        texts[tuple(chat_ids(TOKENIZER, problem.prompt))] = (
+            wrong if number % 2 else TASK.canonical(problem)
+        )
+    calls = SimpleNamespace(sizes=[], refresh=[], stop_after=None)
+
+    def generate(lm, prompts, rule, gen_length, steps, block_length, seed, refresh):
+        if len(calls.sizes) == calls.stop_after:
+            raise KeyboardInterrupt
+        calls.sizes.append(len(prompts))
+        calls.refresh.append(refresh)
+        passes = np.full(len(prompts), steps)
+        return SimpleNamespace(texts=[texts[tuple(p)] for p in prompts], forward_passes=passes)
+
+    monkeypatch.setattr(runner, "generate", generate)
+    return calls
+
+
+def test_every_rule_at_every_budget(oracle):
+    lm = tiny_lm()
+    cells = runner.make_cells(lm, TASK, RULES, BUDGETS)
+    assert [(c.label, c.steps) for c in cells] == [
+        (rule, n) for rule in ("mask", "flow:power=4") for n in (48, 24)
+    ]
+    answers = Answers(None, {})
+    rows = runner.evaluate(lm, TASK, TASK.problems(None, 10), cells, answers, batch_size=4)
+    assert [(r.rule, r.budget, r.n, r.accuracy, r.forward_passes) for r in rows] == [
+        (c.label, str(c.budget), 10, 50.0, c.steps) for c in cells
+    ]
+    assert oracle.sizes == [4] * 12  # the last batch is filled up: one size, one compilation
+    one = answers.of("mask", "1", [TASK.task_id(p) for p in TASK.problems(None, 10)])
+    assert [a.passed for a in one] == [True, False] * 5
+    assert one[0].reason == "passed" and one[1].reason.startswith("wrong answer")
+
+
+def test_a_stopped_run_goes_on_where_it_was(oracle, tmp_path):
+    lm, problems = tiny_lm(), TASK.problems(None, 10)
+    cells = runner.make_cells(lm, TASK, RULES, BUDGETS)
+    straight = runner.evaluate(lm, TASK, problems, cells, Answers(None, {}), batch_size=4)
+    oracle.sizes.clear()
+    oracle.stop_after = 5
+    with pytest.raises(KeyboardInterrupt):
+        runner.evaluate(lm, TASK, problems, cells, Answers(tmp_path, {}), batch_size=4)
+    with (tmp_path / "answers.jsonl").open("a") as file:
+        file.write('{"task_id": "half a li')
+    oracle.stop_after = None
+    resumed = runner.evaluate(lm, TASK, problems, cells, Answers(tmp_path, {}), batch_size=4)
+    assert len(oracle.sizes) == 12
+    again = runner.evaluate(lm, TASK, problems, cells, Answers(tmp_path, {}), batch_size=4)
+    assert len(oracle.sizes) == 12 and again == resumed
+
+    def untimed(rows):
+        return [dataclasses.replace(row, seconds=0.0, tokens_per_second=0.0) for row in rows]
+
+    assert untimed(resumed) == untimed(straight)
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(lines) == len({(a["task_id"], a["rule"], a["budget"]) for a in lines}) == 40
+
+
+def arguments(**given) -> SimpleNamespace:
+    """What the command line would have parsed."""
+    defaults = {
+        "task": "microcode",
+        "data": None,
+        "limit": None,
+        "canonical": False,
+        "answers": None,
+        "out": None,
+    }
+    defaults |= {
+        "model": None,
+        "rules": "mask,flow",
+        "budgets": "1,1/2",
+        "seed": 0,
+        "samples": 1,
+        "k": 1,
+    }
+    defaults |= {
+        "batch_size": 64,
+        "mesh": "1,1,1",
+        "dtype": "float32",
+        "ablate": False,
+        "base": None,
+        "refresh": 0,
+    }
+    return SimpleNamespace(**defaults | given)
+
+
+def answers_of(lm, batch_size: int, rules: str = "mask:order=random") -> dict:
+    problems, answers = SHORT.problems(None, 13), Answers(None, {})
+    cells = runner.make_cells(lm, SHORT, parse_rules(rules), [Fraction(1, 2)])
+    runner.evaluate(lm, SHORT, problems, cells, answers, batch_size=batch_size, seed=3)
+    ids = [SHORT.task_id(p) for p in problems]
+    kept = [a for c in cells for a in answers.of(c.label, "1/2", ids)]
+    return {(a.rule, a.task_id): (a.text, a.passed, a.forward_passes) for a in kept}
+
+
+@pytest.mark.slow
+def test_answers_depend_on_neither_batch_nor_mesh():
+    alone = answers_of(tiny_lm(), 1)
+    assert len(alone) == 13 and len(set(alone.values())) > 10
+    assert answers_of(tiny_lm(), 7) == alone
+    assert answers_of(tiny_lm("1,8,1"), 32) == alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES_OF_ALL_KINDS)
+def test_no_rules_answers_depend_on_batch_or_mesh(rule):
+    alone = answers_of(tiny_lm(), 1, rule)
+    assert len(alone) == 13 and len(set(alone.values())) > 3
+    assert answers_of(tiny_lm(), 7, rule) == answers_of(tiny_lm(), 32, rule) == alone
+    assert answers_of(tiny_lm("1,8,1"), 32, rule) == answers_of(tiny_lm("2,2,2"), 7, rule) == alone
+
+
+def test_several_answers_to_a_problem(oracle):
+    """A rule that draws answers as often as it is asked to, another one once; pass@k counts them."""
+    lm, problems = tiny_lm(), TASK.problems(None, 4)
+    cells = runner.make_cells(lm, TASK, parse_rules("mask:order=random,flow"), [Fraction(1)])
+    answers = Answers(None, {})
+    rows = runner.evaluate(lm, TASK, problems, cells, answers, batch_size=4, seed=5, samples=3, k=2)
+    ids = [TASK.task_id(p) for p in problems]
+    assert [a.seed for a in answers.of("mask:order=random", "1", ids)] == [5, 6, 7] * 4
+    assert [a.seed for a in answers.of("flow", "1", ids)] == [5] * 4 and len(oracle.sizes) == 4
+    assert [(row.k, row.accuracy, row.pass_at_k) for row in rows] == [
+        (2, 50.0, 50.0),
+        (2, 50.0, None),
+    ]
+
+
+def test_compilation_is_told_from_decoding():
+    @jax.jit
+    def f(x):
+        return jax.lax.fori_loop(0, 3, lambda _, y: jnp.sin(y @ y), x)
+
+    spans = []
+    for _ in range(2):
+        with runner.compile_spans() as seen:
+            f(jnp.ones((7, 7)))
+        spans.append(runner.union(seen))
+    assert spans[0] > 0 and spans[1] < spans[0]
+    assert runner.union([(0, 4), (1, 2), (3, 5), (7, 8)]) == 6 and runner.union([]) == 0
+
+
+def test_fingerprint():
+    params = tiny_lm().params
+    same = fingerprint(params)
+    assert (
+        same
+        == fingerprint(tiny_lm("1,8,1").params)
+        == fingerprint(jax.tree.map(np.asarray, params))
+    )
+    flipped = {**params, "ln_f": {"scale": params["ln_f"]["scale"].at[3].add(1e-6)}}
+    swapped = {**params, "wte": {"embedding": params["wte"]["embedding"][::-1]}}
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    assert len({same, *map(fingerprint, (flipped, swapped, half))}) == 4
+
+
+def test_a_run_says_what_its_rules_are():
+    assert describe_rule(MaskPrediction(temperature=0.5))["temperature"] == 0.5
+    policies = [describe_rule(Flow(init_policy(jax.random.key(k), 8))) for k in (0, 0, 1)]
+    assert policies[0] == policies[1] != policies[2]
+    about = {**describe_task(TASK, None), "rules": policies}
+    assert json.loads(json.dumps(about)) == about
+
+
+def test_reference_answers_and_answers_made_elsewhere(tmp_path, capsys):
+    problems = TASK.problems(None, 6)
+    texts = [(TASK.task_id(p), TASK.canonical(p)) for p in problems]
+    row, failed = runner.score_answers(TASK, problems, texts, "canonical", Answers(None, {}))
+    assert (row.n, row.accuracy, failed) == (6, 100.0, [])
+    file = tmp_path / "answers.jsonl"
+    wrong = (texts[0][0], "def f(xs):\n    return None")
+    file.write_text(
+        "".join(json.dumps({"task_id": i, "completion": c}) + "\n" for i, c in [*texts, wrong])
+    )
+    args = arguments(limit=4, answers=str(file), out=str(tmp_path / "out"))
+    cli_evaluate.run(args)
+    printed = capsys.readouterr().out
+    assert (
+        "87.5 %" in printed and f"failed: {wrong[0]}: wrong answer" in printed
+    )  # one of two answers to a problem
+    names = ["answers.jsonl", "results.csv", "run.json", "table.md"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
+    cli_evaluate.run(args)  # a second call scores nothing again
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        ("nonsense\n", "line 1 is no JSON"),
+        ('{"task_id": "a"}\n', "line 1 must look like"),
+        (
+            '{"task_id": "a", "completion": "x"}\n\n{"task_id": "z", "completion": "x"}\n',
+            "the task has no problem z",
+        ),
+        ('{"task_id": "a", "completion": "x"}\n', "has no answer to 1 of 2 problems, b for one"),
+    ],
+)
+def test_wrong_answer_files(tmp_path, lines, sentence):
+    file = tmp_path / "answers.jsonl"
+    file.write_text(lines)
+    with pytest.raises(UserError) as error:
+        runner.read_answers(file, ["a", "b"], ["a", "b", "c"])
+    assert sentence in str(error.value)
+    with pytest.raises(UserError, match="cannot be read"):
+        runner.read_answers(tmp_path / "nowhere", ["a"], ["a"])
+
+
+def test_bad_input():
+    lm = tiny_lm()
+    with pytest.raises(
+        UserError, match="makes 14.4 steps, which is not .* for each of 3 blocks; use 1/4 or 5/16"
+    ):
+        runner.make_cells(lm, TASK, RULES, [Fraction(3, 10)])
+    with pytest.raises(UserError, match="no tokenizer.json"):
+        runner.evaluate(
+            dataclasses.replace(lm, tokenizer=None),
+            TASK,
+            TASK.problems(None, 1),
+            [],
+            Answers(None, {}),
+        )
+    for options, sentence in (
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"samples": 0}, "samples must be at least 1, not 0"),
+        (
+            {"samples": 2, "k": 3},
+            "pass@3 needs at least 3 answers to each problem, but samples is 2",
+        ),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            runner.evaluate(lm, TASK, TASK.problems(None, 1), [], Answers(None, {}), **options)
+
+
+def test_a_whole_run_with_its_tables(oracle, tmp_path, monkeypatch, capsys):
+    """Every table from one command; a second call reads what is there; other arguments are another run."""
+    loaded = []
+    monkeypatch.setattr(
+        cli_evaluate, "load", lambda name, dtype, mesh: loaded.append(name) or tiny_lm()
+    )
+    args = arguments(model="tiny", limit=6, ablate=True, out=str(tmp_path / "out"))
+    cli_evaluate.run(args)
+    assert loaded == ["tiny", "tiny-base"]
+    text = (tmp_path / "out" / "table.md").read_text()
+    titles = (
+        "By budget",
+        "The parts of the flow",
+        "Against mask, problem by problem",
+        "Accuracy under",
+        "All figures",
+    )
+    for title in titles:
+        assert f"## {title}" in text
+    for part in ("asynchronous schedule", "re-editing", "hard commitment", "alignment"):
+        assert f"| flow without {part} | 50.0 (18.8-81.2) | 50.0 (18.8-81.2) |" in text
+    assert "| 1/2 | flow | 50.0 | 18.8-81.2 | 24.0 |" in text and "| 1 | flow | 0 | 0 | 1 |" in text
+    assert "arXiv" not in text  # no figures of the paper's for this task
+    assert "| flow | 100.0 | 2.0 |" in text  # 1 * 50 + (2 - 1) * (50 + 50) / 2
+    calls = len(oracle.sizes)
+    printed = capsys.readouterr().out
+    cli_evaluate.run(args)
+    assert len(oracle.sizes) == calls and capsys.readouterr().out == printed
+    with pytest.raises(
+        UserError, match="holds another run, which differs in rules, base; choose another folder"
+    ):
+        cli_evaluate.run(arguments(model="tiny", limit=6, out=str(tmp_path / "out")))
+    with pytest.raises(UserError, match="--ablate takes the parts from a flow"):
+        cli_evaluate.run(arguments(model="tiny", limit=6, ablate=True, rules="mask"))
+    with pytest.raises(UserError, match="say what answers"):
+        cli_evaluate.run(arguments())
+
+
+def test_an_approximate_run_says_so(oracle, tmp_path, monkeypatch, capsys):
+    """In its tables, and in what it is known by: its answers are not those of an exact one."""
+    lm = tiny_lm()
+    monkeypatch.setattr(cli_evaluate, "load", lambda name, dtype, mesh: lm)
+    sentence = "The prompt's keys and values were read anew every 4 steps of a block only."
+    given = {"model": "tiny", "limit": 3, "rules": "mask", "budgets": "1/2"}
+    for name, refresh in (("exact", 0), ("old", 4)):
+        cli_evaluate.run(arguments(**given, out=str(tmp_path / name), refresh=refresh))
+        texts = capsys.readouterr().out, (tmp_path / name / "table.md").read_text()
+        assert [sentence in text for text in texts] == [refresh > 1] * 2
+    assert oracle.refresh == [0, 4]
+    cli_evaluate.run(arguments(**given, out=str(tmp_path / "exact"), refresh=1))  # the same run
+    assert oracle.refresh == [0, 4]
+    for name, refresh in (("exact", 4), ("old", 0), ("old", 8)):
+        with pytest.raises(
+            UserError, match="holds another run, which differs in refresh; choose another folder"
+        ):
+            cli_evaluate.run(arguments(**given, out=str(tmp_path / name), refresh=refresh))
+    with pytest.raises(UserError, match="refresh must be a whole number of at least 0, not -2"):
+        cli_evaluate.run(arguments(**given, refresh=-2))
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_in_the_same_table(tmp_path):
+    """SIGKILL while answers come in; the same command again gives the table of a run straight through."""
+
+    def command(folder: str) -> list[str]:
+        rules, budgets = "mask:order=random,threshold", "1/4,1/8"
+        argv = [
+            "evaluate",
+            "--model",
+            "tiny",
+            "--task",
+            "microcode",
+            "--rules",
+            rules,
+            "--budgets",
+            budgets,
+        ]
+        argv += [
+            "--limit",
+            "12",
+            "--batch-size",
+            "5",
+            "--samples",
+            "2",
+            "--k",
+            "2",
+            "--out",
+            str(tmp_path / folder),
+        ]
+        return [sys.executable, "-m", "xflow_jax", *argv]
+
+    def tables(folder: str) -> tuple[str, list[dict[str, str]]]:
+        """All tables but the one with seconds, and that one's rows without them."""
+        rows = list(csv.DictReader((tmp_path / folder / "results.csv").read_text().splitlines()))
+        untimed = [
+            {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")}
+            for row in rows
+        ]
+        return (tmp_path / folder / "table.md").read_text().partition("## All figures")[0], untimed
+
+    where = {
+        "cwd": Path(__file__).parents[2],
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+    }
+    subprocess.run(command("straight"), check=True, **where)
+    killed = subprocess.Popen(command("killed"), **where)
+    kept = tmp_path / "killed" / "answers.jsonl"
+    while not kept.exists() or kept.read_bytes().count(b"\n") < 10:
+        assert killed.poll() is None, "it ended before it could be killed"
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    before = kept.read_bytes().count(b"\n")
+    subprocess.run(command("killed"), check=True, **where)
+    lines = kept.read_text().splitlines()
+    assert before < len(lines) == 12 * (2 + 1) * 2 and len(set(lines)) == len(lines)
+    assert tables("killed") == tables("straight") and len(tables("killed")[1]) == 4

@@ -1,0 +1,352 @@
+"""Measures the structure of the code: `python -m tests.house [ROOT]`.
+
+The same functions serve tests/test_house.py, which fails if a rule of the layout is broken.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+LIBRARY = "xflow_jax"
+PROGRAMS = ("train", "convert")  # they import the library, and never each other
+
+# A package or module of the library imports lower ranks only.
+RANKS = {
+    name: rank
+    for rank, names in enumerate(
+        [
+            "errors types",
+            "toml_config parallel sandbox tokenizer",
+            "models tasks",
+            "checkpoints decoding",
+            "lm training",
+            "evaluation planning benchmarks serving",
+            "cli harness __init__ __main__",
+        ]
+    )
+    for name in names.split()
+}
+ENTRY_POINTS = ("harness", "__main__")  # a line that forwards to another module's main
+TORCH = ("convert.verify", "xflow_jax.benchmarks.torch_baseline")
+# Their text runs in bare interpreters. The child shares its memory with untrusted programs.
+SCRIPTS = ("xflow_jax.sandbox.launch", "xflow_jax.sandbox.child")
+LINEN = "xflow_jax.models"
+# Packages in which no function may exceed MAX_FUNCTION lines.
+SHORT_FUNCTIONS = ("decoding", "models", "training")
+MAX_FUNCTION = 60
+FAMILY_PACKAGES = ("models", "checkpoints")  # only these may compare a family's name
+FAMILIES = ("llada", "llada2")
+# A docstring's first line is a verb or noun phrase of at most this many words.
+MAX_FIRST_LINE = 12
+OPENINGS = ("What", "Who", "How", "Where", "Of", "Whether", "When", "Which", "Whose", "As")
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name.
+
+    Attributes:
+        module: the name as written, made absolute. For `from a import b` it is "a.b".
+        line: line number.
+        in_function: True inside a function.
+        typing_only: True under `if TYPE_CHECKING`.
+    """
+
+    module: str
+    line: int
+    in_function: bool = False
+    typing_only: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed file of the repository."""
+
+    path: Path
+    module: str
+    tree: ast.Module
+    text: str
+    is_package: bool
+
+    @property
+    def imports(self) -> list[Import]:
+        """All imports of the file, in functions and under TYPE_CHECKING too."""
+        return list(find_imports(self.tree, self.module, self.is_package))
+
+    @property
+    def package(self) -> str:
+        """Top-level name below the library: a package or a module."""
+        return self.module.split(".")[1] if "." in self.module else "__init__"
+
+
+def find_imports(tree: ast.AST, module: str, is_package: bool, **where: bool) -> Iterator[Import]:
+    """Yields the imports below a node."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, node.lineno, **where)
+        elif isinstance(node, ast.ImportFrom):
+            base: list[str] = []
+            if node.level:
+                base = module.split(".")[: (1 if is_package else 0) - node.level or None]
+            prefix = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield Import(f"{prefix}.{alias.name}", node.lineno, **where)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from find_imports(node, module, is_package, **{**where, "in_function": True})
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from find_imports(node, module, is_package, **{**where, "typing_only": True})
+        else:
+            yield from find_imports(node, module, is_package, **where)
+
+
+def read_sources(root: Path) -> dict[str, Source]:
+    """Reads every module of the library and the programs: dotted name -> source."""
+    found = {}
+    for top in (LIBRARY, *PROGRAMS):
+        for path in sorted((root / top).rglob("*.py")):
+            is_package = path.name == "__init__.py"
+            parts = path.relative_to(root).with_suffix("").parts
+            module = ".".join(parts).removesuffix(".__init__")
+            text = path.read_text(encoding="utf-8")
+            found[module] = Source(path, module, ast.parse(text), text, is_package)
+    return found
+
+
+def target(name: str, sources: dict[str, Source]) -> str:
+    """Returns the module that holds an imported name: the longest prefix that is a file."""
+    while name not in sources and "." in name:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def exported(source: Source) -> set[str]:
+    """Returns the names in a module's __all__."""
+    for node in source.tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
+def import_complaints(sources: dict[str, Source]) -> list[str]:
+    """Returns a sentence for each import that breaks a rule of the layout."""
+    found: list[str] = []
+    graph: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        top = module.split(".")[0]
+        if top == LIBRARY and source.package not in RANKS:
+            found.append(f"{module} has no rank: give {source.package} a place in RANKS")
+            continue
+        for imported in source.imports:
+            where = f"{module}, line {imported.line}"
+            other = target(imported.module, sources)
+            if other in sources and other != module:
+                # A module imports its own package's __init__ implicitly. That is no circle.
+                if not module.startswith(f"{other}."):
+                    graph.setdefault(module, set()).add(other)
+                found += _wrong_direction(where, source, sources[other], imported, sources)
+            found += _behind_a_fence(where, module, other, imported)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        found.append(f"modules import each other in a circle: {' <- '.join(error.args[1])}")
+    return found
+
+
+def _wrong_direction(
+    where: str, source: Source, other: Source, imported: Import, sources: dict[str, Source]
+) -> list[str]:
+    top, other_top = source.module.split(".")[0], other.module.split(".")[0]
+    if top == LIBRARY and other_top in PROGRAMS:
+        return [f"{where}: the library must not import the program {other.module}"]
+    if top in PROGRAMS and other_top in PROGRAMS and top != other_top:
+        return [f"{where}: {top}/ must not import {other.module}"]
+    if other_top != LIBRARY or other.package not in RANKS:
+        return []
+    if top == LIBRARY:
+        mine, its = source.package, other.package
+        if mine == its:
+            return []
+        if RANKS[its] >= RANKS[mine] and mine not in ENTRY_POINTS:
+            return [
+                f"{where}: {mine} (rank {RANKS[mine]}) must not import {other.module} "
+                f"(rank {RANKS[its]})"
+            ]
+    if source.package in ENTRY_POINTS:
+        return []
+    door = sources.get(f"{LIBRARY}.{other.package}")
+    if door is None or not door.is_package:
+        return []
+    name = imported.module.removeprefix(f"{door.module}.")
+    if name == door.module or name in exported(door):
+        return []
+    return [f"{where}: {imported.module} is not exported by {door.module}"]
+
+
+def _behind_a_fence(where: str, module: str, other: str, imported: Import) -> list[str]:
+    found = []
+    name = imported.module
+    if name.split(".")[0] == "torch" and not (module in TORCH and imported.in_function):
+        found.append(f"{where}: torch is imported only inside functions of {' and '.join(TORCH)}")
+    if module in SCRIPTS and name.split(".")[0] not in sys.stdlib_module_names:
+        found.append(f"{where}: a script of the sandbox imports only the standard library")
+    if module == SCRIPTS[1] and name.split(".")[0] == "ctypes":
+        found.append(f"{where}: ctypes must stay out of the sandbox's child")
+    if other in SCRIPTS:
+        found.append(f"{where}: {other} is a script, and is not imported")
+    if f"{name}.".startswith("flax.linen.") and not f"{module}.".startswith(f"{LINEN}."):
+        found.append(f"{where}: flax.linen is imported only in {LINEN}")
+    return found
+
+
+def functions(sources: dict[str, Source]) -> Iterator[tuple[Source, ast.FunctionDef]]:
+    """Yields every function and method of the library and the programs."""
+    for source in sources.values():
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield source, node
+
+
+def function_length(node: ast.FunctionDef) -> int:
+    """Returns the lines of a function with its docstring, without its decorators."""
+    return node.end_lineno - node.lineno + 1
+
+
+def long_functions(sources: dict[str, Source]) -> list[str]:
+    """Returns the functions above MAX_FUNCTION lines in the packages that forbid them."""
+    return [
+        f"{source.module}.{node.name}: {function_length(node)} lines"
+        for source, node in functions(sources)
+        if source.package in SHORT_FUNCTIONS and function_length(node) > MAX_FUNCTION
+    ]
+
+
+def any_share(sources: dict[str, Source]) -> tuple[int, int]:
+    """Counts (parameters annotated with Any at their top level, all parameters)."""
+    loose = total = 0
+    for _, node in functions(sources):
+        a = node.args
+        for arg in [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, [a.vararg, a.kwarg])]:
+            if arg.arg in ("self", "cls"):
+                continue
+            total += 1
+            loose += arg.annotation is None or ast.unparse(arg.annotation) in ("Any", "typing.Any")
+    return loose, total
+
+
+def family_comparisons(sources: dict[str, Source]) -> list[str]:
+    """Returns comparisons with a family's name outside the packages that may make them."""
+    found = []
+    for source in sources.values():
+        if source.module.split(".")[0] == LIBRARY and source.package in FAMILY_PACKAGES:
+            continue
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.Compare):
+                values = [x for part in (node.left, *node.comparators) for x in ast.walk(part)]
+                if any(isinstance(x, ast.Constant) and x.value in FAMILIES for x in values):
+                    found.append(f"{source.module}, line {node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def docstrings(sources: dict[str, Source]) -> Iterator[tuple[str, str]]:
+    """Yields (place, docstring) of every module, class and function that has one."""
+    for source in sources.values():
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                text = ast.get_docstring(node)
+                if text:
+                    name = getattr(node, "name", "")
+                    yield f"{source.module}{'.' if name else ''}{name}", text
+
+
+def docstring_complaints(sources: dict[str, Source]) -> list[str]:
+    """Returns docstrings whose first line is too long or opens like a clause."""
+    found = []
+    for place, text in docstrings(sources):
+        first = text.split("\n\n")[0].replace("\n", " ").strip()
+        words = first.split()
+        if words[0] in OPENINGS:
+            found.append(f"{place}: begins with {words[0]!r}")
+        if len(words) > MAX_FIRST_LINE:
+            found.append(f"{place}: the first line has {len(words)} words")
+        if ";" in text:
+            found.append(f"{place}: holds a semicolon")
+    return found
+
+
+def long_lines(sources: dict[str, Source], width: int = 100) -> int:
+    """Counts lines above `width` columns."""
+    return sum(len(line) > width for s in sources.values() for line in s.text.split("\n"))
+
+
+def top_level_names(root: Path) -> list[str]:
+    """Returns the packages and modules directly in the library's folder."""
+    return sorted(
+        p.stem
+        for p in (root / LIBRARY).iterdir()
+        if p.suffix == ".py" or (p / "__init__.py").exists()
+    )
+
+
+def package_graph(sources: dict[str, Source]) -> dict[str, set[str]]:
+    """Returns package -> packages that it imports, within the library."""
+    graph: dict[str, set[str]] = {}
+    for source in sources.values():
+        if source.module.split(".")[0] != LIBRARY:
+            continue
+        for imported in source.imports:
+            other = sources.get(target(imported.module, sources))
+            if other and other.module.split(".")[0] == LIBRARY and other.package != source.package:
+                graph.setdefault(source.package, set()).add(other.package)
+    return graph
+
+
+def measure(root: Path) -> dict[str, str]:
+    """Returns the figures that the documentation cites."""
+    sources = read_sources(root)
+    lengths = [(function_length(node), f"{s.module}.{node.name}") for s, node in functions(sources)]
+    short = [
+        (function_length(node), f"{s.module}.{node.name}")
+        for s, node in functions(sources)
+        if s.package in SHORT_FUNCTIONS
+    ]
+    loose, total = any_share(sources)
+    texts = [text for _, text in docstrings(sources)]
+    opening = sum(text.split()[0] in OPENINGS for text in texts)
+    first = sum(len(text.split("\n\n")[0].split()) > MAX_FIRST_LINE for text in texts)
+    names = top_level_names(root)
+    graph = package_graph(sources)
+    circles = [c for c in import_complaints(sources) if "circle" in c]
+    return {
+        "top-level names in the library": str(len(names)),
+        "arrows between them": str(sum(map(len, graph.values()))),
+        "circles of imports": str(len(circles)),
+        "longest function": "{} lines ({})".format(*max(lengths)),
+        "longest in decoding, models, training": "{} lines ({})".format(
+            *max(short, default=(0, ""))
+        ),
+        "parameters that are Any or bare": f"{loose} of {total} ({100 * loose / total:.1f} %)",
+        "family comparisons outside models, checkpoints": str(len(family_comparisons(sources))),
+        "docstrings that open like a clause": f"{opening} of {len(texts)}",
+        "docstrings with a first line above 12 words": f"{first} of {len(texts)}",
+        "semicolons in docstrings": str(sum(text.count(";") for text in texts)),
+        "lines above 100 columns": str(long_lines(sources)),
+    }
+
+
+def main(root: Path) -> None:
+    """Prints the figures of a checkout."""
+    figures = measure(root)
+    width = max(map(len, figures))
+    for name, value in figures.items():
+        print(f"{name:<{width}}  {re.sub(r'xflow_jax[.]', '', value)}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1])

@@ -1,0 +1,102 @@
+"""The attention kernels: one result, each where it can."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import eight
+from xflow_jax.errors import UserError
+from xflow_jax.models import attention
+from xflow_jax.models.attention import attend
+from xflow_jax.parallel.mesh import make_mesh
+
+
+def arguments(length=40, keys=136, heads=4, kv_heads=2, width=128, dtype=jnp.float32):
+    """q, k and v, and a mask of two rows, one with seven keys of padding."""
+    rng = np.random.default_rng(0)
+    sizes = ((length, heads), (keys, kv_heads), (keys, kv_heads))
+    q, k, v = (jnp.asarray(rng.normal(size=(2, n, h, width)), dtype) for n, h in sizes)
+    return q, k, v, jnp.arange(keys)[None, None, None] >= jnp.array([0, 7])[:, None, None, None]
+
+
+@eight
+def test_splash_is_einsum():
+    """Interpreted, of lengths that are no multiples of a tile, with padding and without, on a mesh and off it."""
+    *qkv, mask = arguments()
+    for seen in (mask, None):
+        wanted = attend(*qkv, seen, "einsum")
+        np.testing.assert_allclose(attend(*qkv, seen, "splash"), wanted, rtol=0, atol=1e-5)
+    for spec in (
+        "1,2,2",
+        "4,1,1",
+    ):  # the second divides no batch of two, so every device computes both rows
+        with jax.set_mesh(make_mesh(spec)):
+            out = jax.jit(lambda *args: attend(*args, "splash"))(*qkv, mask)
+        np.testing.assert_allclose(out, attend(*qkv, mask, "einsum"), rtol=0, atol=1e-5)
+
+
+def test_gradients_of_splash():
+    *qkv, mask = arguments(length=8, keys=8, heads=2)
+
+    def grads(kernel):
+        return jax.grad(lambda qkv: (attend(*qkv, mask[..., :8], kernel) ** 2).sum())(qkv)
+
+    for ours, wanted in zip(grads("splash"), grads("einsum"), strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-4)
+
+
+CANNOT = [
+    ("splash", {"width": 64}, "heads of 128, 256, ... dims, not 64"),
+    ("cudnn", {}, "bfloat16 or float16, not float32"),
+    ("cudnn", {"dtype": jnp.bfloat16, "width": 12}, "heads of 8, 16, ... 128 dims, not 12"),
+    ("cudnn", {"dtype": jnp.bfloat16, "width": 256}, "heads of 8, 16, ... 128 dims, not 256"),
+    ("cudnn", {"dtype": jnp.bfloat16, "length": 7}, "even lengths, not 7 and 136"),
+]
+
+
+@pytest.mark.parametrize("kernel, changes, needs", CANNOT)
+def test_what_a_kernel_cannot_do(kernel, changes, needs, monkeypatch):
+    monkeypatch.setattr(attention, "has_cudnn", lambda: True)
+    with pytest.raises(UserError) as error:
+        attend(*arguments(**changes), kernel)
+    assert str(error.value) == f"the attention kernel {kernel} needs {needs}; leave attention out"
+
+
+def test_kernels_that_are_not_here():
+    *qkv, mask = arguments(dtype=jnp.bfloat16)
+    with pytest.raises(
+        UserError, match="cudnn needs an NVIDIA GPU of compute capability 8.0 or more; leave"
+    ):
+        attend(*qkv, mask, "cudnn")
+    with pytest.raises(
+        UserError, match="attention is 'flash', but it must be one of einsum, xla, cudnn, splash"
+    ):
+        attend(*qkv, mask, "flash")
+    blocks = jnp.ones((2, 1, 40, 136), bool)
+    with pytest.raises(
+        UserError, match="splash needs that all queries of a row see the same keys, not blocks"
+    ):
+        attend(*qkv, blocks, "splash")
+
+
+@pytest.mark.parametrize(
+    "platform, there, changes, wanted",
+    [
+        ("cpu", True, {"dtype": jnp.bfloat16}, "einsum"),
+        ("tpu", True, {"dtype": jnp.bfloat16}, "xla"),
+        ("gpu", True, {"dtype": jnp.bfloat16}, "cudnn"),
+        ("gpu", True, {"dtype": jnp.float16, "width": 64}, "cudnn"),
+        ("gpu", False, {"dtype": jnp.bfloat16}, "xla"),
+        ("gpu", True, {}, "xla"),
+        ("gpu", True, {"dtype": jnp.bfloat16, "width": 20}, "xla"),
+        ("gpu", True, {"dtype": jnp.bfloat16, "keys": 135}, "xla"),
+    ],
+)
+def test_the_default_is_the_best_that_can(platform, there, changes, wanted, monkeypatch):
+    monkeypatch.setattr(attention, "platform", lambda: platform)
+    monkeypatch.setattr(attention, "has_cudnn", lambda: there)
+    q, k, _, mask = arguments(**changes)
+    assert attention.default_kernel(q, k, mask) == wanted

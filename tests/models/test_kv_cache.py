@@ -1,0 +1,134 @@
+"""Block-causal decoding with a cache of keys and values is the whole sequence at once, exactly."""
+
+import random
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.llada2_helpers import TINY2, random_params
+from xflow_jax.models import kv_cache
+from xflow_jax.models.config import LLaDA2Config, LLaDAConfig
+from xflow_jax.models.factory import build
+
+pytestmark = pytest.mark.slow  # minutes of compilation
+
+
+def random_config(rng):
+    groups = rng.choice([1, 2, 4])
+    size = rng.choice([2, 4])
+    kept = rng.randint(1, groups)
+    heads = rng.choice([2, 4])
+    dense = rng.choice([0, 1, 2])
+    return LLaDA2Config(
+        hidden_size=rng.choice([24, 32]),
+        num_hidden_layers=dense + rng.choice([0, 1, 2] if dense else [1, 2]),
+        num_attention_heads=heads,
+        num_key_value_heads=rng.choice([1, 2, heads]),
+        head_dim=rng.choice([8, 16]),
+        partial_rotary_factor=rng.choice([0.25, 0.5, 1.0]),
+        rope_theta=rng.choice([10000.0, 600000.0]),
+        vocab_size=40,
+        pad_token_id=1,
+        mask_token_id=39,
+        intermediate_size=40,
+        first_k_dense_replace=dense,
+        num_experts=groups * size,
+        n_group=groups,
+        topk_group=kept,
+        num_experts_per_tok=rng.randint(1, min(kept * size, 4)),
+        moe_intermediate_size=16,
+        num_shared_experts=rng.choice([None, 0, 1, 2]),
+        use_qkv_bias=rng.random() < 0.3,
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_block_by_block_with_a_cache_is_the_whole_sequence(seed):
+    rng = random.Random(seed)
+    config = random_config(rng)
+    size, length = rng.choice([3, 4, 5]), rng.choice([11, 12, 14])
+    check_cached(config, seed, size, length, ready=size * rng.randint(1, 2) if seed % 4 == 0 else 0)
+
+
+def check_cached(config, seed, size, length, ready):
+    """Rows of 0, 1 and 3 tokens of padding; the first `ready` positions in one go, as a prompt, then block by block."""
+    model = build(config)
+    params = random_params(model, seed)
+    x = np.random.default_rng(seed).normal(size=(3, length, config.hidden_size)).astype(np.float32)
+    mask = np.arange(length)[None] >= np.array([[0], [1], [3]])
+    whole = jax.jit(lambda p, x, m: model.apply({"params": p}, x, m, size, method="hidden"))
+    full, x, mask = (
+        np.asarray(kv_cache.align_left(a, mask)) for a in (whole(params, x, mask), x, mask)
+    )
+    x, mask = (np.pad(a, ((0, 0), (0, size), *((0, 0),) * (a.ndim - 2))) for a in (x, mask))
+
+    @jax.jit
+    def step(p, x, cache, at, m):
+        return model.apply({"params": p}, x, cache, at, m, size, method="hidden_cached")
+
+    cache, ours = model.empty_cache(3, length + size), []
+    if ready:
+        h, new = step(
+            params, x[:, :ready], model.empty_cache(3, 0), jnp.zeros(3, int), mask[:, :ready]
+        )
+        cache = kv_cache.write_cache(cache, new, 0)
+        ours.append(h)
+    for at in range(ready, length, size):
+        part, rows = slice(at, at + size), jnp.full(3, at)
+        # A first pass with other contents, as decoding makes many: it must leave no trace.
+        _, wrong = step(params, x[:, part] + 1, cache, rows, mask[:, part])
+        h, new = step(
+            params, x[:, part], kv_cache.write_cache(cache, wrong, rows), rows, mask[:, part]
+        )
+        cache = kv_cache.write_cache(cache, new, rows if at % 2 else at)
+        ours.append(h)
+    ours, real = jnp.concatenate(ours, axis=1)[:, :length], mask[:, :length]
+    np.testing.assert_allclose(ours[real], full[real], rtol=0, atol=1e-5)
+
+
+def test_rows_at_different_blocks():
+    """Each row has its own start: the cached step of a batch is the step of its rows alone."""
+    model = build(TINY2)
+    params = random_params(model, 0)
+    x = jax.random.normal(jax.random.key(1), (2, 16, 32))
+    full = model.apply({"params": params}, x, None, 4, method="hidden")
+    _, everything = model.apply(
+        {"params": params}, x, model.empty_cache(2, 0), 0, None, 4, method="hidden_cached"
+    )
+    start = jnp.array([4, 12])
+    block = jnp.stack([x[0, 4:8], x[1, 12:16]])
+    h, new = model.apply({"params": params}, block, everything, start, method="hidden_cached")
+    np.testing.assert_allclose(h, jnp.stack([full[0, 4:8], full[1, 12:16]]), atol=1e-5)
+    chex.assert_trees_all_close(kv_cache.write_cache(everything, new, start), everything, atol=1e-5)
+
+
+def test_a_written_cache_compiles_once():
+    model = build(TINY2)
+    params = random_params(model, 0)
+
+    @jax.jit
+    def step(x, cache, start):
+        h, new = model.apply({"params": params}, x, cache, start, method="hidden_cached")
+        return h, kv_cache.write_cache(cache, new, start)
+
+    cache = model.empty_cache(2, 12)
+    for at in (0, 4, 8):
+        _, cache = step(jnp.ones((2, 4, 32)), cache, jnp.full(2, at))
+    assert step._cache_size() == 1
+
+
+def test_llada_has_the_same_cache():
+    """Its own attention is not block-causal; under a block-causal one the cache is as exact."""
+    config = LLaDAConfig(
+        d_model=32,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        vocab_size=9,
+        mask_token_id=8,
+        eos_token_id=0,
+    )
+    check_cached(config, seed=0, size=4, length=14, ready=8)

@@ -1,0 +1,284 @@
+"""The sandbox's isolation, tried by programs that no audit hook holds, and its pool of warm workers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+
+from xflow_jax.errors import UserError
+from xflow_jax.sandbox import pool, worker
+from xflow_jax.sandbox.limits import FULL, Limits
+from xflow_jax.sandbox.pool import Pool, run_program
+
+PATIENT = Limits(seconds=60, memory_mb=128)
+# Runs in the isolation alone, and says what it could do: name -> what came of it, or None where it was refused.
+PROBE = """
+import ctypes, json, os, socket, sys
+done = {}
+def attempt(name, function):
+    try: done[name] = repr(function())
+    except OSError: done[name] = None
+def libc(name, *args):
+    if getattr(ctypes.CDLL(None, use_errno=True), name)(*args) == -1:
+        raise OSError(ctypes.get_errno(), name)
+outside, parent = sys.argv[1:3]
+attempt("writes its folder", lambda: open("x", "w").write("x"))
+attempt("writes nowhere", lambda: open("/dev/null", "w").write("x"))
+attempt("random bytes", lambda: open("/dev/urandom", "rb").read(1))
+attempt("writes the library", lambda: open(os.__file__, "a"))
+attempt("writes outside", lambda: open(outside, "w"))
+attempt("writes the root", lambda: open("/xflow-hostile", "w"))
+attempt("reads outside", lambda: open(outside).read())
+attempt("reads the machine", lambda: open("/etc/passwd").read())
+attempt("reads processes", lambda: open(f"/proc/{parent}/environ").read())
+attempt("runs a shell", lambda: os.execv("/bin/sh", ["sh", "-c", "exit"]))
+attempt("mounts", lambda: libc("mount", b"x", b".", b"tmpfs", 0, None))
+attempt("device", lambda: os.mknod("device", 0o60600, os.makedev(254, 0)))
+attempt("connects", lambda: socket.create_connection(("127.0.0.1", int(sys.argv[3])), 5))
+attempt("sends", lambda: socket.socket(type=socket.SOCK_DGRAM).sendto(b"x", ("192.0.2.1", 53)))
+attempt("signals", lambda: os.kill(int(parent), 0))
+attempt("traces", lambda: libc("ptrace", 16, int(parent), None, None))
+attempt("new user", lambda: libc("unshare", 0x10000000))
+attempt("root", lambda: os.chroot("."))
+attempt("becomes root", lambda: os.setuid(0))
+done["isolation"] = sys.argv[-2]
+os.write(int(sys.argv[4]), json.dumps(done).encode())
+"""
+ALLOWED = {"writes its folder", "writes nowhere", "random bytes", "isolation"}
+# What only namespaces refuse, and what only namespaces refuse to root.
+NAMESPACES_ONLY = {"sends", "new user", "root", "becomes root"}
+
+
+def probe(tmp_path, way: str, landlock: bool) -> dict[str, str | None]:
+    (tmp_path / "scratch").mkdir(exist_ok=True)
+    (tmp_path / "outside").write_text("secret")
+    scratch = os.path.realpath(tmp_path / "scratch")
+    ours, theirs = socket.socketpair()
+    with ours, socket.create_server(("127.0.0.1", 0)) as server:
+        with theirs:
+            command = [
+                *worker.launcher(way, landlock, scratch, 1 << 20, theirs.fileno()), *worker.interpreter(), "-c", PROBE,
+                str(tmp_path / "outside"), str(os.getpid()), str(server.getsockname()[1]), str(theirs.fileno()),
+            ]  # fmt: skip
+            subprocess.run(
+                command,
+                pass_fds=[theirs.fileno()],
+                env={},
+                timeout=60,
+                start_new_session=True,
+                check=False,
+            )
+        answer = json.loads(ours.recv(1 << 16) or "null")
+    if not isinstance(answer, dict):
+        pytest.skip(f"{way} does not work here: {answer}")
+    return answer
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="namespaces and Landlock are Linux's")
+
+
+@linux
+@pytest.mark.parametrize("way", ["unshare", "bubblewrap"])
+@pytest.mark.parametrize("landlock", [True, False])
+def test_namespaces_hold_without_any_hook(tmp_path, way, landlock):
+    if way == "bubblewrap" and not worker.bubblewrap():
+        pytest.skip("bubblewrap is not installed")
+    done = probe(tmp_path, way, landlock)
+    parts = done["isolation"].split("+")
+    assert parts[0] == "namespaces" and (landlock or "landlock" not in parts)
+    could = {name for name, value in done.items() if value is not None}
+    if way == "bubblewrap":
+        could -= {
+            "new user",
+            "root",
+        }  # an old one cannot forbid a new user namespace; it has no more to give there
+    assert could == ALLOWED
+    assert list((tmp_path / "scratch").iterdir()) == []  # what it wrote is gone with its namespace
+
+
+@linux
+def test_landlock_holds_without_namespaces(tmp_path):
+    done = probe(tmp_path, "plain", True)
+    if "landlock" not in done["isolation"]:
+        pytest.skip("the kernel has no Landlock")
+    could = {name for name, value in done.items() if value is not None}
+    assert (
+        could - NAMESPACES_ONLY - {"connects", "signals"} == ALLOWED
+    )  # the last two: since Linux 6.7 and 6.12
+    assert {path.name for path in (tmp_path / "scratch").iterdir()} == {"x"}
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """Sets the ways into isolation that are tried."""
+    monkeypatch.setattr(pool, "_ways", pool._ways)
+    return lambda *names: monkeypatch.setattr(pool, "_ways", names)
+
+
+@linux
+def test_with_less_isolation_it_warns_once_and_says_so(ways, monkeypatch):
+    monkeypatch.setattr(worker, "bubblewrap", lambda: "/bin/false")
+    ways("bubblewrap", "bare")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        results = [
+            run_program(program, "", PATIENT)
+            for program in ("x = 1", "import os; os.kill(os.getppid(), 9)")
+        ]
+    assert [result.isolation for result in results] == ["limits"] * 2
+    assert [result.passed for result in results] == [True, False]
+    (warning,) = seen
+    less = f"the sandbox is not fully isolated: limits instead of {FULL}"
+    assert str(warning.message) == f"{less} (bubblewrap: it ended at once)"
+
+
+def test_below_its_minimum_nothing_runs(ways, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ways("bare")
+    sentence = "has only limits here, which is below its minimum of landlock: allow user namespaces"
+    with pytest.raises(UserError, match=sentence):
+        run_program("x = 1", "", Limits(minimum="landlock"))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(
+        UserError, match="minimum must be some of namespaces.landlock.limits, not 'all'"
+    ):
+        Limits(minimum="all")
+
+
+def test_the_minimum_may_be_what_there_is():
+    isolation = run_program("x = 1", "", PATIENT).isolation
+    assert run_program("x = 1", "", Limits(seconds=60, minimum=isolation)).passed
+
+
+def test_no_way_at_all(ways, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(worker, "bubblewrap", lambda: "/no/such/file")
+    ways("bubblewrap")
+    with pytest.raises(
+        UserError,
+        match="the sandbox cannot start a process: bubblewrap: .*No such file or directory",
+    ):
+        run_program("x = 1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_escapes_from_its_group_is_ended(ways, monkeypatch, tmp_path):
+    """Without namespaces, and with no hook to forbid it: the worker's first process adopts it, and is used no more."""
+    if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        pytest.skip("the kernel does not tell a process's children")
+    ways("plain")
+    child = (Path(worker.__file__).parent / "child.py").read_text()
+    assert "sys.addaudithook(guard)" in child
+    folder = tmp_path / "unguarded"
+    folder.mkdir()
+    (folder / "child.py").write_text(child.replace("sys.addaudithook(guard)", ""))
+    (folder / "launch.py").write_text((Path(worker.__file__).parent / "launch.py").read_text())
+    monkeypatch.setattr(worker, "__file__", str(folder / "worker.py"))
+    escape = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        time.sleep(1000)
+    os._exit(0)
+os.wait()
+"""
+    with Pool(Limits(seconds=60, processes=10**5), workers=1) as pool:
+        first = pool._idle[0].process
+        assert pool.run(escape).passed
+        assert (
+            first.poll() is not None
+        )  # it was given back, found unclean, and ended, with all that was below it
+        assert pool.run("x = 1").passed
+        assert pool._idle[0].process is not first
+
+
+def test_pool_closes_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    threads = threading.active_count()
+    with Pool(PATIENT, workers=2) as pool:
+        results = pool.run_many([(f"print({i})", f"assert {i} % 3") for i in range(12)])
+        assert [result.passed for result in results] == [bool(i % 3) for i in range(12)]
+        assert [result.output for result in results] == [f"{i}\n" for i in range(12)]
+        assert 1 <= len(pool._idle) <= 2
+        processes = [each.process for each in pool._idle]
+    assert all(process.returncode is not None for process in processes)
+    assert list(tmp_path.iterdir()) == [] and threading.active_count() == threads
+    with pytest.raises(UserError, match="the sandbox's pool is closed"):
+        pool.run("x = 1")
+    pool.close()
+
+
+def test_an_interrupted_worker_is_not_used_again(monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with Pool(PATIENT, workers=1) as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr(worker, "_listen", stop)
+            with pytest.raises(KeyboardInterrupt):
+                pool.run("raise KeyError")
+        assert pool._idle == [] and pool.run("x = 1").passed
+
+
+def test_pool_that_is_closed_while_it_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    pool, results = Pool(Limits(seconds=1), workers=1), []
+    runner = threading.Thread(target=lambda: results.append(pool.run("while True: pass")))
+    runner.start()
+    while pool._idle:
+        time.sleep(0.01)
+    pool.close()
+    runner.join()
+    assert results[0].reason == "timeout" and list(tmp_path.iterdir()) == []
+
+
+def test_a_forgotten_pool_ends_with_the_process(tmp_path):
+    """Also where the process is killed: nothing holds the workers' other ends then."""
+    code = (
+        "import os, signal, sys\nfrom xflow_jax.sandbox import Pool\npool = Pool(workers=1)\n"
+        "print(pool._idle[0].process.pid, flush=True)\nif len(sys.argv) > 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    for arguments in ([], ["kill"]):
+        command = [sys.executable, "-c", code, *arguments]
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        ended = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert ended.returncode == (-9 if arguments else 0), ended.stderr
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(ended.stdout), 0)
+                time.sleep(0.05)
+                continue
+            break
+        else:
+            pytest.fail("the worker outlives its process")
+        if not arguments:
+            assert list(tmp_path.iterdir()) == []
+
+
+def test_a_warm_worker_is_much_quicker_than_a_cold_one():
+    """By wall clock in one process; the ratio is about 20."""
+    times, jobs = {}, [(f"x = {i}", f"assert x == {i}") for i in range(30)]
+    with Pool(PATIENT, workers=1) as pool:
+        pool.run("x = 1")
+        start = time.monotonic()
+        assert all(pool.run(*job).passed for job in jobs)
+        times["warm"] = (time.monotonic() - start) / 30
+    start = time.monotonic()
+    assert all(run_program(*job, PATIENT).passed for job in jobs[:3])
+    times["cold"] = (time.monotonic() - start) / 3
+    assert times["cold"] > 3 * times["warm"], times

@@ -1,0 +1,191 @@
+"""The sandbox: what passes, and what is wrong and how it is told."""
+
+import dataclasses
+import os
+import tempfile
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from xflow_jax.errors import UserError
+from xflow_jax.sandbox.limits import Limits
+from xflow_jax.sandbox.pool import run_many, run_program
+
+CHECKS = "assert add(1, 2) == 3\nassert add(-1, 1) == 0, 'negative numbers'\n"
+RIGHT = "def add(a, b):\n    return a + b\n"
+WRONG = "def add(a, b):\n    return 7\n"
+PATIENT = Limits(seconds=30, memory_mb=128)  # for what ends by itself, on a busy machine too
+BRIEF = dataclasses.replace(PATIENT, seconds=1)
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path, monkeypatch):
+    """Everything that the sandbox leaves behind would be seen here."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    yield tmp_path
+    assert list(tmp_path.iterdir()) == []
+
+
+def run(program: str, checks: str = CHECKS, limits: Limits = PATIENT):
+    return run_program(textwrap.dedent(program), checks, limits)
+
+
+def test_right_answer():
+    result = run(RIGHT + "print('hello')\n")
+    assert result.passed and result.reason == "passed"
+    assert result.output == "hello\n"
+    assert 0 < result.seconds < PATIENT.seconds
+
+
+def test_program_without_checks():
+    assert run("x = 1", checks="").passed
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        (WRONG, "wrong answer: assert add(1, 2) == 3"),
+        ("def add(a, b):\n    return 3\n", "wrong answer: negative numbers"),
+        ("def add(a, b):\n    assert False, 'mine'\n", "error: AssertionError: mine"),
+        ("x = 1", "error: NameError: name 'add' is not defined"),
+        ("def add(a, b):\n    return a +\n", "syntax error: invalid syntax (line 2)"),
+        ("x = '\0'", "syntax error: source code string cannot contain null bytes"),
+        ("raise KeyError('two\\nlines\\x1b[31m')", "error: KeyError: 'two\\nlines\\x1b[31m'"),
+        ("raise ValueError('two\\nlines\\x1b[31m')", "error: ValueError: two lines [31m"),
+        (
+            "def add(a, b):\n    return add(a, b)\n",
+            "error: RecursionError: maximum recursion depth exceeded",
+        ),
+        ("while True:\n    pass\n", "timeout"),
+        ("import time\ntime.sleep(60)\n", "timeout"),
+        ("x = [0] * 10**9\n", "memory limit"),
+        ("x = []\nwhile True:\n    x = [x, bytes(10000)]\n", "memory limit"),
+        ("print('x' * 10**7)\n", "output limit"),
+        ("import sys\nwhile True:\n    print('x' * 10**5, file=sys.stderr)\n", "output limit"),
+    ],
+)
+def test_reasons(program, reason):
+    result = run(program, limits=BRIEF if reason == "timeout" else PATIENT)
+    assert not result.passed
+    # Python 3.12 makes the null byte a SyntaxError with a line.
+    assert result.reason.startswith(reason)
+    assert result.reason.isprintable()
+    assert len(result.output) <= PATIENT.output_bytes
+
+
+def test_standard_library_and_idioms_work():
+    program = """
+        import collections, dataclasses, enum, heapq, logging, math, random, re, tempfile, threading, typing, zoneinfo
+
+        Point = collections.namedtuple("Point", "x y")
+        Colour = enum.Enum("Colour", "RED GREEN")
+
+        class Pair(typing.NamedTuple):
+            left: int
+
+        @dataclasses.dataclass
+        class Box:
+            n: int = 0
+
+        def add(a, b):
+            with open("notes.txt", "w") as file:
+                file.write("kept while it runs")
+            with tempfile.TemporaryFile() as file:
+                file.write(b"kept while it runs")
+            logging.warning("careful")
+            assert open("notes.txt").read() and Box().n == 0 and Point(1, 2).x == 1 and Pair(3).left == 3
+            return a + b
+
+        if __name__ == "__main__":
+            add(input(), input())
+    """
+    assert run(program).reason == "passed"
+
+
+def test_order_of_sets_is_fixed():
+    outputs = {run("print(set('abcdefghij'))", "").output for _ in range(4)}
+    assert len(outputs) == 1
+
+
+def test_environment_is_empty(monkeypatch):
+    monkeypatch.setenv("SECRET", "hush")
+    assert run(
+        "import os\nassert not {'SECRET', 'PATH', 'HOME'} & set(os.environ), dict(os.environ)", ""
+    ).passed
+
+
+def test_own_checks_that_do_not_compile_are_no_wrong_answer():
+    assert not run(RIGHT, "assert (").passed
+
+
+def test_builtins_are_restored_for_the_checks():
+    cheat = "import builtins\nbuiltins.sum = lambda numbers: 3\n"
+    assert run(cheat, "assert sum([1, 1]) == 3").reason.startswith("wrong answer")
+
+
+def test_a_reported_token_stays_out_of_reach():
+    """Each way to a frame is refused by name, in a program that would pass without it."""
+    for look in (
+        "sys._getframe()",
+        "sys._current_frames()",
+        "gc.get_objects()",
+        "sys.settrace(print)",
+    ):
+        assert not run(f"import gc, sys\ndef add(a, b):\n    {look}\n    return a + b\n").passed
+
+
+def test_death_is_told():
+    assert (
+        run("import os\nos.abort()").reason
+        == "error: the process was killed by SIGABRT before the checks ended"
+    )
+    assert (
+        run("import os\nos._exit(0)").reason
+        == "error: the process exited with 0 before the checks ended"
+    )
+
+
+def test_what_the_program_writes_to_the_verdict_is_no_verdict():
+    forge = """
+        import os
+        for number in range(3, 32):
+            try: os.write(number, b'passed \\xff\\x1b[2J')
+            except OSError: pass
+    """
+    result = run(textwrap.dedent(forge) + RIGHT)
+    assert (
+        not result.passed and result.reason == "error: the program wrote where only the harness may"
+    )
+
+
+def test_run_many_keeps_order_shares_equal_jobs_and_reports():
+    seen = []
+    jobs = [(RIGHT, CHECKS), (WRONG, CHECKS), (RIGHT, CHECKS), ("raise SystemExit", CHECKS)]
+    results = run_many(
+        jobs, PATIENT, workers=2, progress=lambda done, total: seen.append((done, total))
+    )
+    assert [r.passed for r in results] == [True, False, True, False]
+    assert results[0] is results[2]
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert run_many([]) == []
+
+
+def test_run_many_raises_what_the_callback_raises():
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_many([(f"x = {i}", "") for i in range(50)], PATIENT, workers=1, progress=stop)
+
+
+def test_nothing_stays_open():
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    for program in (RIGHT, WRONG, "while True: pass"):
+        run(program, limits=Limits(seconds=0.3))
+    assert not before or len(os.listdir("/proc/self/fd")) == before
+
+
+def test_limits_must_be_positive():
+    with pytest.raises(UserError, match="the sandbox limit seconds must be above 0, not 0"):
+        Limits(seconds=0)

@@ -1,0 +1,256 @@
+"""The program that trains the step-size policy, on a model of a few thousand parameters: results, resumes, mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.helpers import eight
+from train import grpo
+from train.pretrain import ModelConfig, PretrainConfig, model_config
+from xflow_jax.checkpoints.hf_export import write_hf
+from xflow_jax.decoding.policy import features, fit_policy, init_policy
+from xflow_jax.decoding.policy_io import load_policy
+from xflow_jax.errors import UserError
+from xflow_jax.models.factory import build, init_params
+from xflow_jax.sandbox.pool import run_many
+from xflow_jax.tokenizer import load_tokenizer
+from xflow_jax.training.rollout import Rollout
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "xflow_jax" / "tiny"
+QUICK = [
+    "problems=8",
+    "solved_only=false",
+    "prompts_per_step=2",
+    "group_size=4",
+    "steps=4",
+    "budget=1/16",
+]
+QUICK += [
+    "failed_by=",
+    "policy.init=fresh",
+    "policy.a_max=1",
+    "switches=",
+    "epochs=1",
+    "scale_rewards=group",
+]
+QUICK += ["save_every=1", "evaluate_every=100", "evaluate_problems=4", "batch_size=4", "rate=1e-2"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("grpo") / "model"
+    shape = ModelConfig(d_model=16, n_layers=1, n_heads=2, mlp_hidden_size=16)
+    config = model_config(PretrainConfig(out="", tokenizer="", model=shape), load_tokenizer(TINY))
+    params = jax.tree.map(lambda x: 20 * x, init_params(build(config), jax.random.key(0)))
+    write_hf(folder, params, config, TINY)
+    return folder
+
+
+def settings(model: Path, out: Path, *overrides: str) -> list[str]:
+    return [f"model={model}", f"out={out}", f"solved={out.parent / 'solved'}", *QUICK, *overrides]
+
+
+def train(model: Path, out: Path, *overrides: str) -> None:
+    grpo.main(str(ROOT / "configs/grpo_tiny.toml"), settings(model, out, *overrides))
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert metrics(a) == metrics(b)
+    ours, theirs = (load_file(out / "policy.safetensors") for out in (a, b))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def straight(model, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("grpo") / "straight"
+    train(model, out)
+    return out
+
+
+def test_a_run_leaves_a_policy_its_picture_and_metrics(straight):
+    policy = load_policy(straight / "policy.safetensors")
+    fresh = grpo.start_policy(grpo.GrpoConfig(model="", out=""))
+    moved = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), policy.params, fresh.params)
+    assert max(jax.tree.leaves(moved)) > 1e-3
+    assert (straight / "policy.png").stat().st_size > 1000
+    rows = metrics(straight)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 4]
+    assert {
+        "reward",
+        "reward_std",
+        "clip_ratio/region_mean",
+        "forward_passes",
+        "step/c_0.9",
+    } <= rows[1].keys()
+    assert "held_out/solved" in rows[0] and "held_out/solved" in rows[-1]
+    assert rows[1]["ratio"] == 1.0, "the first batch is sampled by the policy that it trains"
+
+
+def test_a_run_stopped_and_resumed_equals_one_run(model, straight, tmp_path, monkeypatch):
+    steps = grpo.Run.steps
+
+    def interrupted(run, first, last, describe):
+        for step in steps(run, first, last, describe):
+            run.stopped = step == 1
+            yield step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo.Run, "steps", interrupted)
+        train(model, tmp_path / "run")
+    assert (
+        not (tmp_path / "run/policy.safetensors").exists()
+        and metrics(tmp_path / "run")[-1]["step"] == 2
+    )
+    train(model, tmp_path / "run")
+    assert_same_run(straight, tmp_path / "run")
+
+
+@eight
+@pytest.mark.slow
+def test_a_mesh_trains_the_same_policy(model, straight, tmp_path):
+    train(model, tmp_path / "run", "mesh=2,2,2")
+    ours, theirs = (load_file(out / "policy.safetensors") for out in (straight, tmp_path / "run"))
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, theirs[name], atol=1e-4, err_msg=name)
+
+
+def test_solved_problems_are_found_once(model, tmp_path, monkeypatch):
+    """A random model solves nothing, which is one sentence; a second run does not decode again."""
+    with pytest.raises(UserError, match="0 problems do not fill a batch of 2"):
+        train(model, tmp_path / "run", "solved_only=true", "problems=3")
+    lines = (tmp_path / "solved/answers.jsonl").read_text()
+    assert len(lines.splitlines()) == 3
+    monkeypatch.setattr("xflow_jax.evaluation.runner.generate", None)
+    with pytest.raises(UserError, match="0 problems"):
+        train(model, tmp_path / "run", "solved_only=true", "problems=3")
+    assert (tmp_path / "solved/answers.jsonl").read_text() == lines
+    with pytest.raises(UserError, match="another run, which differs in problems"):
+        train(model, tmp_path / "run", "solved_only=true", "problems=4")
+
+
+def test_the_share_of_tests_is_a_reward(model, tmp_path):
+    """Each of a problem's tests is a run of its own."""
+    task = grpo.get_task("microcode")
+    problem = task.training(None, 1)[0]
+    right = task.extract(problem, task.canonical(problem))
+    parts = task.parts(problem, right)
+    assert len(parts) == len(problem.cases()) and all(result.passed for result in run_many(parts))
+    constant = f"def solve(xs):\n    return {problem.cases()[0][1]!r}"
+    share = [result.passed for result in run_many(task.parts(problem, constant))]
+    assert share[0] and not all(share)
+
+
+def test_what_a_decode_is_worth():
+    ones = jnp.ones((1, 2, 3))
+    acted = jnp.array([[[True, True, False], [True, False, False]]])
+    made = Rollout(
+        tokens=jnp.zeros((2, 3), int),
+        progress=jnp.array([[1.0, 0.5, 0.0], [1.0, 1.0, 1.0]]),
+        forward_passes=jnp.array([6, 3]),
+        features=jnp.zeros((1, 2, 3, 8)),
+        y=ones / 2,
+        log_prob=ones,
+        acted=acted,
+    )
+    config = grpo.GrpoConfig(
+        "m", "o", group_size=2, progress_weight=0.5, pass_weight=0.1, delay_weight=0.3
+    )
+    rewards, _ = grpo.make_score(config, 9)(
+        jnp.array([1.0, 0.0]), made, init_policy(jax.random.key(0))
+    )
+    wanted = [
+        [1 + 0.5 - 0.2 - 0.3, 1 + 0.25 - 0.2 - 0.3, 1 - 0.2],
+        [0.5 - 0.1 - 0.3, 0.5 - 0.1, 0.5 - 0.1],
+    ]
+    np.testing.assert_allclose(rewards[0], wanted, rtol=1e-5)
+
+
+def test_training_problems_are_none_of_the_held_out_ones():
+    task = grpo.get_task("microcode")
+    seen = {problem.composition for problem in task.training(None, 200)}
+    assert not seen & {problem.composition for problem in task.problems(None, 200)}
+
+
+def test_a_policy_is_fitted_to_a_rule():
+    def rule(c):
+        return jnp.clip(c**4, 1 / 256, 1)
+
+    policy = fit_policy(init_policy(jax.random.key(0)), rule, jax.random.key(1), updates=400)
+    c = jnp.array([0.4, 0.6, 0.8, 0.9])
+    top = jnp.stack([c, (1 - c) * 0.6, (1 - c) * 0.3, (1 - c) * 0.1], axis=-1)
+    a = policy.expected_step(features(top, jnp.zeros(4), 0.5))
+    np.testing.assert_allclose(a, rule(c), atol=0.1)
+    mu, kappa = policy.beta(features(top, jnp.zeros(4), 0.5))
+    assert (np.abs(np.diff(mu)) > 0.01).all() and np.allclose(kappa, 26)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("group_size=1", "what a decode gains over others"),
+        ("epsilon=1.5", "epsilon is 1.5"),
+        ("steps=0", "steps is 0, but it must be at least 1"),
+        ("budget=1/7", "the budget 1/7 of 48 tokens makes"),
+        ("reward=points", "reward is"),
+        ("task=microcod", "did you mean microcode"),
+        ("switches=powr=3", "no option 'powr'; did you mean power"),
+        ("policy.init=nowhere.safetensors", "no such file"),
+        pytest.param("mesh=1,8,1", "8 devices", marks=eight),
+        ("data=problems.jsonl", "reads no data file"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_any_step(model, tmp_path, override, sentence):
+    more = ["prompts_per_step=1", "group_size=4"] if override.startswith("mesh") else []
+    with pytest.raises(UserError, match=sentence):
+        train(model, tmp_path / "run", override, *more)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_the_uninterrupted_one(model, tmp_path):
+    train(model, tmp_path / "straight", "steps=30")
+    out = tmp_path / "killed"
+    command = [
+        sys.executable,
+        "-m",
+        "train.grpo",
+        "configs/grpo_tiny.toml",
+        *settings(model, out, "steps=30"),
+    ]
+    kills, rng = 0, np.random.default_rng(0)
+    while True:
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ)
+        file = out / "metrics.jsonl"
+        seen, wanted = (
+            file.read_text().count("\n") if file.exists() else 0,
+            int(rng.integers(4, 10)),
+        )
+        while process.poll() is None and kills < 2:
+            time.sleep(0.02)
+            if file.exists() and file.read_text().count("\n") >= seen + wanted:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+        if process.wait() == 0:
+            break
+    assert kills == 2
+    assert_same_run(tmp_path / "straight", out)

@@ -1,0 +1,92 @@
+"""The training programs from end to end on a model of a few thousand parameters: results, resuming, bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from train import pretrain, self_generate
+from xflow_jax.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "model.d_model=16",
+    "model.n_layers=1",
+    "model.n_heads=2",
+    "model.mlp_hidden_size=16",
+    "batch_size=4",
+]
+QUICK = ["steps=6", "save_every=2", "log_every=1", "evaluate_every=100", "evaluate_problems=4"]
+QUICK += ["export_dtype=float32"]  # so that runs can be compared to the last bit
+
+
+def pretrain_small(out: Path, *overrides: str) -> None:
+    quick = [f"out={out}", f"tokenizer={ROOT / 'xflow_jax' / 'tiny'}"]
+    pretrain.main(str(ROOT / "configs/pretrain_tiny.toml"), [*quick, *SMALL, *QUICK, *overrides])
+
+
+def generate_small(base: Path, *overrides: str) -> list[dict]:
+    out = base / "responses.jsonl"
+    settings = [f"model={base / 'model/hf'}", f"out={out}", "limit=24", "steps=3", "batch_size=8"]
+    self_generate.main(str(ROOT / "configs/self_generate_tiny.toml"), [*settings, *overrides])
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def metrics(out: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds_per_step"} for row in rows]
+
+
+def tensors(out: Path) -> dict[str, np.ndarray]:
+    return load_file(out / "hf/model.safetensors")
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert metrics(a) == metrics(b)
+    for name, value in tensors(a).items():
+        np.testing.assert_array_equal(value, tensors(b)[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+    pretrain_small(folder / "model")
+    generate_small(folder)
+    return folder
+
+
+def test_pretraining_stopped_and_resumed_equals_one_run(base, tmp_path, monkeypatch):
+    # A stop asked for in the middle: the run saves and ends, the next call goes on from there.
+    steps = pretrain.Run.steps
+
+    def interrupted(run, first, last, describe):
+        for step in steps(run, first, last, describe):
+            run.stopped = step == 2
+            yield step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.Run, "steps", interrupted)
+        pretrain_small(tmp_path / "run")
+    assert not (tmp_path / "run/hf").exists()
+    assert metrics(tmp_path / "run")[-1]["step"] == 3
+    pretrain_small(tmp_path / "run")
+    assert_same_run(base / "model", tmp_path / "run")
+
+
+def test_self_generation_resumes_and_drops_a_line_that_was_cut_off(base):
+    out = base / "responses.jsonl"
+    whole = out.read_text().splitlines(keepends=True)
+    assert sorted(json.loads(line)["index"] for line in whole) == list(range(24))
+    out.write_text("".join(whole[:9]) + whole[9][:20])
+    rows = generate_small(base)
+    by_index = {json.loads(line)["index"]: json.loads(line) for line in whole}
+    assert {row["index"]: row for row in rows} == by_index
+
+
+def test_self_generation_refuses_the_file_of_another_run(base):
+    with pytest.raises(UserError, match="other settings"):
+        generate_small(base, "seed=5")

@@ -1,0 +1,1 @@
+"""Decoding rules: how far each position moves after a forward pass."""

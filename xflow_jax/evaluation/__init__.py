@@ -1,0 +1,57 @@
+"""Evaluation: answers, tables, plots and statistics."""
+
+from xflow_jax.evaluation.answers import Answers, Row
+from xflow_jax.evaluation.fingerprint import describe_rule, describe_task, fingerprint, hash_file
+from xflow_jax.evaluation.likelihood import log_likelihoods, read_pairs
+from xflow_jax.evaluation.paper_tables import (
+    ablation_table,
+    ablations,
+    aup_table,
+    budget_table,
+    legend,
+    mcnemar_table,
+    write_report,
+)
+from xflow_jax.evaluation.plots import plot_alignment, plot_policy_steps
+from xflow_jax.evaluation.runner import (
+    Cell,
+    evaluate,
+    make_cells,
+    open_answers,
+    read_answers,
+    score_answers,
+)
+from xflow_jax.evaluation.tables import format_table
+from xflow_jax.evaluation.trajectory import write_trajectory_page
+from xflow_jax.evaluation.verdicts import judge_prompts, token_texts, verdict_sentence
+
+__all__ = [
+    "Answers",
+    "Cell",
+    "Row",
+    "ablation_table",
+    "ablations",
+    "aup_table",
+    "budget_table",
+    "describe_rule",
+    "describe_task",
+    "evaluate",
+    "fingerprint",
+    "format_table",
+    "hash_file",
+    "judge_prompts",
+    "legend",
+    "log_likelihoods",
+    "make_cells",
+    "mcnemar_table",
+    "open_answers",
+    "plot_alignment",
+    "plot_policy_steps",
+    "read_answers",
+    "read_pairs",
+    "score_answers",
+    "token_texts",
+    "verdict_sentence",
+    "write_report",
+    "write_trajectory_page",
+]

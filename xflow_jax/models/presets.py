@@ -1,0 +1,77 @@
+"""The models' configurations, under Hugging Face's own key names, and presets; `load_toml` is for the commands'."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from xflow_jax.models.config import _RELEASED_MASK, _RELEASED_ROWS, LLaDA2Config, LLaDAConfig
+
+_MINI = LLaDA2Config(
+    hidden_size=2048,
+    num_hidden_layers=20,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    head_dim=128,
+    intermediate_size=5120,
+    first_k_dense_replace=1,
+    num_experts=256,
+    num_experts_per_tok=8,
+    moe_intermediate_size=512,
+    num_shared_experts=1,
+    n_group=8,
+    topk_group=4,
+    routed_scaling_factor=2.5,
+    vocab_size=_RELEASED_ROWS,
+    mask_token_id=_RELEASED_MASK,
+    eos_token_id=156892,
+    pad_token_id=156892,
+    rope_theta=600000.0,
+    rms_norm_eps=1e-6,
+)
+
+
+PRESETS: dict[str, LLaDAConfig | LLaDA2Config] = {
+    "llada-8b": LLaDAConfig(
+        d_model=4096,
+        n_layers=32,
+        n_heads=32,
+        n_kv_heads=32,
+        mlp_hidden_size=12288,
+        vocab_size=126464,
+        embedding_size=126464,
+        mask_token_id=126336,
+        eos_token_id=126081,
+        pad_token_id=126081,
+        max_sequence_length=4096,
+        rope_theta=500000.0,
+        rms_norm_eps=1e-5,
+    ),
+    "llada2-mini": _MINI,
+    "llada2-flash": dataclasses.replace(
+        _MINI,
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        intermediate_size=9216,
+        moe_intermediate_size=1024,
+    ),
+    # None of the released ones: a middle size for measurements on CPUs.
+    "llada2-20m": dataclasses.replace(
+        _MINI,
+        hidden_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=1024,
+        num_experts=16,
+        num_experts_per_tok=2,
+        moe_intermediate_size=256,
+        n_group=4,
+        topk_group=2,
+        vocab_size=4096,
+        mask_token_id=4095,
+        eos_token_id=4094,
+        pad_token_id=4094,
+    ),
+}

@@ -1,0 +1,35 @@
+"""Device mesh, sharding of arrays, and several processes as one program."""
+
+from xflow_jax.parallel import multihost
+from xflow_jax.parallel.mesh import MESH_AXES, make_mesh, nearest_divisor, platform
+from xflow_jax.parallel.multihost import fetch_to_host, put_sharded
+from xflow_jax.parallel.partitioning import (
+    BATCH,
+    LOGICAL,
+    batch_sharding,
+    constrain_batch,
+    constrain_lookup,
+    divides,
+    leaf_sharding,
+    path_name,
+    replicated,
+)
+
+__all__ = [
+    "BATCH",
+    "LOGICAL",
+    "MESH_AXES",
+    "batch_sharding",
+    "constrain_batch",
+    "constrain_lookup",
+    "divides",
+    "fetch_to_host",
+    "leaf_sharding",
+    "make_mesh",
+    "multihost",
+    "nearest_divisor",
+    "path_name",
+    "platform",
+    "put_sharded",
+    "replicated",
+]

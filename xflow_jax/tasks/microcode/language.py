@@ -1,0 +1,329 @@
+"""The language of microcode: short requests in English, to be answered by short Python functions that are run.
+
+A problem asks for one or two operations on a list of numbers and what to return of the result: "Keep the numbers
+greater than 5, then double each one and return the sum." Every problem has many right answers (names, loop,
+comprehension or built-in, one statement or several, equivalent expressions), so an answer is right if and only if
+it computes the right values. The kinds of operation, without their constants, are a problem's *composition*;
+compositions are split into training and held-out ones by a hash, so a held-out request was never seen in training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import random
+import re
+from collections.abc import Callable
+
+NAME = "microcode"
+
+
+CASES = 10  # inputs on which an answer is judged
+
+
+HELD_OUT = 5  # one composition in HELD_OUT is never trained on
+
+
+CONSTANTS = range(2, 10)  # one token each; "take" and "drop" use the first three
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One operation: how people ask for it, how Python writes it, and what it means.
+
+    `shape` says what `code` is written over: "filter" and "map" over one element {v}, "list" over a list {xs}.
+    The first entry of `code` is the most usual one.
+    """
+
+    shape: str
+    phrases: tuple[str, ...]
+    code: tuple[str, ...]
+    run: Callable[[list[int], int], list[int]]
+
+    @property
+    def constants(self) -> range:
+        """The constants that this operation takes; range(0, 1) where it takes none."""
+        if "{c}" not in self.phrases[0]:
+            return range(1)
+        return CONSTANTS[:3] if self.shape == "list" else CONSTANTS
+
+
+def _filter(
+    phrases: tuple[str, ...], code: tuple[str, ...], test: Callable[[int, int], bool]
+) -> Kind:
+    return Kind("filter", phrases, code, lambda xs, c: [x for x in xs if test(x, c)])
+
+
+def _map(phrases: tuple[str, ...], code: tuple[str, ...], f: Callable[[int, int], int]) -> Kind:
+    return Kind("map", phrases, code, lambda xs, c: [f(x, c) for x in xs])
+
+
+OPERATIONS: dict[str, Kind] = {
+    "above": _filter(
+        ("keep the numbers greater than {c}", "keep values above {c}"),
+        ("{v} > {c}", "{c} < {v}"),
+        lambda x, c: x > c,
+    ),
+    "below": _filter(
+        ("keep the numbers less than {c}", "keep values below {c}"),
+        ("{v} < {c}", "{c} > {v}"),
+        lambda x, c: x < c,
+    ),
+    "even": _filter(
+        ("keep the even numbers", "drop the odd numbers"),
+        ("{v} % 2 == 0", "not {v} % 2"),
+        lambda x, c: x % 2 == 0,
+    ),
+    "odd": _filter(
+        ("keep the odd numbers", "drop the even numbers"),
+        ("{v} % 2 == 1", "{v} % 2"),
+        lambda x, c: x % 2 == 1,
+    ),
+    "multiple": _filter(
+        ("keep the multiples of {c}", "keep the numbers divisible by {c}"),
+        ("{v} % {c} == 0", "not {v} % {c}"),
+        lambda x, c: x % c == 0,
+    ),
+    "unequal": _filter(
+        ("remove every {c}", "drop the numbers equal to {c}"),
+        ("{v} != {c}", "{c} != {v}"),
+        lambda x, c: x != c,
+    ),
+    "positive": _filter(
+        ("keep the positive numbers", "keep positive values"),
+        ("{v} > 0", "0 < {v}"),
+        lambda x, c: x > 0,
+    ),
+    "add": _map(
+        ("add {c} to each number", "increase each by {c}"),
+        ("{v} + {c}", "{c} + {v}"),
+        lambda x, c: x + c,
+    ),
+    "subtract": _map(
+        ("subtract {c} from each number", "decrease each by {c}"),
+        ("{v} - {c}",),
+        lambda x, c: x - c,
+    ),
+    "multiply": _map(
+        ("multiply each number by {c}", "scale each by {c}"),
+        ("{v} * {c}", "{c} * {v}"),
+        lambda x, c: x * c,
+    ),
+    "square": _map(
+        ("square each number", "square them"), ("{v} * {v}", "{v} ** 2"), lambda x, c: x * x
+    ),
+    "negate": _map(("negate each number", "flip the signs"), ("-{v}", "0 - {v}"), lambda x, c: -x),
+    "absolute": _map(
+        ("take absolute values", "make each number absolute"), ("abs({v})",), lambda x, c: abs(x)
+    ),
+    "remainder": _map(
+        ("take each number modulo {c}", "take remainders by {c}"),
+        ("{v} % {c}",),
+        lambda x, c: x % c,
+    ),
+    "sort": Kind(
+        "list", ("sort them", "sort the numbers"), ("sorted({xs})",), lambda xs, c: sorted(xs)
+    ),
+    "descend": Kind(
+        "list",
+        ("sort them in descending order", "sort from high to low"),
+        ("sorted({xs}, reverse=True)", "sorted({xs})[::-1]"),
+        lambda xs, c: sorted(xs, reverse=True),
+    ),
+    "reverse": Kind(
+        "list",
+        ("reverse the list", "reverse the order"),
+        ("{xs}[::-1]", "list(reversed({xs}))"),
+        lambda xs, c: xs[::-1],
+    ),
+    "take": Kind(
+        "list",
+        ("take the first {c}", "keep only the first {c}"),
+        ("{xs}[:{c}]",),
+        lambda xs, c: xs[:c],
+    ),
+    "drop": Kind(
+        "list", ("skip the first {c}", "drop the first {c}"), ("{xs}[{c}:]",), lambda xs, c: xs[c:]
+    ),
+    "unique": Kind(
+        "list",
+        ("sort the distinct values", "remove duplicates and sort"),
+        ("sorted(set({xs}))",),
+        lambda xs, c: sorted(set(xs)),
+    ),
+}
+
+
+REDUCTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[list[int]], object]]] = {
+    "list": (("return the list", "return the result"), ("{xs}",), lambda xs: xs),
+    "sum": (("return the sum", "return the total"), ("sum({xs})",), sum),
+    "largest": (("return the largest", "return the maximum"), ("max({xs})",), max),
+    "smallest": (("return the smallest", "return the minimum"), ("min({xs})",), min),
+    "count": (("return the count", "return how many there are"), ("len({xs})",), len),
+    "first": (("return the first one", "return the first"), ("{xs}[0]",), lambda xs: xs[0]),
+    "last": (("return the last one", "return the last"), ("{xs}[-1]",), lambda xs: xs[-1]),
+    "spread": (
+        ("return the largest minus the smallest", "return the range"),
+        ("max({xs}) - min({xs})",),
+        lambda xs: max(xs) - min(xs),
+    ),
+}
+
+
+_OPENINGS = ("", "Write a function to ", "Given a list of numbers, ", "Write Python code to ")
+
+
+_JOINS = (", then ", " and then ", ", ")
+
+
+_ENDS = (" and ", ", then ", " and finally ")
+
+
+# Pairs that say nothing new, or leave nothing to return.
+_POINTLESS = {
+    frozenset(pair)
+    for pair in (
+        ("even", "odd"),
+        ("sort", "descend"),
+        ("sort", "unique"),
+        ("descend", "unique"),
+        ("sort", "reverse"),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A request: `operations` are (kind, constant) in order, `reduction` is what to return, `prompt` asks for it."""
+
+    prompt: str
+    operations: tuple[tuple[str, int], ...]
+    reduction: str
+
+    @property
+    def composition(self) -> tuple[str, ...]:
+        """The kinds without their constants: what the split into training and held-out goes by."""
+        return (*(kind for kind, _ in self.operations), self.reduction)
+
+    @property
+    def task_id(self) -> str:
+        """A readable identifier, unique for the request's meaning and wording."""
+        steps = "-".join(kind + (str(c) if c else "") for kind, c in self.operations)
+        return f"{NAME}/{steps}-{self.reduction}-{_digest(self.prompt) % 10**6:06d}"
+
+    def solve(self, xs: list[int]) -> object:
+        """What a right answer returns for `xs`. Raises IndexError or ValueError where nothing is left to return."""
+        for kind, c in self.operations:
+            xs = OPERATIONS[kind].run(xs, c)
+        return REDUCTIONS[self.reduction][2](xs)
+
+    def cases(self) -> list[tuple[list[int], object]]:
+        """Inputs with their right results: always the same ones for the same operations.
+
+        Fewer than `CASES` where the request leaves nothing to return of most inputs.
+        """
+        rng = random.Random(_digest(repr((self.operations, self.reduction))))
+        cases: list[tuple[list[int], object]] = []
+        for _ in range(8 * CASES):
+            # Small numbers around the constants, with repeats, so that every operation changes something.
+            xs = [rng.randint(-6, 14) for _ in range(rng.randint(5, 12))]
+            with contextlib.suppress(IndexError, ValueError):
+                cases.append((xs, self.solve(xs)))
+            if len(cases) == CASES:
+                break
+        return cases
+
+    def is_sound(self) -> bool:
+        """Whether the request can be judged: enough inputs have a result, and the results differ."""
+        cases = self.cases()
+        return len(cases) == CASES and len({repr(want) for _, want in cases}) >= 3
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+@functools.cache
+def compositions(held_out: bool) -> tuple[tuple[str, ...], ...]:
+    """All compositions of one or two operations and a reduction on one side of the split."""
+    singles = [(a,) for a in OPERATIONS]
+    pairs = [
+        (a, b)
+        for a in OPERATIONS
+        for b in OPERATIONS
+        if a != b and frozenset((a, b)) not in _POINTLESS
+    ]
+    every = [(*ops, r) for ops in singles + pairs for r in REDUCTIONS]
+    side = (c for c in every if (_digest(" ".join(c)) % HELD_OUT == 0) == held_out)
+    # A few compositions leave nothing whatever the constants ("keep absolute values below 0").
+    return tuple(c for c in side if _sound_operations(random.Random(" ".join(c)), c) is not None)
+
+
+def _sound_operations(
+    rng: random.Random, composition: tuple[str, ...]
+) -> tuple[tuple[str, int], ...] | None:
+    *kinds, reduction = composition
+    for _ in range(20):
+        operations = tuple((kind, rng.choice(OPERATIONS[kind].constants)) for kind in kinds)
+        if Problem("", operations, reduction).is_sound():
+            return operations
+    return None
+
+
+def make_problem(rng: random.Random, composition: tuple[str, ...]) -> Problem:
+    """A request for `composition` with random constants and wording; ValueError where no constants make it sound."""
+    operations = _sound_operations(rng, composition)
+    if operations is None:
+        raise ValueError(f"no constants make {composition} a problem that can be judged")
+    reduction = composition[-1]
+    asked = [rng.choice(OPERATIONS[kind].phrases).format(c=c) for kind, c in operations]
+    text = rng.choice(_OPENINGS) + rng.choice(_JOINS).join(asked) + rng.choice(_ENDS)
+    text += rng.choice(REDUCTIONS[reduction][0]) + "."
+    return Problem(text[0].upper() + text[1:], operations, reduction)
+
+
+def problems(split: str, count: int, seed: int = 0) -> list[Problem]:
+    """`count` different requests of `split` ("train" or "test"), as many different compositions as there are."""
+    if split not in ("train", "test"):
+        raise ValueError(f"split is 'train' or 'test', not {split!r}")
+    rng = random.Random(f"{split} {seed}")
+    todo: list[tuple[str, ...]] = []
+    found: dict[str, Problem] = {}
+    while len(found) < count:
+        if not todo:
+            todo = list(compositions(held_out=split == "test"))
+            rng.shuffle(todo)
+        try:
+            problem = make_problem(rng, todo.pop())
+        except ValueError:  # unlucky draws of a composition that few constants make sound
+            continue
+        found.setdefault(problem.prompt.lower(), problem)
+    return list(found.values())
+
+
+def parse(prompt: str) -> Problem | None:
+    """The request that `prompt` makes, or None where it is not in microcode's language (case and spaces are free)."""
+    text = " ".join(prompt.split()).rstrip(".").lower()
+    for opening in _OPENINGS[1:]:
+        text = text.removeprefix(opening.lower())
+    operations: list[tuple[str, int]] = []
+    while True:
+        for reduction, (phrases, _, _) in REDUCTIONS.items():
+            if text in phrases and operations:
+                return Problem(prompt, tuple(operations), reduction)
+        for kind, operation in OPERATIONS.items():
+            pattern = "|".join(re.escape(p).replace(r"\{c\}", r"(\d+)") for p in operation.phrases)
+            # A longer phrase may begin like a shorter one ("sort them in descending order"), so a joint must follow.
+            match = re.match(
+                rf"(?:{pattern})(?:, then |, and | and then | and finally |, | and )", text
+            )
+            if match and (kind != "drop" or match.group(1) or match.group(2)):
+                constant = int(next((g for g in match.groups() if g), 0))
+                if constant in operation.constants:
+                    operations.append((kind, constant))
+                    text = text[match.end() :]
+                    break
+        else:
+            return None
