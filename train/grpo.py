@@ -247,7 +247,7 @@ class Sampler:
     def __init__(self, lm: LM, task: Task, config: GrpoConfig, problems: Sequence[Any], cell: Cell):
         self.lm, self.task, self.config, self.problems = lm, task, config, problems
         self.prompts = [chat_ids(lm.tokenizer, task.prompt(problem)) for problem in problems]
-        protocol = task.settings
+        protocol = task.config
         longest = max(map(len, self.prompts))
         settings = make_decode_config(
             lm, longest, protocol.gen_length, cell.steps, None, protocol.block_length

@@ -45,16 +45,16 @@ def upcycle(
         hidden_size=config.d_model,
         num_hidden_layers=config.n_layers,
         num_attention_heads=config.n_heads,
-        num_key_value_heads=config.kv_heads,
+        num_key_value_heads=config.num_kv_heads,
         vocab_size=config.vocab_rows,
         pad_token_id=config.pad_id,
         eos_token_id=config.eos_id,
         mask_token_id=config.mask_id,
-        intermediate_size=config.mlp_width,
+        intermediate_size=config.mlp_dim,
         first_k_dense_replace=1,
         num_experts=experts,
         num_experts_per_tok=2,  # the shares of several add up to 1, that of one alone need not
-        moe_intermediate_size=config.mlp_width,
+        moe_intermediate_size=config.mlp_dim,
         routed_scaling_factor=1.0,
         partial_rotary_factor=1.0,
         rope_theta=config.rope_theta,
@@ -69,9 +69,7 @@ def upcycle(
         # The root mean square of a query or key whose input has unit size, as the norm before makes it.
         kernel = blocks[f"{name}_proj"]["kernel"] * blocks["attn_norm"]["scale"][:, :, None]
         size = jnp.sqrt(jnp.mean(jnp.sum(kernel**2, axis=1), axis=-1, keepdims=True))
-        layers[f"{name}_norm"] = {
-            "scale": jnp.broadcast_to(size, (config.n_layers, made.head_width))
-        }
+        layers[f"{name}_norm"] = {"scale": jnp.broadcast_to(size, (config.n_layers, made.head_dim))}
     mlp = {name: blocks[name] for name in ("ff_proj", "up_proj", "ff_out")}
     copies = {
         ours: jnp.repeat(mlp[its]["kernel"][1:, None], experts, axis=1)

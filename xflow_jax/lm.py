@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from jax.typing import ArrayLike
 from xflow_jax.checkpoints import huggingface, orbax_checkpoint
 from xflow_jax.errors import UserError
 from xflow_jax.models import build, check_heads
-from xflow_jax.parallel import batch_sharding, make_mesh, replicated
+from xflow_jax.parallel import batch_sharding, computation_scope, make_mesh, replicated
 from xflow_jax.tokenizer import load_tokenizer
 from xflow_jax.types import Backbone
 
@@ -87,15 +86,9 @@ class LM:
         with self.scope():
             return _logits_from_embeddings(self.model, self.params, x, mask, _checked(block_length))
 
-    @contextlib.contextmanager
-    def scope(self) -> Iterator[None]:
-        """Where programs of this model run: its mesh is set, and float32 means float32, not TF32 or bfloat16 passes."""
-        with contextlib.ExitStack() as stack:
-            if self.mesh is not None:
-                stack.enter_context(jax.set_mesh(self.mesh))
-            if self.dtype == np.float32:
-                stack.enter_context(jax.default_matmul_precision("highest"))
-            yield
+    def scope(self) -> contextlib.AbstractContextManager[None]:
+        """Returns the context in which programs of this model run (`computation_scope`)."""
+        return computation_scope(self.mesh, self.dtype)
 
     def _tokens(self, tokens: ArrayLike) -> jax.Array:
         # Ids that are on a device already are not fetched back for their range.

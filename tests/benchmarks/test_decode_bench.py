@@ -112,7 +112,7 @@ def test_the_passes_with_a_cache_are_the_decoders():
 def test_flops_by_hand():
     lm, b, length, canvas = toy(), 2, 13, 8
     c = lm.config
-    layer = 4 * c.d_model**2 + 3 * c.d_model * c.mlp_width  # q, k, v, out; gate, up, down
+    layer = 4 * c.d_model**2 + 3 * c.d_model * c.mlp_dim  # q, k, v, out; gate, up, down
     attention = 2 * c.n_heads * length * c.head_dim * 2  # scores and their use, per position
     wanted = (
         b * length * c.n_layers * (2 * layer + attention)

@@ -100,7 +100,7 @@ EVALUATE = ("evaluate", "--task", "microcode", "--model", "{model}")
         ),
         (
             (*GENERATE, "--model", "{model}", "--block-length", "-2"),
-            "block_length must be at least 1, not -2",
+            "block_length must be a whole number of at least 1, not -2",
         ),
         (
             (*GENERATE, "--model", "{model}", "--gen-length", "8", "--steps", "0"),

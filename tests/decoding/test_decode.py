@@ -117,7 +117,7 @@ def test_masks_in_the_prompt_are_context():
     assert args["mask_id"] in case["prompt"][0]
     assert args["mask_id"] in case["output"][0][-args["gen_length"] :]
     out = generate(
-        llada_tiny(), case["prompt"], MaskPrediction(), args["gen_length"], args["steps"], None, 6
+        llada_tiny(), case["prompt"], MaskPrediction(), args["gen_length"], args["steps"], block_length=6
     )
     assert args["mask_id"] not in out.tokens
     assert (out.progress == 1).all()

@@ -32,7 +32,7 @@ from xflow_jax.tokenizer import chat_ids
 
 TASK = microcode.TASK
 SHORT = dataclasses.replace(
-    TASK, settings=dataclasses.replace(TASK.settings, gen_length=8, block_length=4)
+    TASK, config=dataclasses.replace(TASK.config, gen_length=8, block_length=4)
 )
 RULES = parse_rules("mask,flow:power=4")
 BUDGETS = [Fraction(1), Fraction(1, 2)]

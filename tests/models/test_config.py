@@ -34,7 +34,7 @@ def test_llada_config():
         4096,
     )
     assert (config.mask_id, config.eos_id, config.pad_id) == (490, 481, 481)
-    assert (config.vocab_size, config.vocab_rows, config.kv_heads, config.mlp_width) == (
+    assert (config.vocab_size, config.vocab_rows, config.num_kv_heads, config.mlp_dim) == (
         512,
         520,
         4,
@@ -53,13 +53,13 @@ def test_nulls_and_defaults():
             "n_kv_heads": None,
         }
     )
-    assert (config.vocab_rows, config.mlp_width, config.pad_id, config.kv_heads) == (
+    assert (config.vocab_rows, config.mlp_dim, config.pad_id, config.num_kv_heads) == (
         512,
         256,
         481,
         4,
     )
-    assert model_config(HF | {"n_kv_heads": None, "multi_query_attention": True}).kv_heads == 1
+    assert model_config(HF | {"n_kv_heads": None, "multi_query_attention": True}).num_kv_heads == 1
     assert model_config(HF | {"rope_theta": 500000}).rope_theta == 500000.0
 
 
@@ -84,8 +84,13 @@ def test_a_new_configuration_is_readable():
 
 def test_preset_is_the_released_model():
     config = PRESETS["llada-8b"]
-    assert (config.d_model, config.n_layers, config.n_heads, config.kv_heads) == (4096, 32, 32, 32)
-    assert (config.mlp_width, config.vocab_rows, config.rope_theta) == (12288, 126464, 500000.0)
+    assert (config.d_model, config.n_layers, config.n_heads, config.num_kv_heads) == (
+        4096,
+        32,
+        32,
+        32,
+    )
+    assert (config.mlp_dim, config.vocab_rows, config.rope_theta) == (12288, 126464, 500000.0)
     assert (config.mask_id, config.eos_id, config.pad_id) == (126336, 126081, 126081)
     assert model_config(config.to_hf()).d_model == 4096
 

@@ -247,7 +247,7 @@ def test_every_shape_of_the_family(changes, present):
     if "blocks" in present:
         width = (config.num_shared_experts or 0) * config.moe_intermediate_size
         shared = params["blocks"].get("shared")
-        sparse = config.num_layers - config.dense_layers
+        sparse = config.num_layers - config.num_dense_layers
         assert shared["ff_out"]["kernel"].shape == (sparse, width, 32) if width else shared is None
     paths = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     assert paths <= set(AXES["llada2"])
@@ -329,8 +329,8 @@ def test_config():
         16384,
     )
     assert (config.vocab_size, config.vocab_rows, config.mask_token_id) == (320, 320, None)
-    assert (config.kv_heads, config.head_width, config.rotary_dim) == (2, 32, 16)
-    assert (config.dense_layers, config.shared_width, config.pad_id, config.eos_id) == (
+    assert (config.num_kv_heads, config.head_dim, config.rotary_dim) == (2, 32, 16)
+    assert (config.num_dense_layers, config.shared_mlp_dim, config.pad_id, config.eos_id) == (
         1,
         32,
         300,
@@ -338,8 +338,8 @@ def test_config():
     )
     assert json.dumps(config.to_hf()) == json.dumps(HF)
     assert dataclasses.replace(config, topk_group=1).to_hf() == HF | {"topk_group": 1}
-    assert model_config(HF | {"num_key_value_heads": 0}).kv_heads == 4
-    assert model_config(HF | {"head_dim": None}).head_width == 16
+    assert model_config(HF | {"num_key_value_heads": 0}).num_kv_heads == 4
+    assert model_config(HF | {"head_dim": None}).head_dim == 16
     assert model_config(HF | {"eos_token_id": 7, "mask_token_id": 310}).eos_id == 7
     assert model_config(HF | {"model_type": "llada2_moe_veomni"}).family == "llada2"
 

@@ -60,7 +60,7 @@ def files(tmp_path):
 def verdicts(task, pairs):
     return [
         result.reason
-        for result in run_many([task.job(*pair) for pair in pairs], task.settings.limits)
+        for result in run_many([task.job(*pair) for pair in pairs], task.config.limits)
     ]
 
 

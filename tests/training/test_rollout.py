@@ -121,8 +121,8 @@ def test_only_actions_that_matter_count():
 
 
 def test_skipped_steps_have_no_actions():
-    quick = dataclasses.replace(SETTINGS, early_exit=True, settled=0.05, steps=8)
-    made = sampled(settings=quick)
+    quick = dataclasses.replace(SETTINGS, early_exit=True, steps=8)
+    made = sampled(settings=quick, settled=0.05)
     assert made.forward_passes.max() < 16
     assert not made.acted[~made.features.any(axis=(1, 2, 3))].any()
     assert made.acted.any(axis=(1, 2)).sum() < 16

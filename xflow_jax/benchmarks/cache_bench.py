@@ -33,21 +33,21 @@ class CacheRatio:
 
 
 def cache_variants(
-    lm: LM, settings: DecodeConfig, refresh: int
+    lm: LM, decode_config: DecodeConfig, refresh: int
 ) -> tuple[DecodeConfig, DecodeConfig]:
     """The decode that reads all in every step, and the one that does not; no step is skipped, an EOS stops nothing.
 
     refresh: read the prompt in every so many steps; 0: with the exact cache. UserError where there is none.
     """
-    settings = dataclasses.replace(settings, stop_at_eos=False, early_exit=False)
+    decode_config = dataclasses.replace(decode_config, stop_at_eos=False, early_exit=False)
     if refresh:
         check_refresh(lm, refresh)
-        return settings, dataclasses.replace(settings, refresh=refresh)
-    if not settings.cache:
+        return decode_config, dataclasses.replace(decode_config, refresh=refresh)
+    if not decode_config.cache:
         raise UserError(
             f"{lm.config.family} attends to later blocks, so it has no exact cache; choose a llada2 model"
         )
-    return dataclasses.replace(settings, cache=False), settings
+    return dataclasses.replace(decode_config, cache=False), decode_config
 
 
 def measure_variants(

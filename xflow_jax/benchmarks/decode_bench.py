@@ -89,7 +89,7 @@ class Timing:
 def measure_decode(
     lm: LM,
     rule: Rule,
-    settings: DecodeConfig,
+    decode_config: DecodeConfig,
     batch: int,
     prompt_length: int,
     rate: float,
@@ -101,33 +101,36 @@ def measure_decode(
     ids, mask = (jnp.asarray(x) for x in pad_prompts(lm, rows))
     keys = jax.random.split(jax.random.key(0), batch)
     copies = 2 if rule.belief_options(lm.config, None).guidance else 1  # guidance doubles the batch
-    settings = dataclasses.replace(settings, stop_at_eos=False)
+    decode_config = dataclasses.replace(decode_config, stop_at_eos=False)
 
     def decoded() -> Any:
-        return decode_batch(lm.model, lm.params, rule, settings, ids, mask, keys)
+        return decode_batch(lm.model, lm.params, rule, decode_config, ids, mask, keys)
 
     began = time.perf_counter()
     with lm.scope():
         steps = int(decoded()[2].max())
     cold = time.perf_counter() - began
-    width, seen = ids.shape[1] + settings.canvas, jnp.tile(mask, (copies, 1))
-    if settings.cache:
-        queries = headed = settings.block_length
-        passes, given = _cached_passes, (steps // settings.steps, jnp.tile(ids, (copies, 1)), seen)
+    width, seen = ids.shape[1] + decode_config.canvas, jnp.tile(mask, (copies, 1))
+    if decode_config.cache:
+        queries = headed = decode_config.block_length
+        passes, given = (
+            _cached_passes,
+            (steps // decode_config.steps, jnp.tile(ids, (copies, 1)), seen),
+        )
     else:
-        queries, headed = width, settings.canvas
+        queries, headed = width, decode_config.canvas
         x = jnp.asarray(
             rng.normal(size=(batch * copies, width, lm.params["wte"]["embedding"].shape[1])),
             lm.dtype,
         )
         passes, given = (
             _passes,
-            (x, jnp.pad(seen, ((0, 0), (0, settings.canvas)), constant_values=True)),
+            (x, jnp.pad(seen, ((0, 0), (0, decode_config.canvas)), constant_values=True)),
         )
     programs = {
         "warm": decoded,
-        "with_head": lambda: passes(lm.model, lm.params, settings, True, *given),
-        "backbone": lambda: passes(lm.model, lm.params, settings, False, *given),
+        "with_head": lambda: passes(lm.model, lm.params, decode_config, True, *given),
+        "backbone": lambda: passes(lm.model, lm.params, decode_config, False, *given),
     }
     with lm.scope():
         times, once = {name: [] for name in programs}, 0.0
@@ -146,7 +149,7 @@ def measure_decode(
     floor = step_flops(lm.config, batch * copies, queries, width, headed) / rate
     return Timing(
         batch=batch,
-        tokens_per_second=batch * settings.gen_length / warm,
+        tokens_per_second=batch * decode_config.gen_length / warm,
         step=warm / steps,
         backbone=backbone / steps,
         head=(with_head - backbone) / steps,
@@ -175,7 +178,7 @@ class TorchComparison:
 
 
 def compare_with_torch(
-    lm: LM, settings: DecodeConfig, batch: int, prompt_length: int, rounds: int
+    lm: LM, decode_config: DecodeConfig, batch: int, prompt_length: int, rounds: int
 ) -> TorchComparison:
     """Times mask prediction on random prompts against `bench_torch.torch_decoder` with the same weights."""
     from xflow_jax.benchmarks.torch_baseline import torch_decoder
@@ -184,10 +187,10 @@ def compare_with_torch(
     prompt = np.random.default_rng(0).integers(0, lm.config.vocab_size, (batch, prompt_length))
     ids, mask = jnp.asarray(prompt, jnp.int32), jnp.ones(prompt.shape, bool)
     keys = jax.random.split(jax.random.key(0), batch)
-    steps, length = settings.blocks * settings.steps, settings.gen_length
+    steps, length = decode_config.blocks * decode_config.steps, decode_config.gen_length
     programs = (
         lambda: np.asarray(
-            decode_batch(lm.model, lm.params, MaskPrediction(), settings, ids, mask, keys)[0]
+            decode_batch(lm.model, lm.params, MaskPrediction(), decode_config, ids, mask, keys)[0]
         ),
         lambda: theirs(prompt, length, steps),
     )
@@ -207,13 +210,13 @@ def _timed(program: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-@partial(jax.jit, static_argnames=("model", "settings", "head"))
+@partial(jax.jit, static_argnames=("model", "decode_config", "head"))
 def _passes(
-    model: Any, params: Any, settings: DecodeConfig, head: bool, x: jax.Array, mask: jax.Array
+    model: Any, params: Any, decode_config: DecodeConfig, head: bool, x: jax.Array, mask: jax.Array
 ) -> Any:
     """As many forward passes as a decode makes, each on what the last one left: x [B, L, E] -> the last (x, logits)."""
     logits_of = make_head(model, params)
-    rows, canvas = model.config.vocab_rows, settings.canvas
+    rows, canvas = model.config.vocab_rows, decode_config.canvas
 
     def one(
         carry: tuple[jax.Array, jax.Array], _: None
@@ -223,14 +226,16 @@ def _passes(
         return (h, logits_of(h[:, -canvas:], 0, rows) if head else carry[1]), None
 
     logits = jnp.zeros((x.shape[0], canvas, rows) if head else (), x.dtype)
-    return jax.lax.scan(one, (x, logits), None, length=settings.blocks * settings.steps)[0]
+    return jax.lax.scan(one, (x, logits), None, length=decode_config.blocks * decode_config.steps)[
+        0
+    ]
 
 
-@partial(jax.jit, static_argnames=("model", "settings", "head", "blocks"))
+@partial(jax.jit, static_argnames=("model", "decode_config", "head", "blocks"))
 def _cached_passes(
     model: Any,
     params: Any,
-    settings: DecodeConfig,
+    decode_config: DecodeConfig,
     head: bool,
     blocks: int,
     prompt: jax.Array,
@@ -240,7 +245,9 @@ def _cached_passes(
     it into the cache. prompt int, mask bool [B, P] -> the last (x [B, canvas, E], cache, logits)."""
     logits_of, rows = make_head(model, params), model.config.vocab_rows
     prompt_x = model.apply({"params": params}, prompt, method="embed")
-    sight = CachedForward(model, params, settings, prompt_x, mask, block_layout(settings, mask)[1])
+    sight = CachedForward(
+        model, params, decode_config, prompt_x, mask, block_layout(decode_config, mask)[1]
+    )
 
     def one_step(carry: Any, step: Any) -> tuple[Any, None]:
         x, kept, logits = carry
@@ -252,15 +259,15 @@ def _cached_passes(
 
     def one_block(carry: Any, steps: Any) -> tuple[Any, None]:
         x, kept, logits = carry
-        kept = sight.keep(kept, x, steps.block[0], jnp.array(True))
+        kept = sight.begin_block(kept, x, steps.block[0], jnp.array(True))
         return jax.lax.scan(one_step, (x, kept, logits), steps)[0], None
 
-    x = jnp.zeros((prompt.shape[0], settings.canvas, prompt_x.shape[-1]), prompt_x.dtype)
-    logits = jnp.zeros((x.shape[0], settings.block_length, rows) if head else (), x.dtype)
+    x = jnp.zeros((prompt.shape[0], decode_config.canvas, prompt_x.shape[-1]), prompt_x.dtype)
+    logits = jnp.zeros((x.shape[0], decode_config.block_length, rows) if head else (), x.dtype)
     steps = jax.tree.map(
-        lambda part: part.reshape(settings.blocks, -1)[:blocks], make_schedule(settings)
+        lambda part: part.reshape(decode_config.blocks, -1)[:blocks], make_schedule(decode_config)
     )
-    return jax.lax.scan(one_block, (x, sight.start(), logits), steps)[0]
+    return jax.lax.scan(one_block, (x, sight.init_cache(), logits), steps)[0]
 
 
 def seconds(program: Callable[[], Any]) -> float:

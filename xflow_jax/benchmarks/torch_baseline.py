@@ -93,7 +93,9 @@ def _model(torch: Any, config: LLaDAConfig, params: Any, dtype: Any) -> Any:
             heads = (f[f"{name}_proj"](h).unflatten(-1, (-1, c.head_dim)) for name in "qkv")
             q, k, v = (part.transpose(1, 2) for part in heads)
             q, k = (turn(part, cos, sin) for part in (q, k))
-            h = functional.scaled_dot_product_attention(q, k, v, enable_gqa=c.kv_heads != c.n_heads)
+            h = functional.scaled_dot_product_attention(
+                q, k, v, enable_gqa=c.num_kv_heads != c.n_heads
+            )
             x = x + f["attn_out"](h.transpose(1, 2).flatten(-2))
             h = self.ff_norm(x)
             return x + f["ff_out"](functional.silu(f["ff_proj"](h)) * f["up_proj"](h))

@@ -89,7 +89,7 @@ def _llada2(config: Any, experts: dict[str, str] = _LLADA2_EXPERTS) -> WeightTab
     table = {"wte/embedding": TensorSource("model.word_embeddings.weight")}
     for stack, first, names in (
         ("dense", 0, _LLADA2_DENSE),
-        ("blocks", config.dense_layers, experts),
+        ("blocks", config.num_dense_layers, experts),
     ):
         for path, tensor in (_LLADA2_ATTENTION | names).items():
             matrix = path.endswith("/kernel") or path.startswith("experts/")

@@ -108,11 +108,11 @@ def run(args: argparse.Namespace) -> None:
     label, rule = parse_rule(args.rule)
     lm = load_or_make(args.model, args.dtype, args.mesh)
     steps = max(args.gen_length // 4, 1) if args.steps is None else args.steps
-    settings = make_decode_config(
+    decode_config = make_decode_config(
         lm, args.prompt_length, args.gen_length, steps, None, args.block_length
     )
     if args.cache_ratio or args.refresh is not None:
-        return _two_ways(args, lm, rule, settings, sizes)
+        return _two_ways(args, lm, rule, decode_config, sizes)
     with lm.scope():
         rate = matmul_rate(lm.dtype)
     device = jax.devices()[0]
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
         rivals = []
         for batch in sizes:
             rivals.append(
-                r := compare_with_torch(lm, settings, batch, args.prompt_length, args.rounds)
+                r := compare_with_torch(lm, decode_config, batch, args.prompt_length, args.rounds)
             )
             print(
                 f"batch {r.batch}: {r.ours:.1f} tokens/s, PyTorch {r.theirs:.1f}: {r.speedup:.2f} times; "
@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> None:
     timings = []
     for batch in tqdm(sizes, desc="batch sizes", leave=False, disable=None):
         timings.append(
-            measure_decode(lm, rule, settings, batch, args.prompt_length, rate, args.rounds)
+            measure_decode(lm, rule, decode_config, batch, args.prompt_length, rate, args.rounds)
         )
     print(timing_table(timings))
     _keep(args, device, parameters, rate, {"timings": [dataclasses.asdict(t) for t in timings]})
@@ -160,18 +160,18 @@ def _keep(
 
 
 def _two_ways(
-    args: argparse.Namespace, lm: LM, rule: Rule, settings: DecodeConfig, sizes: list[int]
+    args: argparse.Namespace, lm: LM, rule: Rule, decode_config: DecodeConfig, sizes: list[int]
 ) -> None:
     if args.refresh is not None and args.refresh < 2:
         raise UserError(
             f"refresh must be at least 2 to be compared with every step, not {args.refresh}"
         )
     refresh = args.refresh or 0
-    ways = cache_bench.cache_variants(lm, settings, refresh)
+    ways = cache_bench.cache_variants(lm, decode_config, refresh)
     parameters = sum(x.size for x in jax.tree.leaves(lm.params))
     print(
         f"{args.model}: {parameters / 1e6:.1f} M parameters, prompts of {args.prompt_length} tokens, responses of "
-        f"{settings.gen_length} in blocks of {settings.block_length} with {settings.steps} steps each"
+        f"{decode_config.gen_length} in blocks of {decode_config.block_length} with {decode_config.steps} steps each"
     )
     for batch in sizes:
         result = cache_bench.measure_variants(

@@ -27,7 +27,7 @@ from xflow_jax.evaluation import (
     write_trajectory_page,
 )
 from xflow_jax.lm import BUNDLED, LM, load
-from xflow_jax.parallel import make_mesh
+from xflow_jax.parallel import default_mesh
 from xflow_jax.tasks import microcode
 
 FLOW = "flow:power=8"  # the best of the powers, by requests of the training set
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"{out} cannot be made an output folder: {error.strerror}") from None
     began, task = time.perf_counter(), microcode.TASK
-    mesh = make_mesh() if jax.device_count() > 1 else None
+    mesh = default_mesh()
     lm = through_orbax("tiny", mesh)
     size = sum(x.size for x in jax.tree.leaves(lm.params))
     where = f"{jax.device_count()} device{'s' * (jax.device_count() > 1)} ({jax.devices()[0].device_kind})"
@@ -119,8 +119,8 @@ def through_orbax(name: str, mesh: Any) -> LM:
 def _trajectory(lm: Any, problem: microcode.Problem, rule: Any, page: Path) -> str:
     """Writes the page of one flow decode at a quarter of the steps; the answer with its verdict, as text."""
     task = microcode.TASK
-    length, steps = task.settings.gen_length, task.settings.gen_length // 4
-    size = task.settings.block_length
+    length, steps = task.config.gen_length, task.config.gen_length // 4
+    size = task.config.block_length
     out = generate(
         lm, [problem.prompt], rule, gen_length=length, steps=steps, block_length=size, trace=True
     )

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from xflow_jax.cli.arguments import MODEL, RULE, add_device_arguments, add_refresh_argument
 from xflow_jax.decoding import Flow, check_refresh, parse_budgets, parse_rules
 from xflow_jax.errors import UserError
@@ -36,7 +34,7 @@ from xflow_jax.evaluation import (
     write_report,
 )
 from xflow_jax.lm import load
-from xflow_jax.parallel import make_mesh, multihost
+from xflow_jax.parallel import default_mesh, multihost
 from xflow_jax.tasks import Task, get_task
 
 FAILURES = 10  # of answers made elsewhere: as many are printed with their reasons
@@ -198,12 +196,12 @@ def _run_model(
     """The rows of all cells, and the tables that are made of them."""
     if args.model is None:
         raise UserError("say what answers: --model DIR, --canonical or --answers FILE")
-    rules = parse_rules(args.rules, task.settings.rule_options)
+    rules = parse_rules(args.rules, task.config.rule_options)
     budgets = parse_budgets(args.budgets)
     flow = next((label for label, rule in rules.items() if isinstance(rule, Flow)), None)
     if args.ablate and flow is None:
         raise UserError("--ablate takes the parts from a flow, so put one among --rules")
-    mesh = make_mesh(args.mesh) if args.mesh or jax.device_count() > 1 else None
+    mesh = default_mesh(args.mesh)
     lm = load(args.model, dtype=args.dtype, mesh=mesh)
     variants = ablations(flow, rules[flow]) if args.ablate else {}
     cells = make_cells(lm, task, rules | variants, budgets)

@@ -6,14 +6,13 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 from xflow_jax.cli.arguments import MODEL, RULE, add_device_arguments, add_refresh_argument
-from xflow_jax.decoding import budget_steps, count_blocks, generate, parse_budget, parse_rule
+from xflow_jax.decoding import generate, parse_budget, parse_rule, resolve_steps
 from xflow_jax.errors import UserError
 from xflow_jax.evaluation import judge_prompts, token_texts, verdict_sentence, write_trajectory_page
 from xflow_jax.lm import BUNDLED, load
-from xflow_jax.parallel import make_mesh
+from xflow_jax.parallel import default_mesh
 from xflow_jax.tasks import microcode
 from xflow_jax.tokenizer import chat_ids
 
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("a prompt is empty: write what the model is to answer")
     label, rule = parse_rule(args.rule)
     budget = parse_budget(args.budget or "1")
-    mesh = _mesh(args.mesh)
+    mesh = default_mesh(args.mesh)
     lm = load(args.model, dtype=args.dtype, mesh=mesh)
     if lm.tokenizer is None:
         raise UserError(
@@ -77,11 +76,11 @@ def run(args: argparse.Namespace) -> None:
     if length is None:
         length = GEN_LENGTH
         if args.model in BUNDLED or Path(args.model).resolve() in BUNDLED.values():
-            settings = microcode.TASK.settings
+            settings = microcode.TASK.config
             length, block_length = settings.gen_length, block_length or settings.block_length
     steps = args.steps
     if steps is None:
-        steps = budget_steps(budget, length, count_blocks(lm.config.family, length, block_length))
+        steps = resolve_steps(lm.config, budget, length, block_length)
     began = time.perf_counter()
     out = generate(
         lm,
@@ -130,10 +129,3 @@ def run(args: argparse.Namespace) -> None:
         print(f"[{seconds:.1f} s with compilation]")
         if args.trace is not None:
             print(f"[wrote {args.trace}]")
-
-
-def _mesh(spec: str | None) -> Any:
-    """The mesh that was asked for, or all devices where there are several; None on a single one."""
-    import jax
-
-    return make_mesh(spec) if spec or jax.device_count() > 1 else None

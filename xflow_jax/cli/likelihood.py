@@ -10,13 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from xflow_jax.checkpoints import write_atomic
 from xflow_jax.errors import UserError
 from xflow_jax.evaluation import log_likelihoods, read_pairs
 from xflow_jax.lm import load
-from xflow_jax.parallel import make_mesh, multihost
+from xflow_jax.parallel import default_mesh, multihost
 
 
 def run(args: Any) -> None:
@@ -25,7 +23,7 @@ def run(args: Any) -> None:
         raise UserError(
             "--task likelihood needs --model DIR and --data FILE, jsonl with prompt and response"
         )
-    mesh = make_mesh(args.mesh) if args.mesh or jax.device_count() > 1 else None
+    mesh = default_mesh(args.mesh)
     lm = load(args.model, dtype=args.dtype, mesh=mesh)
     pairs = read_pairs(Path(args.data), lm, args.limit)
     samples = 128 if args.samples == 1 else args.samples

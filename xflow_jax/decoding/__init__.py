@@ -1,6 +1,7 @@
 """Decoding as a flow. Start with decode.py: it is the paper."""
 
-from xflow_jax.decoding.blocks import block_layout, budget_steps, count_blocks, make_schedule
+from xflow_jax.decoding.belief import Belief, BeliefOptions, compute_belief
+from xflow_jax.decoding.blocks import block_layout, make_schedule, resolve_steps
 from xflow_jax.decoding.decode import decode
 from xflow_jax.decoding.forward import CachedForward
 from xflow_jax.decoding.generate import (
@@ -15,16 +16,28 @@ from xflow_jax.decoding.generate import (
 )
 from xflow_jax.decoding.policy import Policy, features, fit_policy, init_policy
 from xflow_jax.decoding.policy_io import load_policy, save_policy
-from xflow_jax.decoding.rules.base import Rule
+from xflow_jax.decoding.rules.base import (
+    Action,
+    Rule,
+    TokenConstraints,
+    order_score,
+    select_highest,
+    static_field,
+)
 from xflow_jax.decoding.rules.baselines import Threshold
+from xflow_jax.decoding.rules.external import source_hash
 from xflow_jax.decoding.rules.flow import Flow
 from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
 from xflow_jax.decoding.rules.parsing import parse_budget, parse_budgets, parse_rule, parse_rules
-from xflow_jax.decoding.state import SETTLED, DecodeConfig, read_out
+from xflow_jax.decoding.state import SETTLED, DecodeConfig, DecodeState, Step, read_out
 
 __all__ = [
+    "Action",
+    "Belief",
+    "BeliefOptions",
     "CachedForward",
     "DecodeConfig",
+    "DecodeState",
     "Flow",
     "Generation",
     "MaskPrediction",
@@ -32,11 +45,12 @@ __all__ = [
     "Policy",
     "Rule",
     "SETTLED",
+    "Step",
     "Threshold",
+    "TokenConstraints",
     "block_layout",
-    "budget_steps",
     "check_refresh",
-    "count_blocks",
+    "compute_belief",
     "decode",
     "decode_batch",
     "features",
@@ -46,12 +60,17 @@ __all__ = [
     "load_policy",
     "make_decode_config",
     "make_schedule",
+    "order_score",
     "pad_prompts",
     "parse_budget",
     "parse_budgets",
     "parse_rule",
     "parse_rules",
     "read_out",
+    "resolve_steps",
     "row_keys",
     "save_policy",
+    "select_highest",
+    "source_hash",
+    "static_field",
 ]

@@ -1,74 +1,105 @@
-"""Decoding as a flow: one state, one step, one scan. Start reading here: it is the paper.
-
-Each response position carries a progress t in [0, 1] and a state x in the space of input embeddings, which starts at
-the mask embedding m and moves toward the embedding of the token that the model now predicts. A rule (rules.py) says how
-far. With steps of 0 and 1 only, the same loop is mask prediction; the schedule is data. Blocks are an outer scan, and
-what the model is shown of them is in sight.py.
-"""
+"""Blocks of the response: their length and number, the steps of each, and the schedule."""
 
 from __future__ import annotations
 
 from fractions import Fraction
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from xflow_jax.decoding.state import DecodeConfig, Step
 from xflow_jax.errors import UserError, require
+from xflow_jax.types import Array, Bool, Int, ModelConfig
 
 
-def make_schedule(settings: DecodeConfig) -> Step:
-    """The steps of all blocks in order, [T] each. Quotas: block_length masks over the steps, the remainder first."""
-    s = settings.steps
-    local = np.tile(np.arange(s), settings.blocks)
-    quota = settings.block_length // s + (local < settings.block_length % s)
+def make_schedule(config: DecodeConfig) -> Step:
+    """Builds the steps of all blocks in order, arrays [T].
+
+    A block of block_length masks divides over its steps, the remainder first.
+    """
+    s = config.steps
+    local = np.tile(np.arange(s), config.blocks)
+    quota = config.block_length // s + (local < config.block_length % s)
     return Step(
         index=np.arange(local.size, dtype=np.int32),
-        block=np.repeat(np.arange(settings.blocks, dtype=np.int32), s),
+        block=np.repeat(np.arange(config.blocks, dtype=np.int32), s),
         rho=(local / max(s - 1, 1)).astype(np.float32),
         quota=quota.astype(np.int32),
         steps_left=(s - local).astype(np.float32),
     )
 
 
-def block_layout(settings: DecodeConfig, prompt_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(block of each canvas position int [B, N], whether the position is on the row's canvas bool [B, N])."""
-    index = jnp.arange(settings.canvas)[None, :]
-    batch = prompt_mask.shape[0]
-    if not settings.block_causal:
-        shape = (batch, settings.canvas)
-        return jnp.broadcast_to(index // settings.block_length, shape), jnp.ones(shape, bool)
+def block_layout(
+    config: DecodeConfig, prompt_mask: Bool[Array, "B P"]
+) -> tuple[Int[Array, "B N"], Bool[Array, "B N"]]:
+    """Assigns canvas positions to blocks.
+
+    Args:
+        config: lengths of the decode.
+        prompt_mask: False at padding.
+
+    Returns:
+        The block of each canvas position, and True at positions that the row decodes. Under
+        block-causal attention the grid counts from each row's first token, so the first block may
+        begin inside the prompt.
+    """
+    index = jnp.arange(config.canvas)[None, :]
+    if not config.block_causal:
+        shape = (prompt_mask.shape[0], config.canvas)
+        return jnp.broadcast_to(index // config.block_length, shape), jnp.ones(shape, bool)
     length = jnp.sum(prompt_mask, axis=-1, keepdims=True)
-    size = settings.block_length
-    end = -(-(length + settings.gen_length) // size) * size
+    size = config.block_length
+    end = -(-(length + config.gen_length) // size) * size
     return (length + index) // size - length // size, length + index < end
 
 
-def count_blocks(family: str, gen_length: int, block_length: int | None) -> int:
-    """How many blocks the steps of a response divide over; a block is by default 32 in LLaDA2.0, all in LLaDA.
+def resolve_block_length(model: ModelConfig, gen_length: int, block_length: int | None) -> int:
+    """Returns the positions of a block.
 
-    UserError for lengths below 1, and for one that LLaDA's blocks do not divide.
+    Args:
+        model: the model's configuration, which has the default.
+        gen_length: N, positions of the response.
+        block_length: positions of a block, or None for the default of the model.
+
+    Raises:
+        UserError: if a length is below 1, or if gen_length is not a whole number of blocks of a
+            model that is not block-causal.
     """
-    require(gen_length >= 1, f"gen_length must be a whole number of at least 1, not {gen_length}")
-    require(
-        block_length is None or block_length >= 1,
-        f"block_length must be at least 1, not {block_length}",
-    )
-    size = block_length or (32 if family == "llada2" else gen_length)
-    if family != "llada2" and gen_length % size:
-        near = [str(n) for n in (gen_length // size * size, (gen_length // size + 1) * size) if n]
+    for name, count in (("gen_length", gen_length), ("block_length", block_length)):
+        require_count(name, count)
+    size = block_length or model.default_block_length or gen_length
+    if not model.is_block_causal and gen_length % size:
         raise UserError(
-            f"gen_length {gen_length} is not a whole number of blocks of {size}; use {' or '.join(near)}"
+            f"gen_length {gen_length} is not a whole number of blocks of {size}; "
+            f"{nearest_multiples(gen_length, size)}"
         )
-    return max(gen_length // size, 1)
+    return size
 
 
-def budget_steps(budget: Fraction, gen_length: int, blocks: int = 1) -> int:
-    """The steps of a response of `gen_length` tokens: budget * gen_length, which must divide over the blocks.
+def count_blocks(model: ModelConfig, gen_length: int, block_length: int | None) -> int:
+    """Returns the number of blocks over which the steps of a response divide.
 
-    UserError names the nearest budgets that would do where it is no whole number or does not divide.
+    Arguments and errors are those of `resolve_block_length`.
     """
+    return max(gen_length // resolve_block_length(model, gen_length, block_length), 1)
+
+
+def resolve_steps(
+    model: ModelConfig, budget: Fraction, gen_length: int, block_length: int | None
+) -> int:
+    """Returns the forward passes of a whole response: budget * gen_length.
+
+    Args:
+        model: the model's configuration.
+        budget: share of the full number of steps, in (0, 1].
+        gen_length: N, positions of the response.
+        block_length: positions of a block, or None for the default of the model.
+
+    Raises:
+        UserError: if the steps are no whole number or do not divide over the blocks. It names the
+            nearest budgets that are right.
+    """
+    blocks = count_blocks(model, gen_length, block_length)
     steps = budget * gen_length
     if steps.denominator == 1 and steps % blocks == 0 and steps >= blocks:
         return int(steps)
@@ -76,6 +107,18 @@ def budget_steps(budget: Fraction, gen_length: int, blocks: int = 1) -> int:
     near = [str(Fraction(n, gen_length)) for n in (below, below + blocks) if 0 < n <= gen_length]
     over = f" for each of {blocks} blocks" if blocks > 1 else ""
     raise UserError(
-        f"the budget {budget} of {gen_length} tokens makes {float(steps):g} steps, which is not a whole number{over}; "
-        f"use {' or '.join(near)}"
+        f"the budget {budget} of {gen_length} tokens makes {float(steps):g} steps, "
+        f"which is not a whole number{over}; use {' or '.join(near)}"
     )
+
+
+def require_count(name: str, count: object) -> None:
+    """Raises UserError unless a count is None or a whole number of at least 1."""
+    right = isinstance(count, int | np.integer) and not isinstance(count, bool) and count >= 1
+    require(count is None or right, f"{name} must be a whole number of at least 1, not {count}")
+
+
+def nearest_multiples(value: int, divisor: int) -> str:
+    """Returns advice such as "use 16 or 32": the multiples of `divisor` around `value`."""
+    below = value // divisor * divisor
+    return f"use {below + divisor}" if not below else f"use {below} or {below + divisor}"

@@ -1,201 +1,282 @@
 """Decoding as a flow: one state, one step, one scan. Start reading here: it is the paper.
 
-Each response position carries a progress t in [0, 1] and a state x in the space of input embeddings, which starts at
-the mask embedding m and moves toward the embedding of the token that the model now predicts. A rule (rules.py) says how
-far. With steps of 0 and 1 only, the same loop is mask prediction; the schedule is data. Blocks are an outer scan, and
-what the model is shown of them is in sight.py.
+Each response position has a progress t in [0, 1] and a state x in the space of input embeddings.
+x starts at the mask embedding m and moves toward the embedding of the predicted token. A rule
+(rules/) returns how far. With steps of 0 and 1 only, the same loop is mask prediction.
+
+The loop is an outer scan over blocks and an inner scan over the steps of a block:
+
+    decode -> _decode_block -> _decode_step -> _active_step or _skipped_step
+
+The schedule is data (blocks.py). Forward passes, with or without a cache, are in forward.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from xflow_jax.decoding.belief import TOP, Belief, compute_belief
+from xflow_jax.decoding.belief import TOP, Belief, BeliefOptions, compute_belief
 from xflow_jax.decoding.blocks import block_layout, make_schedule
-from xflow_jax.decoding.forward import CachedForward, FullForward, StalePromptForward
+from xflow_jax.decoding.forward import Carry, FullForward, make_forward
 from xflow_jax.decoding.rules.base import Action, Rule
 from xflow_jax.decoding.state import SETTLED, DecodeConfig, DecodeState, Step, Trace
 from xflow_jax.models import make_head
-from xflow_jax.types import Backbone
+from xflow_jax.types import Array, Backbone, Bool, Float, Int, Key, Params
+
+Scan = Callable[..., Any]  # the signature of jax.lax.scan
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DecodeContext:
+    """Everything that stays the same during one decode.
+
+    Attributes:
+        model, params: the backbone and its parameters.
+        rule: how far each position moves in a step.
+        config: static lengths and switches.
+        forward: computes hidden states of the canvas, with or without a cache.
+        options: constraints and noise of the belief.
+        keys: one random key per sequence, [B].
+        block_of: block of each canvas position, int [B, N].
+        on_canvas: True at positions that the row decodes, bool [B, N].
+        m: the mask embedding, float32 [1, 1, E].
+        scan: jax.lax.scan, or a plain loop of its signature.
+    """
+
+    model: Backbone
+    params: Params
+    rule: Rule
+    config: DecodeConfig
+    forward: FullForward
+    options: BeliefOptions
+    keys: Key[Array, " B"]
+    block_of: Int[Array, "B N"]
+    on_canvas: Bool[Array, "B N"]
+    m: Float[Array, "1 1 E"]
+    scan: Scan
+
+    @property
+    def copies(self) -> int:
+        """Rows per sequence in a forward pass. Guidance adds one that sees no prompt."""
+        return 2 if self.options.guidance else 1
+
+    def embed(self, tokens: Int[Array, "*shape"]) -> Float[Array, "*shape E"]:
+        """Reads rows of the embedding table in float32."""
+        return self.params["wte"]["embedding"][tokens].astype(jnp.float32)
+
+    def model_rows(self, x: Array) -> Array:
+        """Repeats [B, ...] for the copies of each sequence: [copies B, ...]."""
+        return jnp.tile(x, (self.copies,) + (1,) * (x.ndim - 1))
 
 
 def decode(
     model: Backbone,
-    params: Any,
+    params: Params,
     rule: Rule,
-    settings: DecodeConfig,
-    prompt: jax.Array,
-    prompt_mask: jax.Array,
-    keys: jax.Array,
-    scan: Callable[..., Any] = jax.lax.scan,
+    config: DecodeConfig,
+    prompt: Int[Array, "B P"],
+    prompt_mask: Bool[Array, "B P"],
+    keys: Key[Array, " B"],
+    scan: Scan = jax.lax.scan,
 ) -> tuple[DecodeState, Trace | None]:
-    """Decodes responses to prompts int [B, P] whose padding, on the left, is False in prompt_mask bool [B, P].
+    """Decodes responses to a batch of prompts (Algorithm 1).
 
-    keys [B]: one random key per sequence (unused by rules that draw nothing). The state is that of the whole canvas,
-    [B, settings.canvas]. `scan` is jax.lax.scan or a plain loop of its signature.
+    Args:
+        model: the backbone.
+        params: its parameters.
+        rule: how far each position moves in a step.
+        config: static lengths and switches.
+        prompt: token ids, padded on the left.
+        prompt_mask: False at padding.
+        keys: one random key per sequence. Rules that draw nothing ignore them.
+        scan: jax.lax.scan, or a plain loop of its signature for tests.
+
+    Returns:
+        The final state over the whole canvas, [B, config.canvas], and the trace of all steps
+        [T, B, canvas] if config.trace is set, otherwise None.
     """
-    canvas, config = settings.canvas, model.config
-    batch, index = prompt.shape[0], jnp.arange(canvas)[None, :]
-    block_of, on_canvas = block_layout(settings, prompt_mask)
-    table = params["wte"]["embedding"]
-    m = table[config.mask_id].astype(jnp.float32)[None, None, :]
+    batch, canvas = prompt.shape[0], config.canvas
+    block_of, on_canvas = block_layout(config, prompt_mask)
+    m = params["wte"]["embedding"][model.config.mask_id].astype(jnp.float32)[None, None, :]
+    options = rule.belief_options(model.config, config.eot_id)
     prompt_x = model.apply({"params": params}, prompt, method="embed")
-    options = rule.belief_options(config, settings.eot_id)
-    copies = 2 if options.guidance else 1  # the second one sees no prompt
+    masks = (prompt_mask, on_canvas)
     if options.guidance:
-        prompt_x = jnp.concatenate(
-            [prompt_x, jnp.broadcast_to(m, prompt_x.shape).astype(prompt_x.dtype)]
-        )
-    seen = (
-        CachedForward
-        if settings.cache
-        else StalePromptForward
-        if settings.refresh > 1
-        else FullForward
+        masked = jnp.broadcast_to(m, prompt_x.shape).astype(prompt_x.dtype)
+        prompt_x = jnp.concatenate([prompt_x, masked])
+        masks = tuple(jnp.tile(mask, (2, 1)) for mask in masks)
+    forward = make_forward(model, params, config, prompt_x, *masks)
+    context = DecodeContext(
+        model, params, rule, config, forward, options, keys, block_of, on_canvas, m, scan
     )
-    masks = (jnp.tile(mask, (copies, 1)) for mask in (prompt_mask, on_canvas))
-    sight = seen(model, params, settings, prompt_x, *masks)
-
-    def embed(tokens: jax.Array) -> jax.Array:
-        return table[tokens].astype(jnp.float32)
-
-    def look(kept: Any, state: DecodeState, step: Step) -> tuple[Belief, Any]:
-        h, kept = sight.hidden(kept, jnp.tile(state.x, (copies, 1, 1)), step)
-        unconditional = h[batch:] if options.guidance else None
-        belief = compute_belief(
-            make_head(model, params),
-            h[:batch],
-            config.vocab_rows,
-            options,
-            step.keys,
-            unconditional,
-        )
-        if not settings.block_causal:
-            return belief, kept
-        here = (block_of == step.block) & on_canvas
-        return _onto_canvas(belief, sight.window(step.block)[:batch, :1], here, state.tokens), kept
-
-    def one_block(
-        carry: tuple[DecodeState, Any], steps: Step
-    ) -> tuple[tuple[DecodeState, Any], Trace | None]:
-        state, kept = carry
-        block = steps.block[0]
-        if settings.blocks > 1:
-            state = begin_block(state, block)
-            going_on = jnp.any((block_of == block) & on_canvas & ~state.finished[:, None])
-            kept = sight.keep(kept, jnp.tile(state.x, (copies, 1, 1)), block, going_on)
-        return scan(one_step, (state, kept), steps)
-
-    def one_step(
-        carry: tuple[DecodeState, Any], step: Step
-    ) -> tuple[tuple[DecodeState, Any], Trace | None]:
-        state = carry[0]
-        here = (block_of == step.block) & on_canvas
-        moving = rule.open(state) if hasattr(rule, "open") else state.t < settings.settled
-        busy = ~state.finished & jnp.any(here & moving if settings.early_exit else here, axis=-1)
-        candidates = here & busy[:, None]
-
-        def forward(state: DecodeState, kept: Any) -> tuple[tuple[DecodeState, Any], Trace | None]:
-            row_keys = (
-                jax.vmap(jax.random.fold_in, (0, None))(keys, step.index)
-                if rule.needs_keys
-                else None
-            )
-            told = step.replace(candidates=candidates, keys=row_keys)
-            belief, kept = look(kept, state, told)
-            action = rule(belief, state, told)
-            after = advance(
-                state, belief, action, candidates, embed(belief.tokens), m, config.mask_id
-            )
-            if action.mixture is not None:
-                mixed = jnp.einsum("bnk,bnke->bne", action.mixture, embed(belief.top_tokens))
-                mixed += (1 - action.mixture.sum(-1, keepdims=True)) * m
-                after = after.replace(
-                    x=jnp.where((candidates & (after.t < 1))[..., None], mixed, after.x)
-                )
-            if action.memory is not None:
-                after = after.replace(memory=action.memory)
-            finished = ended(state, after) if settings.eos_early_stop else state.finished
-            after = after.replace(forward_passes=state.forward_passes + busy, finished=finished)
-            a = jnp.where(candidates, action.a, 0.0)
-            notes = action.notes if settings.notes else None
-            reset, top = action.reset & candidates, (belief.top, belief.top_tokens)
-            trace = Trace(belief.tokens, after.t, belief.confidence, a, reset, *top, notes)
-            return (after, kept), trace if settings.trace else None
-
-        def skip(state: DecodeState, kept: Any) -> tuple[tuple[DecodeState, Any], Trace | None]:
-            nothing = jnp.zeros_like(state.t)
-            notes = jax.eval_shape(forward, state, kept)[1].notes if settings.notes else None
-            notes = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), notes)
-            top = (jnp.zeros((*nothing.shape, TOP)), jnp.zeros((*nothing.shape, TOP), jnp.int32))
-            trace = Trace(
-                state.tokens, state.t, nothing, nothing, jnp.zeros_like(candidates), *top, notes
-            )
-            return (state, kept), trace if settings.trace else None
-
-        return jax.lax.cond(jnp.any(busy), forward, skip, *carry)
-
-    def begin_block(state: DecodeState, block: jax.Array) -> DecodeState:
-        """Hardens the tokens of the blocks before."""
-        old = (block_of < block) & on_canvas
-        x = jnp.where((old & (state.t < 1))[..., None], embed(state.tokens), state.x)
-        finished = state.finished
-        if settings.stop_at_eos:
-            answer = old & (index < settings.gen_length)
-            finished |= jnp.any(answer & (state.tokens == config.eos_id), axis=-1)
-        return state.replace(x=x, t=jnp.where(old, 1.0, state.t), finished=finished)
-
-    def ended(before: DecodeState, after: DecodeState) -> jax.Array:
-        """Rows whose positions up to their first settled EOS are all settled.
-
-        LLaDA2.0's own loop looks only in steps that write an EOS; so do we under its block-causal blocks.
-        """
-        settled = after.t >= SETTLED
-        end = settled & (after.tokens == config.eos_id) & (index < settings.gen_length)
-        first = jnp.argmax(end, axis=-1, keepdims=True)
-        ended = jnp.any(end, axis=-1) & jnp.all(settled | (index > first), axis=-1)
-        if settings.block_causal:
-            ended &= jnp.any(end & (before.t < SETTLED), axis=-1)
-        return before.finished | ended
-
     start = DecodeState(
         x=jnp.broadcast_to(m, (batch, canvas, m.shape[-1])),
         t=jnp.zeros((batch, canvas)),
-        tokens=jnp.full((batch, canvas), config.mask_id, jnp.int32),
+        tokens=jnp.full((batch, canvas), model.config.mask_id, jnp.int32),
         forward_passes=jnp.zeros(batch, jnp.int32),
         finished=jnp.zeros(batch, bool),
-        memory=rule.init_memory(batch, canvas) if hasattr(rule, "init_memory") else None,
+        memory=rule.init_memory(batch, canvas),
     )
     by_block = jax.tree.map(
-        lambda x: jnp.reshape(x, (settings.blocks, settings.steps)), make_schedule(settings)
+        lambda x: jnp.reshape(x, (config.blocks, config.steps)), make_schedule(config)
     )
-    (state, _), trace = scan(one_block, (start, sight.start()), by_block)
+    one_block = functools.partial(_decode_block, context)
+    (state, _), trace = scan(one_block, (start, forward.init_cache()), by_block)
     return state, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), trace)
+
+
+def _decode_block(
+    context: DecodeContext, carry: tuple[DecodeState, Carry], steps: Step
+) -> tuple[tuple[DecodeState, Carry], Trace | None]:
+    """Runs all steps of one block. `steps` is a slice of the schedule, [steps of a block]."""
+    state, cache = carry
+    block = steps.block[0]
+    if context.config.blocks > 1:
+        state = _begin_block(context, state, block)
+        here = (context.block_of == block) & context.on_canvas
+        any_active = jnp.any(here & ~state.finished[:, None])
+        cache = context.forward.begin_block(cache, context.model_rows(state.x), block, any_active)
+    return context.scan(functools.partial(_decode_step, context), (state, cache), steps)
+
+
+def _begin_block(context: DecodeContext, state: DecodeState, block: Int[Array, ""]) -> DecodeState:
+    """Commits all tokens of the blocks before `block`."""
+    config, model = context.config, context.model.config
+    old = (context.block_of < block) & context.on_canvas
+    x = jnp.where((old & (state.t < 1))[..., None], context.embed(state.tokens), state.x)
+    finished = state.finished
+    if config.stop_at_eos:
+        in_response = old & (jnp.arange(config.canvas)[None, :] < config.gen_length)
+        finished |= jnp.any(in_response & (state.tokens == model.eos_id), axis=-1)
+    return state.replace(x=x, t=jnp.where(old, 1.0, state.t), finished=finished)
+
+
+def _decode_step(
+    context: DecodeContext, carry: tuple[DecodeState, Carry], step: Step
+) -> tuple[tuple[DecodeState, Carry], Trace | None]:
+    """Runs one step, or skips it if no sequence needs it."""
+    state = carry[0]
+    here = (context.block_of == step.block) & context.on_canvas
+    needed = here & context.rule.is_open(state) if context.config.early_exit else here
+    busy = ~state.finished & jnp.any(needed, axis=-1)
+    step = step.replace(candidates=here & busy[:, None])
+    active = functools.partial(_active_step, context, step, busy)
+    skipped = functools.partial(_skipped_step, context, step, active)
+    return jax.lax.cond(jnp.any(busy), active, skipped, *carry)
+
+
+def _active_step(
+    context: DecodeContext, step: Step, busy: Bool[Array, " B"], state: DecodeState, cache: Carry
+) -> tuple[tuple[DecodeState, Carry], Trace | None]:
+    """One forward pass, the rule's action, and the move along the flow."""
+    config, candidates = context.config, step.candidates
+    if context.rule.needs_keys:
+        step = step.replace(keys=jax.vmap(jax.random.fold_in, (0, None))(context.keys, step.index))
+    belief, cache = _compute_belief(context, step, state, cache)
+    action = context.rule(belief, state, step)
+    x_pred = context.embed(belief.tokens)
+    after = advance(
+        state, belief, action, candidates, x_pred, context.m, context.model.config.mask_id
+    )
+    if action.mixture is not None:
+        mixed = jnp.einsum("bnk,bnke->bne", action.mixture, context.embed(belief.top_tokens))
+        mixed += (1 - action.mixture.sum(-1, keepdims=True)) * context.m
+        after = after.replace(x=jnp.where((candidates & (after.t < 1))[..., None], mixed, after.x))
+    if action.memory is not None:
+        after = after.replace(memory=action.memory)
+    finished = _find_finished(context, state, after) if config.eos_early_stop else state.finished
+    after = after.replace(forward_passes=state.forward_passes + busy, finished=finished)
+    trace = Trace(
+        tokens=belief.tokens,
+        progress=after.t,
+        confidence=belief.confidence,
+        step_fraction=jnp.where(candidates, action.a, 0.0),
+        reedited=action.reset & candidates,
+        top=belief.top,
+        top_tokens=belief.top_tokens,
+        notes=action.notes if config.notes else None,
+    )
+    return (after, cache), trace if config.trace else None
+
+
+def _skipped_step(
+    context: DecodeContext, step: Step, active: Callable[..., Any], state: DecodeState, cache: Carry
+) -> tuple[tuple[DecodeState, Carry], Trace | None]:
+    """Leaves the state as it is, with a trace of the same shapes as `active` gives."""
+    config, zeros = context.config, jnp.zeros_like(state.t)
+    if not config.trace:
+        return (state, cache), None
+    notes = jax.eval_shape(active, state, cache)[1].notes if config.notes else None
+    trace = Trace(
+        tokens=state.tokens,
+        progress=state.t,
+        confidence=zeros,
+        step_fraction=zeros,
+        reedited=jnp.zeros_like(step.candidates),
+        top=jnp.zeros((*zeros.shape, TOP)),
+        top_tokens=jnp.zeros((*zeros.shape, TOP), jnp.int32),
+        notes=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), notes),
+    )
+    return (state, cache), trace
+
+
+def _compute_belief(
+    context: DecodeContext, step: Step, state: DecodeState, cache: Carry
+) -> tuple[Belief, Carry]:
+    """One forward pass, and the belief at every canvas position."""
+    batch, model = state.t.shape[0], context.model
+    h, cache = context.forward.hidden(cache, context.model_rows(state.x), step)
+    belief = compute_belief(
+        make_head(model, context.params),
+        h[:batch],
+        model.config.vocab_rows,
+        context.options,
+        step.keys,
+        h[batch:] if context.options.guidance else None,
+    )
+    if context.config.block_causal:
+        here = (context.block_of == step.block) & context.on_canvas
+        first = context.forward.block_columns(step.block)[:batch, :1]
+        belief = _onto_canvas(belief, first, here, state.tokens)
+    return belief, cache
 
 
 def advance(
     state: DecodeState,
     belief: Belief,
     action: Action,
-    candidates: jax.Array,
-    x_pred: jax.Array,
-    m: jax.Array,
+    candidates: Bool[Array, "B N"],
+    x_pred: Float[Array, "B N E"],
+    m: Float[Array, "1 1 E"],
     mask_id: int,
 ) -> DecodeState:
-    """The flow's step (Eqs. 4-8, 10) at `candidates` bool [B, N]; x_pred float32 [B, N, E], m float32 [1, 1, E].
+    """Moves the candidates along the flow (Eqs. 4-8), or re-edits them (Eq. 10).
 
-    The velocity (x_pred - x) / (1 - t) times the time a (1 - t) is a (x_pred - x): the division cancels and is never
-    made. A prediction of the mask token changes nothing.
+    The velocity (x_pred - x) / (1 - t) times the time a (1 - t) is a (x_pred - x). The division
+    cancels and is never computed. A prediction of the mask token changes nothing.
+
+    Args:
+        state: the state before the step.
+        belief: predictions and confidences.
+        action: the rule's step fractions, resets and commitments.
+        candidates: positions that may move.
+        x_pred: embeddings of the predicted tokens.
+        m: the mask embedding.
+        mask_id: id of the mask token.
+
+    Returns:
+        The state with new x, t and tokens.
     """
     c, a = belief.confidence, action.a
     real = candidates & (belief.tokens != mask_id)
-    whole = action.commit | (
-        a >= 1
-    )  # written out: x + 1 (x_pred - x) is not x_pred in floating point
+    # Written out, since x + 1 (x_pred - x) is not x_pred in floating point.
+    whole = action.commit | (a >= 1)
     ahead = jnp.where(whole[..., None], x_pred, state.x + a[..., None] * (x_pred - state.x))
     t_ahead = jnp.where(whole, 1.0, state.t + a * (1 - state.t))
     back = action.reset & ~action.commit
@@ -203,26 +284,53 @@ def advance(
     x = jnp.where(moving[..., None], ahead, state.x)
     x = jnp.where((real & back)[..., None], c[..., None] * x_pred + (1 - c[..., None]) * m, x)
     t = jnp.where(real & back, c, jnp.where(moving, t_ahead, state.t))
-    tokens = jnp.where(
-        candidates & (state.t < 1) | real & action.reset, belief.tokens, state.tokens
-    )
-    return state.replace(x=x, t=t, tokens=tokens)
+    written = candidates & (state.t < 1) | real & action.reset
+    return state.replace(x=x, t=t, tokens=jnp.where(written, belief.tokens, state.tokens))
 
 
-def _onto_canvas(belief: Belief, first: jax.Array, here: jax.Array, tokens: jax.Array) -> Belief:
-    """A belief of a block [B, block_length, ...] that begins at the canvas position `first` int [B, 1], on the canvas.
+def _find_finished(
+    context: DecodeContext, before: DecodeState, after: DecodeState
+) -> Bool[Array, " B"]:
+    """Rows whose positions up to their first settled EOS are all settled.
 
-    here bool [B, N]: the block's positions. Elsewhere the model was not asked: what stands there, with confidence 0.
+    LLaDA2.0's own loop checks this only in steps that write an EOS. So does this function under
+    block-causal attention.
     """
-    slot = jnp.clip(jnp.arange(here.shape[1])[None, :] - first, 0, belief.tokens.shape[1] - 1)
+    config, index = context.config, jnp.arange(context.config.canvas)[None, :]
+    settled = after.t >= SETTLED
+    is_eos = after.tokens == context.model.config.eos_id
+    end = settled & is_eos & (index < config.gen_length)
+    first = jnp.argmax(end, axis=-1, keepdims=True)
+    finished = jnp.any(end, axis=-1) & jnp.all(settled | (index > first), axis=-1)
+    if config.block_causal:
+        finished &= jnp.any(end & (before.t < SETTLED), axis=-1)
+    return before.finished | finished
 
-    def spread(x: jax.Array) -> jax.Array:
+
+def _onto_canvas(
+    belief: Belief,
+    first: Int[Array, "B 1"],
+    here: Bool[Array, "B N"],
+    tokens: Int[Array, "B N"],
+) -> Belief:
+    """Scatters the belief of one block onto the canvas.
+
+    Args:
+        belief: of the block's positions, [B, block_length, ...].
+        first: canvas position at which each row's block begins. It may be negative.
+        here: the block's positions on the canvas.
+        tokens: the canvas. Positions outside the block keep them, with confidence 0.
+    """
+    slot = jnp.arange(here.shape[1])[None, :] - first
+    slot = jnp.clip(slot, 0, belief.tokens.shape[1] - 1)
+
+    def scatter(x: Array) -> Array:
         rest = (...,) + (None,) * (x.ndim - 2)
-        return jnp.where(
-            here[rest], jnp.take_along_axis(x, slot[rest], axis=1), jnp.zeros((), x.dtype)
-        )
+        picked = jnp.take_along_axis(x, slot[rest], axis=1)
+        return jnp.where(here[rest], picked, jnp.zeros((), x.dtype))
 
-    belief = jax.tree.map(spread, belief)
-    certain = jnp.arange(belief.top.shape[-1])[None, None, :] == 0  # so that nobody divides by zero
+    belief = jax.tree.map(scatter, belief)
+    # A certain distribution outside the block, so that no rule divides by a sum of zero.
+    certain = jnp.arange(belief.top.shape[-1])[None, None, :] == 0
     top = jnp.where(here[..., None], belief.top, certain)
     return belief.replace(tokens=jnp.where(here, belief.tokens, tokens), top=top)

@@ -1,8 +1,4 @@
-"""Step rules: how far each position moves after a forward pass. A decoder is one of these on the one flow of decode.py.
-
-A rule sees the belief, the state before the step and what the schedule says, and answers with an `Action`. Mask
-prediction, threshold decoding and their like are the rules that only ever take steps of 0 or 1.
-"""
+"""Data of a decode: static configuration, the carry of the scan, one step, and its trace."""
 
 from __future__ import annotations
 
@@ -13,22 +9,30 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from xflow_jax.types import Array, Float, Int
+
 SETTLED = 0.99  # progress from which a position counts as decided
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """The static part of a decode: what a compilation is for.
+    """Static part of a decode. One compilation serves all decodes with an equal configuration.
 
-    gen_length N; block_length must divide it where `block_causal` is off. steps: forward passes in each block.
-    block_causal: LLaDA2.0's blocks, aligned to each sequence's first token and seen only backwards. cache: with it,
-    finished blocks are read once and kept; the result is the same. refresh: the prompt's keys and values are read anew
-    in every so many steps of a block only, an approximation; 0 or 1 = in every step, and only without block_causal.
-    early_exit: skip passes of blocks whose positions all have a progress of at least `settled` (or of which the rule's
-    own `open` says that nothing more can happen).
-    stop_at_eos: no further blocks after one that holds EOS. eos_early_stop: stop as soon as everything up to the first
-    EOS is settled. trace: keep every step; notes: with it what the rule noted. eot_id: the end-of-turn token, where it
-    matters.
+    Attributes:
+        gen_length: N, positions of the response.
+        block_length: positions of a block. It divides gen_length unless block_causal is set.
+        steps: forward passes in each block.
+        block_causal: True for blocks that count from each sequence's first token and attend to
+            earlier blocks only (LLaDA2.0).
+        cache: keep the keys and values of finished blocks. The result is the same.
+        refresh: compute the prompt's keys and values only every `refresh` steps of a block, an
+            approximation. 0 or 1 means every step. Not for block_causal.
+        early_exit: skip passes of blocks in which no position is open (see Rule.is_open).
+        stop_at_eos: decode no block after one that holds EOS.
+        eos_early_stop: stop as soon as all positions up to the first EOS are settled.
+        trace: return every step.
+        notes: with `trace`, include the rule's notes.
+        eot_id: id of the end-of-turn token, if a rule constrains it.
     """
 
     gen_length: int
@@ -38,7 +42,6 @@ class DecodeConfig:
     cache: bool = False
     refresh: int = 0
     early_exit: bool = False
-    settled: float = SETTLED
     stop_at_eos: bool = False
     eos_early_stop: bool = False
     trace: bool = False
@@ -47,23 +50,27 @@ class DecodeConfig:
 
     @property
     def canvas(self) -> int:
-        """Response positions that are decoded: N, and what rounding up to a whole block can add."""
+        """Positions that are decoded: N, plus what rounding up to a whole block can add."""
         return self.gen_length + (self.block_length - 1 if self.block_causal else 0)
 
     @property
     def blocks(self) -> int:
-        """How many blocks the canvas can touch."""
+        """Largest number of blocks that the canvas can touch."""
         return -(-self.canvas // self.block_length)
 
 
 @struct.dataclass
 class DecodeState:
-    """The carry of the scan.
+    """Carry of the scan.
 
-    x float32 [B, N, E] and t float32 [B, N]: the flow. tokens int [B, N]: where t = 1 the token that stands there,
-    elsewhere the last prediction (the mask token where nothing was predicted yet): at the end, the read-out.
-    forward_passes int [B]: passes that the sequence took part in. finished bool [B]: ended by its EOS. memory: what the
-    rule keeps from step to step, a tree of arrays [B, ...] of its `init_memory(batch, canvas)`; None where it has none.
+    Attributes:
+        x: input-space state, float32 [B, N, E].
+        t: progress in [0, 1], float32 [B, N].
+        tokens: int [B, N]. At t = 1 the committed token, elsewhere the last prediction, or the
+            mask token before the first one.
+        forward_passes: passes that the sequence took part in, int [B].
+        finished: True if the sequence ended by its EOS, bool [B].
+        memory: what the rule keeps from step to step, a tree of arrays [B, ...], or None.
     """
 
     x: jax.Array
@@ -76,13 +83,19 @@ class DecodeState:
 
 @struct.dataclass
 class Trace:
-    """One step as it went, [B, N] each; stacked to [T, B, N] by the scan.
+    """Record of one step, arrays [B, N]. The scan stacks them to [T, B, N].
 
-    tokens: the step's predictions. progress: t after the step. confidence: of the predictions. step_fraction: the
-    rule's a. reedited: where it was reset. top, top_tokens [B, N, 4]: the belief's. notes: what the rule handed out,
-    arrays [B, ...], where Settings.notes asks. Steps that were skipped have confidence, step_fraction, top and notes 0.
-    Outside the active block of block-causal attention the model is not asked: there tokens are those that stand there,
-    and confidence is 0.
+    Skipped steps have zero confidence, step_fraction, top and notes. Under block-causal attention,
+    positions outside the active block keep their tokens and have confidence 0.
+
+    Attributes:
+        tokens: predictions of the step.
+        progress: t after the step.
+        confidence: probability of each prediction.
+        step_fraction: the rule's a.
+        reedited: True where the position was reset.
+        top, top_tokens: the four largest probabilities and their tokens, [B, N, 4].
+        notes: what the rule returned as notes, a tree of arrays [B, ...], or None.
     """
 
     tokens: jax.Array
@@ -97,11 +110,16 @@ class Trace:
 
 @struct.dataclass
 class Step:
-    """What a rule is told of a step: a slice of the schedule, and which positions it is about.
+    """Slice of the schedule that a rule receives, with the positions that it may move.
 
-    index, block, rho (position in the block's steps, 0 ... 1), quota (how many masks mask prediction writes),
-    steps_left (in the block, this one included): scalars. candidates bool [B, N]: the positions of the active block.
-    keys [B]: a random key per sequence, for rules that draw.
+    Attributes:
+        index: number of the step in the whole decode, a scalar.
+        block: index of the active block, a scalar.
+        rho: position in the block's steps, 0 to 1, a scalar.
+        quota: masks that mask prediction writes in this step, a scalar.
+        steps_left: steps of the block from this one on, a scalar.
+        candidates: True at positions of the active block that may move, bool [B, N].
+        keys: one random key per sequence [B], or None if the rule draws nothing.
     """
 
     index: jax.Array
@@ -114,13 +132,13 @@ class Step:
 
 
 def read_out(
-    settings: DecodeConfig, state: DecodeState, eos_id: int
-) -> tuple[jax.Array, jax.Array]:
-    """(tokens int [B, N], final progress float32 [B, N]) of a decode; behind a sequence's end there is only EOS."""
-    tokens, n = state.tokens[:, : settings.gen_length], settings.gen_length
-    if settings.stop_at_eos or settings.eos_early_stop:
+    config: DecodeConfig, state: DecodeState, eos_id: int
+) -> tuple[Int[Array, "B N"], Float[Array, "B N"]]:
+    """Returns (tokens, final progress). After the end of a sequence all tokens are EOS."""
+    tokens, n = state.tokens[:, : config.gen_length], config.gen_length
+    if config.stop_at_eos or config.eos_early_stop:
         is_eos = tokens == eos_id
         after = jnp.cumsum(is_eos, axis=-1) - is_eos > 0
-        cut = after if settings.stop_at_eos else after & state.finished[:, None]
+        cut = after if config.stop_at_eos else after & state.finished[:, None]
         tokens = jnp.where(cut, eos_id, tokens)
     return tokens, state.t[:, :n]

@@ -57,7 +57,7 @@ def describe_rule(rule: Rule) -> dict[str, Any]:
 
 def describe_task(task: Task, data: Path | None) -> dict[str, Any]:
     """A task in JSON's types: its name, its settings, and the hash of its data file."""
-    settings = json.loads(json.dumps(dataclasses.asdict(task.settings)))
+    settings = json.loads(json.dumps(dataclasses.asdict(task.config)))
     return {
         "task": task.name,
         "settings": settings,

@@ -95,7 +95,7 @@ def row_losses(
 
     Rows of like length share a batch. UserError for a model that is not LLaDA, and where a row exceeds its positions.
     """
-    if lm.config.family != "llada":
+    if lm.config.is_block_causal:
         raise UserError(
             "the likelihood is defined for LLaDA, whose attention sees the whole response at once"
         )

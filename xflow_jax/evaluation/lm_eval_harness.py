@@ -12,22 +12,20 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
 from xflow_jax.decoding import (
     MaskPrediction,
-    budget_steps,
-    count_blocks,
     generate,
     parse_budget,
     parse_rule,
+    resolve_steps,
 )
 from xflow_jax.errors import UserError
 from xflow_jax.evaluation.likelihood import log_likelihoods
 from xflow_jax.lm import load
-from xflow_jax.parallel import make_mesh
+from xflow_jax.parallel import default_mesh
 
 try:
     from lm_eval.api.model import LM
@@ -63,9 +61,7 @@ class XFlow(LM):
     ) -> None:
         super().__init__()
         spec = None if mesh is None else str(mesh).replace(";", ",")
-        self.lm = load(
-            pretrained, dtype, make_mesh(spec) if spec or jax.device_count() > 1 else None
-        )
+        self.lm = load(pretrained, dtype, default_mesh(spec))
         if self.lm.tokenizer is None:
             raise UserError(
                 f"{pretrained} has no tokenizer.json, without which texts cannot be read"
@@ -107,9 +103,7 @@ class XFlow(LM):
         prompts = [self._encode(request.args[0]) for request in requests]
         texts = [""] * len(requests)
         for length, numbers in jobs.items():
-            steps = budget_steps(
-                self.budget, length, count_blocks(self.lm.config.family, length, self.block_length)
-            )
+            steps = resolve_steps(self.lm.config, self.budget, length, self.block_length)
             out = self._decode(
                 [prompts[i] for i in numbers], self.rule, length, steps, disable_tqdm
             )

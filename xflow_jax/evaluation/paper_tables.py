@@ -143,7 +143,7 @@ def ablation_table(label: str, rows: Sequence[Row]) -> str:
 
 def legend(task: Task) -> str:
     """What the columns of the table mean, and the task's protocol."""
-    s = task.settings
+    s = task.config
     block = "the family's own blocks" if s.block_length is None else f"blocks of {s.block_length}"
     options = "".join(f", {k}={v}" for k, v in s.rule_options)
     stop = f", ends at {' or '.join(s.stop)}" if s.stop else ""

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from xflow_jax.decoding import Rule, budget_steps, count_blocks, generate
+from xflow_jax.decoding import Rule, generate, resolve_steps
 from xflow_jax.errors import UserError
 from xflow_jax.evaluation.answers import Answer, Answers, Row, summarize_answers
 from xflow_jax.parallel import multihost
@@ -40,9 +40,9 @@ def make_cells(
     lm: Any, task: Task, rules: dict[str, Rule], budgets: Sequence[Fraction]
 ) -> list[Cell]:
     """Every rule at every budget; UserError for a budget that does not come out even."""
-    length = task.settings.gen_length
-    blocks = count_blocks(lm.config.family, length, task.settings.block_length)
-    steps = {budget: budget_steps(budget, length, blocks) for budget in budgets}
+    length = task.config.gen_length
+    block_length = task.config.block_length
+    steps = {b: resolve_steps(lm.config, b, length, block_length) for b in budgets}
     return [
         Cell(label, rule, budget, steps[budget])
         for label, rule in rules.items()
@@ -123,7 +123,7 @@ def evaluate(
                     ]
                 )
                 bar.update(len(batch))
-    length = task.settings.gen_length
+    length = task.config.gen_length
     kept = [answers.of(c.label, str(c.budget), ids) for c in cells]
     return [
         summarize_answers(c.label, str(c.budget), c.steps, length, a, k)
@@ -139,7 +139,7 @@ def judge_answers(
     new = [task.job(*pair) for pair, verdict in zip(given, known, strict=True) if verdict is None]
     mine = range(jax.process_index(), len(new), jax.process_count())
     shares = multihost.gather_objects(
-        [[r.passed, r.reason] for r in run_many([new[i] for i in mine], task.settings.limits)]
+        [[r.passed, r.reason] for r in run_many([new[i] for i in mine], task.config.limits)]
     )
     results = (tuple(shares[i % len(shares)][i // len(shares)]) for i in range(len(new)))
     return [verdict or next(results) for verdict in known]
@@ -149,7 +149,7 @@ def _decode(
     lm: Any, task: Task, prompts: list[list[int]], cell: Cell, seed: int, refresh: int
 ) -> tuple[list[str], np.ndarray, float]:
     """(texts, forward passes [B], seconds without compilation) of one batch."""
-    settings = task.settings
+    settings = task.config
     with compile_spans() as spans:
         began = time.perf_counter()
         out = generate(
@@ -215,7 +215,7 @@ def score_answers(
             )
             bar.update(len(batch))
     scored = answers.of(label, "", by_id)
-    return summarize_answers(label, "", 0, task.settings.gen_length, scored), [
+    return summarize_answers(label, "", 0, task.config.gen_length, scored), [
         a for a in scored if not a.passed
     ]
 

@@ -18,7 +18,7 @@ def judge_prompts(prompts: Sequence[str], texts: Sequence[str]) -> list[dict[str
     problems = [microcode.parse(prompt) for prompt in prompts]
     judged = [i for i, problem in enumerate(problems) if problem is not None and problem.cases()]
     results = run_many(
-        [microcode.TASK.job(problems[i], texts[i]) for i in judged], microcode.TASK.settings.limits
+        [microcode.TASK.job(problems[i], texts[i]) for i in judged], microcode.TASK.config.limits
     )
     verdicts: list[dict[str, Any]] = []
     for problem in problems:

@@ -9,8 +9,6 @@ from xflow_jax.models.factory import abstract_params, build, init_params
 from xflow_jax.models.flops import (
     forward_flops,
     matrix_parameters,
-    mlp_width,
-    num_heads,
     tensor_split_sizes,
     touched_parameters,
 )
@@ -36,9 +34,7 @@ __all__ = [
     "make_head",
     "matrix_parameters",
     "merge",
-    "mlp_width",
     "model_config",
-    "num_heads",
     "shardings",
     "state_shardings",
     "tensor_split_sizes",

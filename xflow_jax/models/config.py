@@ -90,7 +90,19 @@ class LLaDAConfig:
         return self.n_layers
 
     @property
-    def kv_heads(self) -> int:
+    def num_heads(self) -> int:
+        return self.n_heads
+
+    @property
+    def is_block_causal(self) -> bool:
+        return False
+
+    @property
+    def default_block_length(self) -> None:
+        return None
+
+    @property
+    def num_kv_heads(self) -> int:
         if self.n_kv_heads is not None:
             return self.n_kv_heads
         return 1 if self.multi_query_attention else self.n_heads
@@ -100,7 +112,7 @@ class LLaDAConfig:
         return self.d_model // self.n_heads
 
     @property
-    def mlp_width(self) -> int:
+    def mlp_dim(self) -> int:
         return (
             self.mlp_ratio * self.d_model if self.mlp_hidden_size is None else self.mlp_hidden_size
         )
@@ -131,7 +143,7 @@ class LLaDAConfig:
             self.head_dim % 2 == 0,
             f"d_model / n_heads is {self.head_dim}, but rotary positions need it even",
         )
-        kv = self.kv_heads
+        kv = self.num_kv_heads
         require(
             kv > 0 and self.n_heads % kv == 0,
             f"n_kv_heads {kv} does not divide n_heads {self.n_heads}",
@@ -142,7 +154,7 @@ class LLaDAConfig:
             or self.n_heads == 1,
             f"multi_query_attention is {format_value(self.multi_query_attention)}, but n_kv_heads is {kv}",
         )
-        require(self.mlp_width > 0, f"the MLP's width is {self.mlp_width}, but it must be positive")
+        require(self.mlp_dim > 0, f"the MLP's width is {self.mlp_dim}, but it must be positive")
         require(
             self.vocab_rows >= self.vocab_size,
             f"embedding_size {self.embedding_size} is less than vocab_size {self.vocab_size}",
@@ -264,7 +276,7 @@ class LLaDA2Config:
         return self.num_hidden_layers
 
     @property
-    def dense_layers(self) -> int:
+    def num_dense_layers(self) -> int:
         """How many of the layers, the first ones, have a dense MLP; the others have experts."""
         return (
             self.num_layers
@@ -273,20 +285,34 @@ class LLaDA2Config:
         )
 
     @property
-    def kv_heads(self) -> int:
+    def num_kv_heads(self) -> int:
         return self.num_key_value_heads or self.num_attention_heads
 
     @property
-    def head_width(self) -> int:
-        return self.head_dim or self.hidden_size // self.num_attention_heads
+    def num_heads(self) -> int:
+        return self.num_attention_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        """F. In a sparse layer, the width of the experts that one token meets."""
+        routed = self.num_experts_per_tok * (self.moe_intermediate_size or 0)
+        return max(self.intermediate_size or 0, routed)
+
+    @property
+    def is_block_causal(self) -> bool:
+        return True
+
+    @property
+    def default_block_length(self) -> int:
+        return 32
 
     @property
     def rotary_dim(self) -> int:
         """How many dims of a head, the first ones, are rotated."""
-        return int(self.head_width * self.partial_rotary_factor)
+        return int(self.head_dim * self.partial_rotary_factor)
 
     @property
-    def shared_width(self) -> int:
+    def shared_mlp_dim(self) -> int:
         """Width of the shared experts' one MLP; 0 = there is none."""
         return (self.moe_intermediate_size or 0) * (self.num_shared_experts or 0)
 
@@ -308,20 +334,23 @@ class LLaDA2Config:
                 (getattr(self, key) or 0) >= 0,
                 f"{key} is {getattr(self, key)}, but it must not be negative",
             )
-        h, kv = self.num_attention_heads, self.kv_heads
+        h, kv = self.num_attention_heads, self.num_kv_heads
         require(h % kv == 0, f"num_key_value_heads {kv} does not divide num_attention_heads {h}")
+        if not self.head_dim:
+            require(
+                self.hidden_size % h == 0,
+                f"num_attention_heads {h} does not divide hidden_size {self.hidden_size}, "
+                "and there is no head_dim",
+            )
+            object.__setattr__(self, "head_dim", self.hidden_size // h)
         require(
-            self.head_dim is not None or self.hidden_size % h == 0,
-            f"num_attention_heads {h} does not divide hidden_size {self.hidden_size}, and there is no head_dim",
-        )
-        require(
-            0 < self.rotary_dim <= self.head_width and self.rotary_dim % 2 == 0,
-            f"partial_rotary_factor {self.partial_rotary_factor} of {self.head_width} dims is {self.rotary_dim}, "
+            0 < self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0,
+            f"partial_rotary_factor {self.partial_rotary_factor} of {self.head_dim} dims is {self.rotary_dim}, "
             "but it must be an even number of them, and at least 2",
         )
-        if self.dense_layers:
+        if self.num_dense_layers:
             self._positive("intermediate_size", "there are dense layers")
-        if self.dense_layers < self.num_layers:
+        if self.num_dense_layers < self.num_layers:
             self._check_experts()
         for key in ("mask_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, key)

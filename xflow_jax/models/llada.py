@@ -32,7 +32,7 @@ class Block(nn.Module):
         cached: kv_cache.Layer | None,
     ) -> tuple[jax.Array, kv_cache.Layer | None]:
         c, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        residual_std = 0.02 / (2 * c.n_layers) ** 0.5
+        residual_std = 0.02 / (2 * c.num_layers) ** 0.5
         b, length, _ = x.shape
 
         def heads(name: str, n: int, h: jax.Array) -> jax.Array:
@@ -40,19 +40,21 @@ class Block(nn.Module):
             return y.reshape(b, length, n, c.head_dim)
 
         h = RMSNorm(c.rms_norm_eps, name="attn_norm", **types)(x)
-        q = apply_rope(heads("q_proj", c.n_heads, h), *rope)
-        k = apply_rope(heads("k_proj", c.kv_heads, h), *rope)
-        v = heads("v_proj", c.kv_heads, h)
+        q = apply_rope(heads("q_proj", c.num_heads, h), *rope)
+        k = apply_rope(heads("k_proj", c.num_kv_heads, h), *rope)
+        v = heads("v_proj", c.num_kv_heads, h)
         keys, values, new = kv_cache.extend_keys(cached, k, v)
         h = attend(q, keys, values, allowed, self.attention).reshape(b, length, -1)
-        x = x + Linear(c.d_model, c.include_bias, init_std=residual_std, name="attn_out", **types)(
-            h
-        )
+        x = x + Linear(
+            c.hidden_size, c.include_bias, init_std=residual_std, name="attn_out", **types
+        )(h)
         h = RMSNorm(c.rms_norm_eps, name="ff_norm", **types)(x)
-        gate = Linear(c.mlp_width, c.include_bias, name="ff_proj", **types)(h)
-        up = Linear(c.mlp_width, c.include_bias, name="up_proj", **types)(h)
+        gate = Linear(c.mlp_dim, c.include_bias, name="ff_proj", **types)(h)
+        up = Linear(c.mlp_dim, c.include_bias, name="up_proj", **types)(h)
         h = nn.silu(gate) * up
-        x = x + Linear(c.d_model, c.include_bias, init_std=residual_std, name="ff_out", **types)(h)
+        x = x + Linear(
+            c.hidden_size, c.include_bias, init_std=residual_std, name="ff_out", **types
+        )(h)
         return constrain_batch(x), new
 
 
@@ -87,11 +89,11 @@ class LLaDA(nn.Module):
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),
-            length=c.n_layers,
+            length=c.num_layers,
             unroll=self.unroll,
         )
         self.wte = nn.Embed(
-            c.vocab_rows, c.d_model, embedding_init=nn.initializers.normal(0.02), **types
+            c.vocab_rows, c.hidden_size, embedding_init=nn.initializers.normal(0.02), **types
         )
         self.blocks = stack(c, attention=self.attention, **types)
         self.ln_f = RMSNorm(c.rms_norm_eps, **types)
@@ -134,7 +136,7 @@ class LLaDA(nn.Module):
         """A key/value cache for so many positions (see cache.py)."""
         c = self.config
         return kv_cache.empty_cache(
-            {"blocks": c.n_layers}, batch, positions, c.kv_heads, c.head_dim, self.dtype
+            {"blocks": c.num_layers}, batch, positions, c.num_kv_heads, c.head_dim, self.dtype
         )
 
     def _run(

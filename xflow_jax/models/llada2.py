@@ -48,9 +48,9 @@ class Block(nn.Module):
         c, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         out_std = 0.02 / (2 * c.num_layers) ** 0.5
         self.attn_norm = RMSNorm(c.rms_norm_eps, **types)
-        self.q_proj = Linear(c.num_attention_heads * c.head_width, c.use_qkv_bias, **types)
-        self.k_proj = Linear(c.kv_heads * c.head_width, c.use_qkv_bias, **types)
-        self.v_proj = Linear(c.kv_heads * c.head_width, c.use_qkv_bias, **types)
+        self.q_proj = Linear(c.num_heads * c.head_dim, c.use_qkv_bias, **types)
+        self.k_proj = Linear(c.num_kv_heads * c.head_dim, c.use_qkv_bias, **types)
+        self.v_proj = Linear(c.num_kv_heads * c.head_dim, c.use_qkv_bias, **types)
         self.q_norm, self.k_norm = (
             RMSNorm(c.rms_norm_eps, **types),
             RMSNorm(c.rms_norm_eps, **types),
@@ -66,8 +66,8 @@ class Block(nn.Module):
                 kernel=self.experts_kernel,
                 **types,
             )
-            if c.shared_width:
-                self.shared = SharedMLP(c.shared_width, out_std, **types)
+            if c.shared_mlp_dim:
+                self.shared = SharedMLP(c.shared_mlp_dim, out_std, **types)
         else:
             self.ff_proj, self.up_proj = (
                 Linear(c.intermediate_size, **types),
@@ -93,7 +93,7 @@ class Block(nn.Module):
         return constrain_batch(x + self.mlp(self.ff_norm(x), experts, layer)), new
 
     def _heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:2], -1, self.config.head_width)
+        return x.reshape(*x.shape[:2], -1, self.config.head_dim)
 
     def mlp(
         self,
@@ -105,7 +105,7 @@ class Block(nn.Module):
         if not self.sparse:
             return self.ff_out(nn.silu(self.ff_proj(x)) * self.up_proj(x))
         y = self.experts(x, *route(*self.router(x), self.config), experts, layer)
-        return y + self.shared(x) if self.config.shared_width else y
+        return y + self.shared(x) if self.config.shared_mlp_dim else y
 
 
 class LLaDA2(nn.Module):
@@ -163,8 +163,8 @@ class LLaDA2(nn.Module):
     def layers(self) -> dict[str, int]:
         """How many layers each stack has, in order, without empty ones."""
         counts = {
-            "dense": self.config.dense_layers,
-            "blocks": self.config.num_layers - self.config.dense_layers,
+            "dense": self.config.num_dense_layers,
+            "blocks": self.config.num_layers - self.config.num_dense_layers,
         }
         return {name: count for name, count in counts.items() if count}
 
@@ -172,7 +172,12 @@ class LLaDA2(nn.Module):
     def empty_cache(self, batch: int, positions: int) -> kv_cache.Cache:
         """A key/value cache for so many positions (see cache.py)."""
         return kv_cache.empty_cache(
-            self.layers, batch, positions, self.config.kv_heads, self.config.head_width, self.dtype
+            self.layers,
+            batch,
+            positions,
+            self.config.num_kv_heads,
+            self.config.head_dim,
+            self.dtype,
         )
 
     def embed(self, tokens: jax.Array) -> jax.Array:

@@ -78,7 +78,7 @@ AXES: dict[str, dict[str, tuple[str, ...]]] = {
 
 def check_heads(config: Any, mesh: Mesh) -> None:
     """UserError where the tensor axis of a mesh would cut through a head of the model."""
-    heads = config.num_attention_heads if config.family == "llada2" else config.n_heads
+    heads = config.num_heads
     parts = mesh.shape["tensor"]
     if heads % parts:
         raise UserError(

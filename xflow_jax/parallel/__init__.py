@@ -1,7 +1,14 @@
 """Device mesh, sharding of arrays, and several processes as one program."""
 
 from xflow_jax.parallel import multihost
-from xflow_jax.parallel.mesh import MESH_AXES, make_mesh, nearest_divisor, platform
+from xflow_jax.parallel.mesh import (
+    MESH_AXES,
+    computation_scope,
+    default_mesh,
+    make_mesh,
+    nearest_divisor,
+    platform,
+)
 from xflow_jax.parallel.multihost import fetch_to_host, put_sharded
 from xflow_jax.parallel.partitioning import (
     BATCH,
@@ -16,6 +23,8 @@ from xflow_jax.parallel.partitioning import (
 )
 
 __all__ = [
+    "computation_scope",
+    "default_mesh",
     "BATCH",
     "LOGICAL",
     "MESH_AXES",

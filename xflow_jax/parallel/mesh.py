@@ -5,13 +5,16 @@ Nothing here is needed on one device: a program that makes no mesh makes no call
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
+from jax.typing import DTypeLike
 
 from xflow_jax.errors import UserError
 
@@ -50,6 +53,38 @@ def make_mesh(spec: str | None = None, devices: list[Any] | None = None) -> Mesh
     # An axis of the mesh may need half of one of the torus, which jax.make_mesh does not cut.
     array = mesh_utils.create_device_mesh(shape, devices[:wanted], allow_split_physical_axes=True)
     return Mesh(array, MESH_AXES, axis_types=types)
+
+
+def default_mesh(spec: str | None = None) -> Mesh | None:
+    """Makes the mesh that a command uses: the given sizes, or all devices on fsdp.
+
+    Args:
+        spec: sizes of data, fsdp and tensor, like "1,8,1", or None.
+
+    Returns:
+        The mesh, or None on a single device without `spec`.
+
+    Raises:
+        UserError: as `make_mesh`.
+    """
+    return make_mesh(spec) if spec or jax.device_count() > 1 else None
+
+
+@contextlib.contextmanager
+def computation_scope(mesh: Mesh | None, dtype: DTypeLike) -> Iterator[None]:
+    """Sets the mesh and the matmul precision for programs that are traced inside.
+
+    Args:
+        mesh: the mesh to set, or None for one device.
+        dtype: dtype of the computation. For float32, products are exact: no TF32 and no bfloat16
+            passes.
+    """
+    with contextlib.ExitStack() as stack:
+        if mesh is not None:
+            stack.enter_context(jax.set_mesh(mesh))
+        if np.dtype(dtype) == np.float32:
+            stack.enter_context(jax.default_matmul_precision("highest"))
+        yield
 
 
 def over_slices(shape: tuple[int, int, int], devices: list[Any], slices: int) -> np.ndarray:

@@ -12,8 +12,6 @@ from xflow_jax.lm import LM
 from xflow_jax.models import (
     forward_flops,
     matrix_parameters,
-    mlp_width,
-    num_heads,
     touched_parameters,
 )
 
@@ -73,7 +71,7 @@ def estimate_cost(
     """
     data, fsdp, tensor = shape
     spread = data * fsdp if work.batch % (data * fsdp) == 0 else 1
-    rows, cached = work.batch / spread, config.family == "llada2" and work.program != "align"
+    rows, cached = work.batch / spread, config.is_block_causal and work.program != "align"
     e, layers, head = config.hidden_size, config.num_layers, config.hidden_size * config.vocab_rows
     queries = keys = work.prompt + work.response
     headed, held = work.response, 0.0
@@ -85,7 +83,7 @@ def estimate_cost(
         queries = (prompt * prompt / keys + size * (count + blocks - 1)) / count
         headed, held = (
             size,
-            itemsize * 2 * layers * rows * keys * config.kv_heads * config.head_width / tensor,
+            itemsize * 2 * layers * rows * keys * config.num_kv_heads * config.head_dim / tensor,
         )
     every = matrix_parameters(config)[1]
     tokens, scores = rows * queries, rows * queries * keys
@@ -97,19 +95,19 @@ def estimate_cost(
     if work.program == "align":
         # Forward, recomputed, backward twice, where LoRA spares the gradients of the matrices; the loss multiplies by
         # the head and by the embedding table, again forward, recomputed, and backward.
-        lora = config.family == "llada2"
+        lora = config.is_block_causal
         flops = forward * (3 if lora else 4) + heading * (6 if lora else 7)
         memory = (
             weights * (1 if lora else 2.2)
             + itemsize * tokens * e * layers
-            + 8 * scores * num_heads(config) / tensor
+            + 8 * scores * config.num_heads / tensor
         )
         return CostEstimate(
             flops / tensor, weights, 3 * (weights + activations), 2 * reduced, memory
         )
     read = itemsize * (touched_parameters(config, tokens) + head) / tensor
     state = rows * work.response * e * 8 + itemsize * rows * (work.prompt + work.response) * e * 4
-    wide = (itemsize * tokens * 3 * mlp_width(config) + 6 * scores * num_heads(config)) / tensor
+    wide = (itemsize * tokens * 3 * config.mlp_dim + 6 * scores * config.num_heads) / tensor
     memory = weights + state + wide + held
     stepping = (
         2

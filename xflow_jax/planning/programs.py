@@ -66,7 +66,7 @@ def alignment_config(config: Any, work: Workload) -> Any:
     from xflow_jax.toml_config import with_overrides
     from xflow_jax.training import AlignmentConfig as AlignSettings
 
-    causal = config.family == "llada2"
+    causal = config.is_block_causal
     base = {
         "prompt_length": work.prompt,
         "gen_length": work.response,

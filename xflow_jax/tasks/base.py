@@ -58,7 +58,7 @@ class Task:
     extract: Callable[[Any, str], str]
     program: Callable[[Any, str], tuple[str, str]]
     canonical: Callable[[Any], str]
-    settings: TaskConfig
+    config: TaskConfig
     parts: Callable[[Any, str], list[tuple[str, str]]]
     training: Callable[[Path | None, int | None], Sequence[Any]]
 
@@ -86,10 +86,10 @@ EXTRACTIONS: dict[str, Callable[[str], str]] = {
 }
 
 
-def extract_code(settings: TaskConfig, text: str) -> str:
+def extract_code(config: TaskConfig, text: str) -> str:
     """The code in a model's answer, by the task's protocol."""
-    ends = [text.find(stop) for stop in settings.stop if stop in text]
-    return EXTRACTIONS[settings.extraction](text[: min(ends, default=None)])
+    ends = [text.find(stop) for stop in config.stop if stop in text]
+    return EXTRACTIONS[config.extraction](text[: min(ends, default=None)])
 
 
 def get_task(name: str) -> Task:

@@ -85,7 +85,7 @@ TASK = Task(
     extract=lambda problem, text: extract_code(SETTINGS, text),
     program=program,
     canonical=canonical,
-    settings=SETTINGS,
+    config=SETTINGS,
     parts=lambda problem, code: [program(problem, code)],  # its tests are one function
     training=no_training,
 )

@@ -106,7 +106,7 @@ TASK = Task(
     extract=lambda problem, text: extract_code(SETTINGS, text),
     program=lambda problem, code: (code, checks(problem, problem.test_list)),
     canonical=canonical,
-    settings=SETTINGS,
+    config=SETTINGS,
     parts=lambda problem, code: [(code, checks(problem, [test])) for test in problem.test_list],
     training=lambda data, limit: problems(data, limit, TRAINING),
 )

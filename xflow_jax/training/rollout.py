@@ -40,12 +40,12 @@ class Rollout:
     acted: jax.Array
 
 
-@partial(jax.jit, static_argnames=("model", "settings"))
+@partial(jax.jit, static_argnames=("model", "decode_config"))
 def rollout(
     model: Any,
     params: Any,
     flow: Flow,
-    settings: DecodeConfig,
+    decode_config: DecodeConfig,
     prompt: jax.Array,
     prompt_mask: jax.Array,
     keys: jax.Array,
@@ -55,12 +55,12 @@ def rollout(
     flow: with a policy; whether it samples or not, here it does. keys [R]: one random key per row. The same key draws
     the same actions, whatever else is in the batch and whatever the mesh.
     """
-    settings = dataclasses.replace(settings, trace=True, notes=True)
+    decode_config = dataclasses.replace(decode_config, trace=True, notes=True)
     state, trace = decode(
-        model, params, flow.replace(sample=True), settings, prompt, prompt_mask, keys
+        model, params, flow.replace(sample=True), decode_config, prompt, prompt_mask, keys
     )
-    tokens, progress = read_out(settings, state, model.config.eos_id)
-    notes = jax.tree.map(lambda x: x[:, :, : settings.gen_length], trace.notes)
+    tokens, progress = read_out(decode_config, state, model.config.eos_id)
+    notes = jax.tree.map(lambda x: x[:, :, : decode_config.gen_length], trace.notes)
     settled = notes["features"][..., PROGRESS] >= SETTLED
     ended = jnp.cumsum(settled & (notes["tokens"] == model.config.eos_id), axis=-1) > 0
     return Rollout(

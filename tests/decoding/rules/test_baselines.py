@@ -207,9 +207,9 @@ def test_editing_by_hand():
     done = rule(belief, state_of([1] * 5, tokens=[0, 1, 2, 3, 7]), step_of(5))
     assert (
         done.memory.tolist() == [False]
-        and not rule.open(state_of([1] * 5).replace(memory=done.memory)).any()
+        and not rule.is_open(state_of([1] * 5).replace(memory=done.memory)).any()
     )
-    assert rule.open(state_of([1] * 5).replace(memory=action.memory)).all()
+    assert rule.is_open(state_of([1] * 5).replace(memory=action.memory)).all()
 
 
 @pytest.mark.slow

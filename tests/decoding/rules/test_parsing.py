@@ -7,7 +7,9 @@ from fractions import Fraction
 import jax
 import pytest
 
-from xflow_jax.decoding.blocks import budget_steps, count_blocks
+from tests.helpers import toy
+from tests.llada2_helpers import toy2
+from xflow_jax.decoding.blocks import count_blocks, resolve_steps
 from xflow_jax.decoding.policy import init_policy
 from xflow_jax.decoding.policy_io import save_policy
 from xflow_jax.decoding.rules.baselines import Threshold
@@ -91,10 +93,12 @@ def test_wrong_rules(text, sentence):
 def test_budgets_and_steps():
     assert parse_budget("1/4") == parse_budget(" 0.25") == Fraction(1, 4)
     assert parse_budgets("1,1/2,0.5") == [1, Fraction(1, 2)]
-    assert [budget_steps(Fraction(b), 48) for b in ("1", "1/2", "1/4", "1/8")] == [48, 24, 12, 6]
-    assert budget_steps(Fraction(1, 4), 48, blocks=6) == 12
-    assert count_blocks("llada", 64, None) == 1 and count_blocks("llada", 64, 16) == 4
-    assert count_blocks("llada2", 64, None) == 2 and count_blocks("llada2", 16, None) == 1
+    full, causal = toy().config, toy2().config
+    steps = [resolve_steps(full, Fraction(b), 48, None) for b in ("1", "1/2", "1/4", "1/8")]
+    assert steps == [48, 24, 12, 6]
+    assert resolve_steps(full, Fraction(1, 4), 48, 8) == 12
+    assert count_blocks(full, 64, None) == 1 and count_blocks(full, 64, 16) == 4
+    assert count_blocks(causal, 64, None) == 2 and count_blocks(causal, 16, None) == 1
 
 
 @pytest.mark.parametrize("text", ["0", "-1/4", "1.01", "2", "a quarter", "1/0", "nan", "inf", ""])
@@ -114,5 +118,5 @@ def test_budgets_outside_0_to_1(text):
 )
 def test_a_budget_that_does_not_come_out_even_says_which_would(budget, blocks, help_):
     with pytest.raises(UserError) as error:
-        budget_steps(Fraction(budget), 48, blocks)
+        resolve_steps(toy().config, Fraction(budget), 48, 48 // blocks)
     assert str(error.value).endswith(help_)

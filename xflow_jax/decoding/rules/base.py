@@ -1,31 +1,74 @@
-"""Step rules: how far each position moves after a forward pass. A decoder is one of these on the one flow of decode.py.
+"""Protocol of a decoding rule, its action, and helpers that several rules share.
 
-A rule sees the belief, the state before the step and what the schedule says, and answers with an `Action`. Mask
-prediction, threshold decoding and their like are the rules that only ever take steps of 0 or 1.
+A rule is a frozen dataclass. It receives the belief, the state before the step and a slice of the
+schedule, and returns an Action: how far each position moves. Mask prediction, threshold decoding
+and their like are rules that only take steps of 0 or 1.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from xflow_jax.decoding.belief import Belief, BeliefOptions
+from xflow_jax.decoding.state import SETTLED, DecodeState, Step
 from xflow_jax.errors import require
-
-Rule = Any  # a frozen dataclass that is called with (belief, state, step) and answers with an Action; see Threshold
-
-
-def static_field(default: Any, **more: Any) -> Any:
-    return struct.field(pytree_node=False, default=default, **more)
+from xflow_jax.types import Array, Bool, Float, Int, ModelConfig
 
 
-def check_ranges(rule: Any, **largest: float) -> None:
-    """Refuses a rule of which a number is neither None nor between 0 and its largest."""
+class Rule(Protocol):
+    """Strategy of a decode: a frozen dataclass, hashable unless it holds arrays.
+
+    Attributes:
+        early_exit: skip passes of blocks without open positions, unless the caller says otherwise.
+        settled: progress from which a position is no longer open.
+        needs_keys: True if the rule draws random numbers from step.keys.
+        revises: True if the rule can change a token after its position reached t = 1.
+    """
+
+    @property
+    def early_exit(self) -> bool: ...
+    @property
+    def settled(self) -> float: ...
+    @property
+    def needs_keys(self) -> bool: ...
+    @property
+    def revises(self) -> bool: ...
+
+    def belief_options(self, config: ModelConfig, eot_id: int | None) -> BeliefOptions:
+        """Returns the constraints, noise and guidance of the belief."""
+        ...
+
+    def init_memory(self, batch: int, canvas: int) -> Any:
+        """Returns what the rule keeps from step to step, arrays [B, ...], or None."""
+        ...
+
+    def is_open(self, state: DecodeState) -> Bool[Array, "B N"]:
+        """Returns True at positions that another step could still change."""
+        ...
+
+    def __call__(self, belief: Belief, state: DecodeState, step: Step) -> Action:
+        """Returns how far each position moves in this step."""
+        ...
+
+
+def static_field(default: Any, **options: bool) -> Any:
+    """Declares an option of a rule that is part of the compiled program, not an array.
+
+    Args:
+        default: value of the option.
+        **options: of dataclasses.field, such as kw_only. Left out, those of the class hold.
+    """
+    return struct.field(pytree_node=False, default=default, **options)
+
+
+def check_ranges(rule: Rule, **largest: float) -> None:
+    """Raises UserError unless each named option is None or between 0 and its largest value."""
     for name, top in largest.items():
         value = getattr(rule, name)
         bounds = "at least 0" if math.isinf(top) else f"between 0 and {top:g}"
@@ -34,13 +77,17 @@ def check_ranges(rule: Any, **largest: float) -> None:
 
 @struct.dataclass
 class Action:
-    """What a rule does with every response position; all [B, N].
+    """Moves of one step, arrays [B, N] unless stated otherwise.
 
-    a float32: the fraction of the remaining way to go, 0 ... 1 (Eq. 7). reset bool: go to c x_pred + (1 - c) m and
-    t = c instead (re-editing, Eq. 10). commit bool: go all the way, whatever a says; with reset, also where t is 1: the
-    token there is replaced. notes: what the rule wants kept of the step, a tree of arrays [B, ...] (Settings.notes).
-    mixture float32 [B, N, 4]: what is not at t = 1 after the step is fed in as the embeddings of the likeliest tokens
-    with these weights and m with the rest, while t stays. memory: the new DecodeState.memory (None: it stays).
+    Attributes:
+        a: fraction of the remaining way, float32 in [0, 1] (Eq. 7).
+        reset: True where the position is re-edited: x = c x_pred + (1 - c) m and t = c (Eq. 10).
+        commit: True where the position goes all the way, whatever `a` is. Together with `reset`
+            it replaces a token at t = 1.
+        notes: what a trace keeps of the step, a tree of arrays [B, ...] (DecodeConfig.notes).
+        mixture: float32 [B, N, 4]. Positions below t = 1 after the step get as x the embeddings of
+            the four likeliest tokens with these weights, and m with the rest. t stays.
+        memory: the new DecodeState.memory, or None to keep it.
     """
 
     a: jax.Array
@@ -51,63 +98,119 @@ class Action:
     memory: Any = None
 
     @classmethod
-    def unmask(cls, chosen: jax.Array) -> Action:
-        """The action of a decoder that either writes a token or leaves the mask: a step of 1 where chosen."""
+    def unmask(cls, chosen: Bool[Array, "B N"]) -> Action:
+        """Returns the action that commits the chosen positions and leaves the others."""
         no = jnp.zeros_like(chosen)
         return cls(chosen.astype(jnp.float32), no, no)
 
 
-def select_highest(score: jax.Array, among: jax.Array, count: jax.Array | int) -> jax.Array:
-    """bool [B, N]: the `count` (a scalar or [B, 1]) highest scores [B, N] of each row `among` those allowed.
+class RuleDefaults:
+    """Default answers to the parts of the Rule protocol that most rules do not need."""
 
-    Lowest index first where scores are equal; all of them where fewer are allowed.
-    """
-    rank = jnp.sum(
-        ranks_before(score, among), axis=-1
-    )  # counted: sorting is slow in every compiler, and N is small
-    return among & (rank < count)
+    @property
+    def early_exit(self) -> bool:
+        """Returns False: every step is taken."""
+        return False
 
+    @property
+    def settled(self) -> float:
+        """Returns the usual progress from which a position is decided."""
+        return SETTLED
 
-def quota_or_confident(scheduled: jax.Array, sure: jax.Array, quota: jax.Array) -> jax.Array:
-    """bool [B, N], LLaDA2.0's choice: a row's `sure` ones where they are at least `quota`, else the `scheduled`."""
-    return jnp.where(jnp.sum(sure, axis=-1, keepdims=True) >= quota, sure, scheduled)
+    @property
+    def needs_keys(self) -> bool:
+        """Returns False: nothing is drawn at random."""
+        return False
 
+    @property
+    def revises(self) -> bool:
+        """Returns False: a token at t = 1 stays."""
+        return False
 
-def order_score(belief: Belief, order: str) -> jax.Array:
-    """float32 [B, N]: by what masks are ordered, highest first: "confidence", "entropy" or "margin" (p1 - p2)."""
-    if order == "entropy":
-        return -belief.entropy
-    return belief.top[..., 0] - belief.top[..., 1] if order == "margin" else belief.confidence
+    def init_memory(self, batch: int, canvas: int) -> Any:
+        """Returns None: nothing is kept from step to step."""
+        return None
 
-
-def ranks_before(score: jax.Array, among: jax.Array) -> jax.Array:
-    """bool [B, N, N]: at [b, i, j], whether j is one `among` those allowed and comes before i in descending `score`."""
-    mine, other = score[:, :, None], score[:, None, :]
-    index = jnp.arange(score.shape[1])
-    earlier = index[None, None, :] < index[None, :, None]
-    return among[:, None, :] & ((other > mine) | ((other == mine) & earlier))
+    def is_open(self, state: DecodeState) -> Bool[Array, "B N"]:
+        """Returns True at positions whose progress is below `settled`."""
+        return state.t < self.settled
 
 
 @functools.partial(struct.dataclass, kw_only=True)
-class TokenConstraints:
-    """What a rule lets the model say: options that all rules share.
+class TokenConstraints(RuleDefaults):
+    """Base class of the rules here: options on which tokens may be predicted.
 
-    suppress_mask: neither the mask token nor a row without a token is predicted. logits_eos_inf: EOS is never
-    predicted. confidence_eos_eot_inf: EOS and EoT may be predicted, but with confidence 0.
+    Attributes:
+        suppress_mask: predict neither the mask token nor a row of the head without a token.
+        logits_eos_inf: never predict EOS.
+        confidence_eos_eot_inf: predict EOS and EoT with confidence 0.
     """
 
     suppress_mask: bool = static_field(False)
     logits_eos_inf: bool = static_field(False)
     confidence_eos_eot_inf: bool = static_field(False)
 
-    def belief_options(self, config: Any, eot_id: int | None) -> BeliefOptions:
-        """What the rule asks of the belief."""
+    def belief_options(self, config: ModelConfig, eot_id: int | None) -> BeliefOptions:
+        """Returns the constraints of the belief."""
         never = (config.eos_id,) if self.logits_eos_inf else ()
-        doubted = (
-            tuple(i for i in (config.eos_id, eot_id) if i is not None)
-            if self.confidence_eos_eot_inf
-            else ()
-        )
+        doubted: tuple[int, ...] = ()
+        if self.confidence_eos_eot_inf:
+            doubted = tuple(i for i in (config.eos_id, eot_id) if i is not None)
         if not self.suppress_mask:
             return BeliefOptions(never, doubted)
         return BeliefOptions((*never, config.mask_id), doubted, config.vocab_size)
+
+
+def select_highest(
+    score: Float[Array, "B N"], among: Bool[Array, "B N"], count: Int[Array, ...] | int
+) -> Bool[Array, "B N"]:
+    """Selects the highest scores of each row.
+
+    Args:
+        score: larger is better.
+        among: positions that may be selected.
+        count: how many to select, a scalar or [B, 1].
+
+    Returns:
+        True at `count` positions of each row, or at all allowed ones if there are fewer. Among
+        equal scores the lowest index comes first.
+    """
+    # Ranks are counted, since sorting is slow in every compiler and N is small.
+    rank = jnp.sum(ranks_before(score, among), axis=-1)
+    return among & (rank < count)
+
+
+def quota_or_confident(
+    scheduled: Bool[Array, "B N"], confident: Bool[Array, "B N"], quota: Int[Array, ""]
+) -> Bool[Array, "B N"]:
+    """Selects a row's confident positions if they fill the quota, else the scheduled ones.
+
+    This is the choice of LLaDA2.0's decoder.
+    """
+    enough = jnp.sum(confident, axis=-1, keepdims=True) >= quota
+    return jnp.where(enough, confident, scheduled)
+
+
+def order_score(belief: Belief, order: str) -> Float[Array, "B N"]:
+    """Returns the score by which masks are ordered, highest first.
+
+    Args:
+        belief: predictions of the step.
+        order: "confidence", "entropy" (lowest first) or "margin" (p1 - p2).
+    """
+    if order == "entropy":
+        return -belief.entropy
+    return belief.top[..., 0] - belief.top[..., 1] if order == "margin" else belief.confidence
+
+
+def ranks_before(score: Float[Array, "B N"], among: Bool[Array, "B N"]) -> Bool[Array, "B N N"]:
+    """Compares positions by descending score.
+
+    Returns:
+        At [b, i, j], True if j is allowed and comes before i. Of equal scores the lower index
+        comes first.
+    """
+    mine, other = score[:, :, None], score[:, None, :]
+    index = jnp.arange(score.shape[1])
+    earlier = index[None, None, :] < index[None, :, None]
+    return among[:, None, :] & ((other > mine) | ((other == mine) & earlier))

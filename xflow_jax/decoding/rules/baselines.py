@@ -1,7 +1,7 @@
-"""Step rules: how far each position moves after a forward pass. A decoder is one of these on the one flow of decode.py.
+"""Decoders of the field as rules on the same flow. They differ in which masks they write, and when.
 
-A rule sees the belief, the state before the step and what the schedule says, and answers with an `Action`. Mask
-prediction, threshold decoding and their like are the rules that only ever take steps of 0 or 1.
+Each names its source. A decoder without a schedule of its own writes at least the first mask of its
+order in every step. Steps that remain after everything is written are skipped.
 """
 
 from __future__ import annotations
@@ -25,21 +25,31 @@ from xflow_jax.decoding.rules.base import (
 )
 from xflow_jax.decoding.state import DecodeState, Step
 from xflow_jax.errors import require
+from xflow_jax.types import Array, Bool, Float, Int
 
 
 @struct.dataclass
 class Threshold(TokenConstraints):
-    """Fast-dLLM's confidence-aware decoding: every masked position with c >= tau, at least the surest one."""
+    """Confidence-aware decoding of Fast-dLLM (arXiv:2505.22618).
+
+    Writes every mask with confidence of at least tau, and at least the most confident one.
+
+    Attributes:
+        tau: confidence threshold, in [0, 1].
+        early_exit: skip steps of blocks without masks.
+
+    Raises:
+        UserError: if tau is out of range.
+    """
 
     tau: float = static_field(0.9)
     early_exit: bool = static_field(True)
-    needs_keys: bool = static_field(False)
 
     def __post_init__(self) -> None:
         check_ranges(self, tau=1.0)
 
     def __call__(self, belief: Belief, state: DecodeState, step: Step) -> Action:
-        """A step of 1 where the confidence reaches tau."""
+        """Commits masks whose confidence reaches tau."""
         masked = step.candidates & (state.t < 1)
         best = select_highest(belief.confidence, masked, 1)
         return Action.unmask((masked & (belief.confidence >= self.tau)) | best)
@@ -47,49 +57,59 @@ class Threshold(TokenConstraints):
 
 @struct.dataclass
 class Factor(TokenConstraints):
-    """Fast-dLLM's factor-based decoding (arXiv:2505.22618): the n surest masks, for the largest n with
-    (n + 1)(1 - c(n)) < factor, c(n) being the n-th highest confidence.
+    """Factor-based decoding of Fast-dLLM (arXiv:2505.22618).
 
-    The bound comes from its theorem on when parallel and sequential greedy decoding agree. UserError for a factor
-    below 0.
+    Writes the n most confident masks, for the largest n with (n + 1)(1 - c(n)) < factor. c(n) is
+    the n-th highest confidence. The bound comes from the paper's theorem on when parallel and
+    sequential greedy decoding agree.
+
+    Attributes:
+        factor: the bound, at least 0.
+        early_exit: skip steps of blocks without masks.
+
+    Raises:
+        UserError: if the factor is negative.
     """
 
     factor: float = static_field(1.0)
     early_exit: bool = static_field(True)
-    needs_keys: bool = static_field(False)
 
     def __post_init__(self) -> None:
         check_ranges(self, factor=math.inf)
 
     def __call__(self, belief: Belief, state: DecodeState, step: Step) -> Action:
-        """A step of 1 on the longest prefix, in order of confidence, whose last member meets the bound."""
+        """Commits the longest prefix, by confidence, whose last member meets the bound."""
         masked = step.candidates & (state.t < 1)
-        number = 1 + jnp.sum(
-            ranks_before(belief.confidence, masked), axis=-1
-        )  # n, from 1, of each mask
-        meets = masked & ((number + 1) * (1 - belief.confidence) < self.factor)
-        most = jnp.max(jnp.where(meets, number, 1), axis=-1, keepdims=True)
-        return Action.unmask(masked & (number <= most))
+        # Rank of each mask by confidence, counted from 1.
+        rank = 1 + jnp.sum(ranks_before(belief.confidence, masked), axis=-1)
+        meets = masked & ((rank + 1) * (1 - belief.confidence) < self.factor)
+        count = jnp.max(jnp.where(meets, rank, 1), axis=-1, keepdims=True)
+        return Action.unmask(masked & (rank <= count))
 
 
 @struct.dataclass
 class EntropyBounded(TokenConstraints):
-    """The EB-sampler (arXiv:2505.24857): masks in ascending order of entropy H, the longest prefix with
-    sum H - max H <= gamma.
+    """Entropy-bounded sampler (arXiv:2505.24857).
 
-    That difference bounds, in nats, how much the prefix's tokens can depend on each other. UserError for a gamma below
-    0.
+    Writes the longest prefix of masks, by ascending entropy H, with sum H - max H <= gamma. The
+    difference bounds, in nats, how much the tokens of the prefix can depend on each other.
+
+    Attributes:
+        gamma: the bound in nats, at least 0.
+        early_exit: skip steps of blocks without masks.
+
+    Raises:
+        UserError: if gamma is negative.
     """
 
     gamma: float = static_field(0.1)
     early_exit: bool = static_field(True)
-    needs_keys: bool = static_field(False)
 
     def __post_init__(self) -> None:
         check_ranges(self, gamma=math.inf)
 
     def __call__(self, belief: Belief, state: DecodeState, step: Step) -> Action:
-        """A step of 1 on that prefix; its last member is its maximum, so the sum is over those before it."""
+        """Commits that prefix. Its last member is its maximum, so the sum is over those before."""
         masked = step.candidates & (state.t < 1)
         before = ranks_before(-belief.entropy, masked)
         spent = jnp.sum(jnp.where(before, belief.entropy[:, None, :], 0.0), axis=-1)
@@ -98,25 +118,33 @@ class EntropyBounded(TokenConstraints):
 
 @struct.dataclass
 class Klass(TokenConstraints):
-    """KLASS (arXiv:2511.05664): masks with c > tau whose belief has been stable, KL(p now || p before) < epsilon, in
-    each of the last `history` steps of their block; where a row has none, the scheduled number by confidence.
+    """KLASS (arXiv:2511.05664): writes masks whose belief is confident and stable.
 
-    The divergence is over five classes, the four likeliest tokens of now and all others as one: what was not among the
-    four likeliest before is taken to have had the fourth's probability, the most that it can have had. UserError where
-    a number is out of range.
+    A belief is stable if KL(p now || p before) < epsilon in each of the last `history` steps of its
+    block. A row without such masks writes the scheduled number by confidence. The divergence is
+    over five classes: the four likeliest tokens of now, and all others as one. A token that was not
+    among the four likeliest before counts with the fourth's probability, its upper bound.
+
+    Attributes:
+        tau: confidence threshold, in [0, 1].
+        epsilon: largest divergence of a stable step, in nats.
+        history: stable steps that are needed.
+        early_exit: skip steps of blocks without masks.
+
+    Raises:
+        UserError: if a number is out of range.
     """
 
     tau: float = static_field(0.9)
     epsilon: float = static_field(0.01)
     history: int = static_field(2)
     early_exit: bool = static_field(True)
-    needs_keys: bool = static_field(False)
 
     def __post_init__(self) -> None:
         check_ranges(self, tau=1.0, epsilon=math.inf, history=math.inf)
 
     def init_memory(self, batch: int, canvas: int) -> dict[str, jax.Array]:
-        """The belief before (no probability: none yet) and for how many steps it has been stable."""
+        """Returns the previous belief (zero: none yet) and the number of stable steps."""
         return {
             "top": jnp.zeros((batch, canvas, TOP)),
             "top_tokens": jnp.zeros((batch, canvas, TOP), jnp.int32),
@@ -124,12 +152,12 @@ class Klass(TokenConstraints):
         }
 
     def __call__(self, belief: Belief, state: DecodeState, step: Step) -> Action:
-        """A step of 1 where belief is high and stable."""
+        """Commits masks with a confident and stable belief."""
         memory, here = state.memory, step.candidates
         still = top_divergence(belief, memory["top"], memory["top_tokens"]) < self.epsilon
         stable = jnp.where(here & still & (memory["top"][..., 0] > 0), memory["stable"] + 1, 0)
         now = {"top": belief.top, "top_tokens": belief.top_tokens}
-        # Only the active block's beliefs are kept: under a cache there are no others.
+        # Only the active block's beliefs are kept, since with a cache there are no others.
         now = {name: jnp.where(here[..., None], x, memory[name]) for name, x in now.items()}
         masked = here & (state.t < 1)
         ready = masked & (belief.confidence > self.tau) & (stable >= self.history)
@@ -138,19 +166,22 @@ class Klass(TokenConstraints):
         return Action.unmask(chosen).replace(memory={**now, "stable": stable})
 
 
-def top_divergence(belief: Belief, top: jax.Array, top_tokens: jax.Array) -> jax.Array:
-    """KL(p now || p before) float32 [B, N] in nats, over the likeliest tokens of now and the rest as one class.
+def top_divergence(
+    belief: Belief, top: Float[Array, "B N 4"], top_tokens: Int[Array, "B N 4"]
+) -> Float[Array, "B N"]:
+    """Computes KL(p now || p before) in nats over the four likeliest tokens and the rest.
 
-    top, top_tokens [B, N, 4]: of the belief before, which may have known less than all of the tokens.
+    Args:
+        belief: predictions of this step.
+        top, top_tokens: the four largest probabilities of the step before and their tokens.
     """
     same = belief.top_tokens[..., :, None] == top_tokens[..., None, :]
     known = jnp.sum(jnp.where(same, top[..., None, :], 0.0), axis=-1)
     before = jnp.where(jnp.any(same, axis=-1), known, top[..., -1:])
 
-    def term(p: jax.Array, q: jax.Array) -> jax.Array:
-        return jnp.where(
-            p > 0, p * (jnp.log(jnp.maximum(p, 1e-12)) - jnp.log(jnp.maximum(q, 1e-12))), 0.0
-        )
+    def term(p: Array, q: Array) -> Array:
+        ratio = jnp.log(jnp.maximum(p, 1e-12)) - jnp.log(jnp.maximum(q, 1e-12))
+        return jnp.where(p > 0, p * ratio, 0.0)
 
     rest = jnp.maximum(1 - belief.top.sum(-1), 0.0), jnp.maximum(1 - before.sum(-1), 0.0)
     return jnp.sum(term(belief.top, before), axis=-1) + term(*rest)
@@ -158,11 +189,22 @@ def top_divergence(belief: Belief, top: jax.Array, top_tokens: jax.Array) -> jax
 
 @struct.dataclass
 class SoftMask(TokenConstraints):
-    """Soft-masking (arXiv:2510.17206) on mask prediction: masks that stay are fed in as (1 - l) m + l sum p~ W_in, over
-    the `likeliest` k tokens with their probabilities renormalised, l = scale * sigmoid(steepness * (-H - offset)).
+    """Soft-masking (arXiv:2510.17206) on mask prediction.
 
-    The paper learns the three numbers with the model; those here are no more than plausible, for a model that never saw
-    such inputs. order: of MaskPrediction, but for "random". UserError where a number is out of range.
+    Masks that stay are fed to the model as (1 - l) m + l sum p W_in, over the `likeliest` k tokens
+    with renormalised p, with l = scale * sigmoid(steepness * (-H - offset)). The paper learns the
+    three numbers with the model. The defaults here are plausible values for a model that was not
+    trained on such inputs.
+
+    Attributes:
+        order: order in which masks are written: "confidence", "entropy" or "margin".
+        likeliest: k, from 1 to 4.
+        scale: largest share of the tokens, in [0, 1].
+        steepness, offset: of the sigmoid over the entropy in nats.
+        early_exit: skip steps of blocks without masks.
+
+    Raises:
+        UserError: for an unknown order, or a number out of range.
     """
 
     order: str = static_field("confidence")
@@ -171,12 +213,12 @@ class SoftMask(TokenConstraints):
     steepness: float = static_field(1.0)
     offset: float = static_field(-1.0)
     early_exit: bool = static_field(True)
-    needs_keys: bool = static_field(False)
 
     def __post_init__(self) -> None:
         orders = ("confidence", "entropy", "margin")
         require(
-            self.order in orders, f"order must be confidence, entropy or margin, not {self.order!r}"
+            self.order in orders,
+            f"order must be confidence, entropy or margin, not {self.order!r}",
         )
         require(
             1 <= self.likeliest <= TOP,
@@ -186,48 +228,58 @@ class SoftMask(TokenConstraints):
         check_ranges(self, scale=1.0, steepness=math.inf)
 
     def __call__(self, belief: Belief, state: DecodeState, step: Step) -> Action:
-        """A step of 1 on the scheduled number of masks, and the mixture that the others are fed as."""
+        """Commits the scheduled number of masks, and mixes the inputs of the others."""
         masked = step.candidates & (state.t < 1)
         chosen = select_highest(order_score(belief, self.order), masked, step.quota)
         p = jnp.where(jnp.arange(TOP) < self.likeliest, belief.top, 0.0)
         share = self.scale * jax.nn.sigmoid(self.steepness * (-belief.entropy - self.offset))
-        return Action.unmask(chosen).replace(
-            mixture=share[..., None] * p / p.sum(-1, keepdims=True)
-        )
+        mixture = share[..., None] * p / p.sum(-1, keepdims=True)
+        return Action.unmask(chosen).replace(mixture=mixture)
 
 
 @struct.dataclass
 class Editing(TokenConstraints):
-    """LLaDA2.1's decoding (arXiv:2602.08676): masks by LLaDA2.0's rule, all with c > tau where they are at least the
-    scheduled number, else the scheduled number; and a written token is replaced where another one now has c > tau_edit.
+    """Token editing of LLaDA2.1 (arXiv:2602.08676).
 
-    Steps are skipped once everything is written and a step changed nothing. tau, tau_edit: 0.7 and 0.5 are its quality
-    mode, 0.5 and 0 its fast one. UserError where a number is out of range.
+    Masks are written by LLaDA2.0's rule: all with c > tau if they are at least the scheduled
+    number, else the scheduled number. A written token is replaced if another one has c > tau_edit.
+    Steps are skipped once everything is written and a step changed nothing.
+
+    Attributes:
+        tau: threshold for masks. 0.7 is the paper's quality mode, 0.5 its fast mode.
+        tau_edit: threshold for written tokens. 0.5 in quality mode, 0 in fast mode.
+        early_exit: skip steps that can change nothing.
+
+    Raises:
+        UserError: if a number is out of range.
     """
 
     tau: float = static_field(0.7)
     tau_edit: float = static_field(0.5)
     early_exit: bool = static_field(True)
-    needs_keys: bool = static_field(False)
 
     def __post_init__(self) -> None:
         check_ranges(self, tau=1.0, tau_edit=1.0)
 
-    def init_memory(self, batch: int, canvas: int) -> jax.Array:
-        """Whether a row's last step changed anything, bool [B]."""
+    @property
+    def revises(self) -> bool:
+        """Returns True: written tokens are replaced."""
+        return True
+
+    def init_memory(self, batch: int, canvas: int) -> Bool[Array, " B"]:
+        """Returns whether a row's last step changed anything."""
         return jnp.zeros(batch, bool)
 
-    def open(self, state: DecodeState) -> jax.Array:
-        """Where another step could still change something, bool [B, N]: at masks, and everywhere after a change."""
+    def is_open(self, state: DecodeState) -> Bool[Array, "B N"]:
+        """Returns True at masks, and everywhere after a step that changed something."""
         return (state.t < 1) | state.memory[:, None]
 
     def __call__(self, belief: Belief, state: DecodeState, step: Step) -> Action:
-        """A step of 1 on masks; a reset that is committed at once on tokens to replace."""
+        """Commits masks, and replaces tokens by a reset that is committed at once."""
         c, written = belief.confidence, step.candidates & (state.t >= 1)
         masked = step.candidates & (state.t < 1)
-        chosen = quota_or_confident(
-            select_highest(c, masked, step.quota), masked & (c > self.tau), step.quota
-        )
+        scheduled = select_highest(c, masked, step.quota)
+        chosen = quota_or_confident(scheduled, masked & (c > self.tau), step.quota)
         replaced = written & (belief.tokens != state.tokens) & (c > self.tau_edit)
         changed = jnp.any(chosen | replaced, axis=-1)
         return Action(chosen.astype(jnp.float32), replaced, replaced, memory=changed)

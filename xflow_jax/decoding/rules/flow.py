@@ -1,8 +1,4 @@
-"""Step rules: how far each position moves after a forward pass. A decoder is one of these on the one flow of decode.py.
-
-A rule sees the belief, the state before the step and what the schedule says, and answers with an `Action`. Mask
-prediction, threshold decoding and their like are the rules that only ever take steps of 0 or 1.
-"""
+"""x-prediction flow decoding, the method itself, as a rule."""
 
 from __future__ import annotations
 
@@ -23,21 +19,35 @@ from xflow_jax.decoding.rules.base import (
 )
 from xflow_jax.decoding.state import SETTLED, DecodeState, Step
 from xflow_jax.errors import require
+from xflow_jax.types import Array, Float
 
 A_MIN = 1 / 256
 
 
 @struct.dataclass
 class Flow(TokenConstraints):
-    """x-prediction flow decoding (Eqs. 4-10), the method itself.
+    """x-prediction flow decoding (Eqs. 4-10).
 
-    policy: the trained step-size policy, in its expectation or, with `sample`, drawn from (what was drawn goes into the
-    trace's notes: see rollout.py). Without one a = c ** power, or, with `jump`, a = 1 where c > jump and a = creep
-    elsewhere. revise_committed: positions at t = 1 are re-edited, too. reedit_margin: how far
-    confidence may fall behind progress; None: no re-editing. commit: one hard commitment per sequence and step.
-    synchronous: one shared step, a = 1 / (steps left), as image diffusion has it. early_exit: skip the steps left in a
-    block once all its positions have a progress of at least `settled`; the last predictions then stand. UserError where
-    a number is out of range.
+    Attributes:
+        policy: trained step-size policy. Without one, a = c ** power, or with `jump`, a = 1 at
+            c > jump and a = creep elsewhere.
+        power: exponent of the fixed rule.
+        jump: confidence above which a position goes all the way, or None.
+        creep: step of the other positions with `jump`.
+        revise_committed: re-edit positions at t = 1 too.
+        reedit_margin: how far confidence may fall behind progress before a position is re-edited
+            (Eq. 10), or None for no re-editing.
+        commit: commit one position per sequence and step, whatever its step fraction.
+        synchronous: one shared step a = 1 / (steps left), as in image diffusion.
+        suppress_mask: predict neither the mask token nor a row without a token.
+        early_exit: skip the steps left in a block once all its positions reach `settled`. The last
+            predictions then stand.
+        settled: progress from which a position is no longer open.
+        sample: draw steps from the policy instead of taking their expectation. The draws are in
+            the trace's notes (training/rollout.py).
+
+    Raises:
+        UserError: if a number is out of range, or if `sample` is set without a policy.
     """
 
     policy: Policy | None = None
@@ -62,17 +72,22 @@ class Flow(TokenConstraints):
 
     @property
     def needs_keys(self) -> bool:
-        """Whether anything is drawn at random."""
+        """True if steps are drawn from the policy."""
         return self.sample
 
-    def fixed_step(self, c: jax.Array) -> jax.Array:
-        """The step fraction of the rule without a policy, from the confidence alone."""
+    @property
+    def revises(self) -> bool:
+        """True if positions at t = 1 can be re-edited."""
+        return self.reedit_margin is not None and self.revise_committed
+
+    def fixed_step(self, c: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Returns the step fraction without a policy, from the confidence alone."""
         if self.jump is not None:
             return jnp.where(c > self.jump, 1.0, self.creep)
         return jnp.clip(c**self.power, A_MIN, 1.0)
 
     def __call__(self, belief: Belief, state: DecodeState, step: Step) -> Action:
-        """Eqs. 5-10 and the hard commitment."""
+        """Returns step fractions, resets and the hard commitment (Eqs. 5-10)."""
         c, t, notes = belief.confidence, state.t, None
         if self.synchronous:
             a = jnp.broadcast_to(1.0 / step.steps_left, t.shape)

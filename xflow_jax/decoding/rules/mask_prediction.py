@@ -1,14 +1,9 @@
-"""Step rules: how far each position moves after a forward pass. A decoder is one of these on the one flow of decode.py.
-
-A rule sees the belief, the state before the step and what the schedule says, and answers with an `Action`. Mask
-prediction, threshold decoding and their like are the rules that only ever take steps of 0 or 1.
-"""
+"""Mask prediction, the standard decoder of LLaDA and LLaDA2.0, as a rule."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 from flax import struct
@@ -25,18 +20,26 @@ from xflow_jax.decoding.rules.base import (
 )
 from xflow_jax.decoding.state import DecodeState, Step
 from xflow_jax.errors import require
+from xflow_jax.types import ModelConfig
 
 
 @struct.dataclass
 class MaskPrediction(TokenConstraints):
-    """The standard decoder of LLaDA (ML-GSAI/LLaDA, generate.py) and, with `threshold`, of LLaDA2.0.
+    """Decoder of LLaDA (ML-GSAI/LLaDA, generate.py) and, with `threshold`, of LLaDA2.0.
 
-    order: which masked positions are written first: "confidence", "random", "entropy" (lowest first) or "margin"
-    (largest p1 - p2). temperature: of the Gumbel noise when choosing tokens; the confidence stays the one without it.
-    cfg_scale: classifier-free guidance w. threshold: all positions above it are written when they are at least the
-    scheduled number, else the scheduled number; blocks then end as soon as they hold no mask. The mask token and unused
-    rows are left alone unless told, as in the official code. UserError for an unknown order and where a number is out
-    of range.
+    As in the official code, the mask token and unused rows of the head may be predicted unless
+    `suppress_mask` is set.
+
+    Attributes:
+        order: order in which masks are written: "confidence", "random", "entropy" (lowest first)
+            or "margin" (largest p1 - p2).
+        temperature: of the Gumbel noise that chooses tokens. The confidence is without noise.
+        cfg_scale: classifier-free guidance w.
+        threshold: write all positions above it if they are at least the scheduled number, else the
+            scheduled number. A block then ends as soon as it holds no mask.
+
+    Raises:
+        UserError: for an unknown order, or a number out of range.
     """
 
     order: str = static_field("confidence")
@@ -46,42 +49,37 @@ class MaskPrediction(TokenConstraints):
 
     def __post_init__(self) -> None:
         orders = ("confidence", "random", "entropy", "margin")
-        require(
-            self.order in orders,
-            f"order must be {', '.join(orders[:-1])} or {orders[-1]}, not {self.order!r}",
-        )
+        known = f"{', '.join(orders[:-1])} or {orders[-1]}"
+        require(self.order in orders, f"order must be {known}, not {self.order!r}")
         check_ranges(self, temperature=math.inf, cfg_scale=math.inf, threshold=1.0)
 
     @property
     def early_exit(self) -> bool:
-        """Whether forward passes that can change nothing are skipped unless the caller says otherwise."""
+        """True with a threshold, as in LLaDA2.0's loop."""
         return self.threshold is not None
 
     @property
     def needs_keys(self) -> bool:
-        """Whether anything is drawn at random."""
+        """True if the order or the tokens are drawn."""
         return self.order == "random" or self.temperature > 0
 
-    def belief_options(self, config: Any, eot_id: int | None) -> BeliefOptions:
-        """What the rule asks of the belief, with the noise and the guidance."""
-        asked = TokenConstraints.belief_options(
-            self, config, eot_id
-        )  # flax makes the class anew, and super() the old one
-        return dataclasses.replace(asked, temperature=self.temperature, guidance=self.cfg_scale)
+    def belief_options(self, config: ModelConfig, eot_id: int | None) -> BeliefOptions:
+        """Returns the constraints of the belief, with noise and guidance."""
+        # struct.dataclass replaces the class, so zero-argument super() fails.
+        options = TokenConstraints.belief_options(self, config, eot_id)
+        return dataclasses.replace(options, temperature=self.temperature, guidance=self.cfg_scale)
 
     def __call__(self, belief: Belief, state: DecodeState, step: Step) -> Action:
-        """A step of 1 on the scheduled number of masked positions."""
+        """Commits the scheduled number of masked positions."""
         masked = step.candidates & (state.t < 1)
         if self.order == "random":
-            # A key of its own: the noise on the logits uses the step's key itself.
-            score = jax.vmap(
-                lambda key: jax.random.uniform(jax.random.fold_in(key, 1), masked.shape[1:])
-            )(step.keys)
+            # A folded key, since the noise on the logits uses the step's key itself.
+            keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(step.keys)
+            score = jax.vmap(lambda key: jax.random.uniform(key, masked.shape[1:]))(keys)
         else:
             score = order_score(belief, self.order)
         chosen = select_highest(score, masked, step.quota)
         if self.threshold is not None:
-            chosen = quota_or_confident(
-                chosen, masked & (belief.confidence > self.threshold), step.quota
-            )
+            confident = masked & (belief.confidence > self.threshold)
+            chosen = quota_or_confident(chosen, confident, step.quota)
         return Action.unmask(chosen)

@@ -1,11 +1,12 @@
-"""What a command line says of decoding, read strictly: rules with options, budgets, and the steps that they come to."""
+"""Rules and budgets as text: "flow:power=4", "my_rule.py:MyRule(tau=0.3)", "1/4"."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from fractions import Fraction
 from typing import Any
 
@@ -19,6 +20,7 @@ from xflow_jax.decoding.rules.baselines import (
     SoftMask,
     Threshold,
 )
+from xflow_jax.decoding.rules.external import load_rule_class
 from xflow_jax.decoding.rules.flow import Flow
 from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
 from xflow_jax.errors import UserError
@@ -34,45 +36,62 @@ RULES: dict[str, type] = {
     "edit": Editing,
     "flow": Flow,
 }
+# path/to/file.py:Class or package.module:Class, with options in parentheses if there are any.
+_EXTERNAL = re.compile(r"([^:()]+\.py|[\w.]+):([A-Za-z_]\w*)(?:\((.*)\))?")
 
 
-def rule_fields(cls: type) -> dict[str, Any]:
-    """Option -> type of its value, for a class of rules."""
+def rule_fields(cls: type) -> dict[str, object]:
+    """Returns option -> type of its value, for a class of rules."""
     hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name != "needs_keys"}
+    return {f.name: hints[f.name] for f in fields(cls)}
 
 
-def parse_rule(text: str, defaults: Iterable[tuple[str, Any]] = ()) -> tuple[str, Rule]:
-    """(label, rule) of "flow", "threshold:tau=0.7" or "mask:order=entropy,temperature=0.5".
+def parse_rule(text: str, defaults: Iterable[tuple[str, object]] = ()) -> tuple[str, Rule]:
+    """Parses a rule such as "flow", "threshold:tau=0.7" or "my_rule.py:MyRule(tau=0.3)".
 
-    The label is the text without its spaces. defaults: options that are used where the rule has them and the text does
-    not set them. A flow's policy is the path of its file, or tiny; the options that it was trained under hold unless
-    the text sets them. Raises UserError, with the nearest name for an unknown one.
+    Args:
+        text: a built-in name with options after a colon, or a class in a Python file or module
+            with options in parentheses. A flow's policy is the path of its file, or "tiny". It
+            brings the options that it was trained under.
+        defaults: options for rules that have them. Options in the text come first.
+
+    Returns:
+        The text without its spaces, as a label, and the rule.
+
+    Raises:
+        UserError: for an unknown rule or option, with the nearest name, and for a wrong value.
     """
     text = "".join(text.split())
     name, colon, rest = text.partition(":")
-    if name not in RULES:
+    if name in RULES:
+        cls = RULES[name]
+    elif match := _EXTERNAL.fullmatch(text):
+        source, class_name, rest = match.groups()
+        cls, name = load_rule_class(source, class_name), f"{source}:{class_name}"
+        colon = rest or ""
+    else:
         raise UserError(f"there is no rule {name!r}; {_suggest(name, RULES)}")
-    known = rule_fields(RULES[name])
+    known = rule_fields(cls)
     given = _options(name, rest, known) if colon else {}
     if (file := given.pop("policy", "none")) != "none":
         policy, switches = read_policy(file)
         given = (_options(name, switches, known) if switches else {}) | given | {"policy": policy}
     given = {option: value for option, value in defaults if option in known} | given
     try:
-        return text, RULES[name](**given)
-    except UserError as error:
+        return text, cls(**given)
+    except (UserError, TypeError, ValueError) as error:
         raise UserError(f"the rule {text}: {error}") from None
 
 
-def _options(name: str, text: str, known: dict[str, Any]) -> dict[str, Any]:
-    """The values in "option=value,option=value"; a policy's stays the name of its file."""
-    given = {}
+def _options(name: str, text: str, known: dict[str, object]) -> dict[str, Any]:
+    """Parses "option=value,option=value". A policy stays the name of its file."""
+    given: dict[str, Any] = {}
     for part in text.split(","):
         option, equals, value = part.partition("=")
         if not equals:
+            form = f"{name}(option=value)" if ":" in name else f"{name}:option=value"
             raise UserError(
-                f"the rule {name}:{text} must look like {name}:option=value, with commas between options"
+                f"the rule {name}:{text} must look like {form}, with commas between options"
             )
         if option not in known:
             raise UserError(f"the rule {name} has no option {option!r}; {_suggest(option, known)}")
@@ -80,12 +99,19 @@ def _options(name: str, text: str, known: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def parse_rules(text: str, defaults: Sequence[tuple[str, Any]] = ()) -> dict[str, Rule]:
-    """label -> rule, in order, of rules with commas between them: "mask,flow:power=4,commit=false,threshold"."""
+def parse_rules(text: str, defaults: Sequence[tuple[str, object]] = ()) -> dict[str, Rule]:
+    """Parses rules with commas between them: "mask,flow:power=4,commit=false,threshold".
+
+    Arguments and errors are those of `parse_rule`.
+
+    Returns:
+        Label -> rule, in order.
+    """
     texts: list[str] = []
-    for part in text.split(","):
+    for part in re.split(r",(?![^(]*\))", text):  # commas in parentheses do not count
         head = part.partition(":")[0]
-        if "=" in head and texts:  # another option of the rule before it
+        # A part such as "commit=false" is another option of the rule before it.
+        if "=" in head and texts:
             texts[-1] += "," + part
         else:
             texts.append(part)
@@ -93,7 +119,11 @@ def parse_rules(text: str, defaults: Sequence[tuple[str, Any]] = ()) -> dict[str
 
 
 def parse_budget(text: str) -> Fraction:
-    """The budget that "1/4" or "0.25" says, the share of the full number of steps; UserError outside (0, 1]."""
+    """Parses a budget such as "1/4" or "0.25", the share of the full number of steps.
+
+    Raises:
+        UserError: for a text that is no number in (0, 1].
+    """
     try:
         budget = Fraction(text.strip())
     except (ValueError, ZeroDivisionError):
@@ -106,7 +136,7 @@ def parse_budget(text: str) -> Fraction:
 
 
 def parse_budgets(text: str) -> list[Fraction]:
-    """Budgets with commas between them, each once."""
+    """Parses budgets with commas between them, and drops repetitions."""
     return list(dict.fromkeys(parse_budget(part) for part in text.split(",")))
 
 
@@ -115,7 +145,8 @@ def _suggest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
 
 
-def _value(rule: str, option: str, text: str, hint: Any) -> Any:
+def _value(rule: str, option: str, text: str, hint: object) -> Any:
+    """Converts the text of an option to the type that the rule declares."""
     value: Any = {"true": True, "false": False, "none": None}.get(text.lower(), text)
     if isinstance(value, str):
         for kind in (int, float):

@@ -68,7 +68,7 @@ TASK = Task(
     extract=lambda problem, text: extract(text),
     program=lambda problem, code: (code, checks(problem, code)),
     canonical=_canonical,
-    settings=SETTINGS,
+    config=SETTINGS,
     parts=_parts,
     training=_split("train", TRAINING_PROBLEMS, POLICY_SEED),
 )

@@ -1,0 +1,103 @@
+"""Rules from files and modules of the user's own."""
+
+from __future__ import annotations
+
+import os
+
+import jax.numpy as jnp
+import pytest
+
+from tests.helpers import stub
+from xflow_jax.decoding.generate import generate
+from xflow_jax.decoding.rules.baselines import Threshold
+from xflow_jax.decoding.rules.external import load_rule_class, source_hash
+from xflow_jax.decoding.rules.parsing import parse_rule, parse_rules
+from xflow_jax.errors import UserError
+
+RULE = """
+from flax import struct
+from xflow_jax.decoding import Action, TokenConstraints, select_highest, static_field
+
+@struct.dataclass
+class MyRule(TokenConstraints):
+    tau: float = static_field(0.9)
+    early_exit: bool = static_field(True)
+
+    def __call__(self, belief, state, step):
+        masked = step.candidates & (state.t < 1)
+        best = select_highest(belief.confidence, masked, 1)
+        return Action.unmask((masked & (belief.confidence >= self.tau)) | best)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "my_rule.py").write_text(RULE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("source", ["my_rule.py", "{folder}/my_rule.py", "my_rule"])
+def test_a_rule_of_ones_own_decodes_like_the_same_rule_here(folder, source):
+    text = source.format(folder=folder) + ":MyRule(tau=0.3)"
+    label, rule = parse_rule(text)
+    assert label == text and rule.tau == 0.3 and not rule.revises
+    lm, prompts = stub(), [[1, 2, 3], [4]]
+    ours = generate(lm, prompts, Threshold(tau=0.3), 8, 8, block_length=4)
+    mine = generate(lm, prompts, rule, 8, 8, block_length=4)
+    assert jnp.array_equal(ours.tokens, mine.tokens)
+    assert jnp.array_equal(ours.forward_passes, mine.forward_passes)
+
+
+def test_a_file_is_loaded_once_until_it_changes(folder):
+    first = load_rule_class("my_rule.py", "MyRule")
+    assert load_rule_class("my_rule.py", "MyRule") is first
+    (folder / "my_rule.py").write_text(RULE.replace("0.9", "0.8"))
+    os.utime(folder / "my_rule.py", ns=(1, 1))
+    assert load_rule_class("my_rule.py", "MyRule")().tau == 0.8
+
+
+def test_rules_of_both_kinds_in_one_list(folder):
+    rules = parse_rules(
+        "mask,my_rule.py:MyRule(tau=0.5,early_exit=false),flow:power=4,commit=false"
+    )
+    labels = ["mask", "my_rule.py:MyRule(tau=0.5,early_exit=false)", "flow:power=4,commit=false"]
+    assert list(rules) == labels
+    assert not rules[labels[1]].early_exit
+
+
+def test_the_hash_tells_versions_of_a_file_apart(folder):
+    before = source_hash(load_rule_class("my_rule.py", "MyRule"))
+    (folder / "my_rule.py").write_text(RULE + "\n# changed\n")
+    os.utime(folder / "my_rule.py", ns=(1, 1))
+    assert source_hash(load_rule_class("my_rule.py", "MyRule")) != before
+    assert source_hash(Threshold) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "sentence"),
+    [
+        ("nowhere.py:MyRule", None, "nowhere.py: there is no such file"),
+        ("no.such.module:MyRule", None, "there is no rule and no module 'no.such.module'"),
+        ("my_rule.py:Mine", None, "my_rule.py has no class Mine; there are MyRule"),
+        ("my_rule.py:MyRule(tua=1)", None, "has no option 'tua'; did you mean tau?"),
+        ("my_rule.py:MyRule(tau)", None, "must look like my_rule.py:MyRule(option=value)"),
+        ("my_rule.py:MyRule(tau=x)", None, 'tau is "x", but it must be a number'),
+        ("my_rule.py:A", "class A:\n    pass\n", "A is no rule, it lacks early_exit"),
+        ("my_rule.py:A", "def A(:\n", "my_rule.py: its code fails with SyntaxError"),
+        ("my_rule.py:A", "x = 1 / 0\n", "its code fails with ZeroDivisionError: division by zero"),
+        ("my_rule.py:A", "import nothing_here\n", "ModuleNotFoundError: No module named"),
+        (
+            "my_rule.py:MyRule",
+            RULE.replace("@struct.dataclass", ""),
+            "MyRule must be a frozen dataclass",
+        ),
+    ],
+)
+def test_mistakes_are_one_sentence(folder, text, code, sentence):
+    if code is not None:
+        (folder / "my_rule.py").write_text(code)
+        os.utime(folder / "my_rule.py", ns=(7, hash(code) % 10**9))
+    with pytest.raises(UserError) as error:
+        parse_rule(text)
+    assert sentence in str(error.value) and "\n" not in str(error.value)

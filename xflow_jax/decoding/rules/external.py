@@ -1,0 +1,122 @@
+"""Rules of the user's own, loaded from a Python file or an importable module."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+from xflow_jax.errors import UserError
+
+MEMBERS = (
+    "early_exit",
+    "settled",
+    "needs_keys",
+    "revises",
+    "belief_options",
+    "init_memory",
+    "is_open",
+    "__call__",
+)
+
+
+def load_rule_class(source: str, name: str) -> type:
+    """Loads a class of rules.
+
+    Args:
+        source: path of a .py file, or a module such as "package.module". The current directory
+            counts as a place of modules.
+        name: name of the class.
+
+    Raises:
+        UserError: if there is no such file, module or class, if its code fails, or if the class
+            is not a rule.
+    """
+    module = _load_file(source) if source.endswith(".py") else _load_module(source)
+    cls = getattr(module, name, None)
+    if not isinstance(cls, type):
+        found = [n for n, v in vars(module).items() if isinstance(v, type) and _is_local(v, module)]
+        hint = f"; there are {', '.join(found)}" if found else ""
+        raise UserError(f"{source} has no class {name}{hint}")
+    missing = [member for member in MEMBERS if not callable(cls) or not hasattr(cls, member)]
+    if missing:
+        raise UserError(
+            f"{source}: {name} is no rule, it lacks {', '.join(missing)}; "
+            "derive it from xflow_jax.decoding.TokenConstraints"
+        )
+    if "__dataclass_params__" not in vars(cls) or not cls.__dataclass_params__.frozen:
+        raise UserError(
+            f"{source}: {name} must be a frozen dataclass: write @flax.struct.dataclass above it"
+        )
+    return cls
+
+
+def source_hash(cls: type) -> str | None:
+    """Returns a short hash of the file of a rule from outside the package, otherwise None."""
+    if cls.__module__.partition(".")[0] == __name__.partition(".")[0]:
+        return None
+    file = inspect.getsourcefile(cls)
+    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+
+
+def _is_local(value: type, module: ModuleType) -> bool:
+    return value.__module__ == module.__name__
+
+
+def _load_file(source: str) -> ModuleType:
+    path = Path(source).expanduser().resolve()
+    if not path.is_file():
+        raise UserError(f"{source}: there is no such file; a rule of your own is FILE.py:Class")
+    return _run_file(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache
+def _run_file(path: Path, changed: int) -> ModuleType:
+    """Runs a file once as long as it does not change, so that its classes stay the same."""
+    name = f"rule_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path}: cannot be loaded as Python code")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise _failure(str(path), error) from error
+    return module
+
+
+def _load_module(source: str) -> ModuleType:
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        return importlib.import_module(source)
+    except ModuleNotFoundError as error:
+        if error.name is not None and source.startswith(error.name):
+            raise UserError(
+                f"there is no rule and no module {source!r}; a rule of your own is FILE.py:Class "
+                "or package.module:Class"
+            ) from None
+        raise _failure(source, error) from error
+    except Exception as error:
+        raise _failure(source, error) from error
+    finally:
+        sys.path.remove(here)
+
+
+def _failure(source: str, error: Exception) -> UserError:
+    """Describes an exception of the user's code in one sentence."""
+    frames = traceback.extract_tb(error.__traceback__)
+    line = f", line {frames[-1].lineno} of {Path(frames[-1].filename).name}" if frames else ""
+    if isinstance(error, SyntaxError):
+        line = f", line {error.lineno}"
+    text = str(error).split("\n")[0]
+    return UserError(f"{source}: its code fails with {type(error).__name__}: {text}{line}")
