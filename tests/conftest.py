@@ -14,6 +14,11 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = (
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Shapes and dtypes of annotations are checked at every call, also while a function is traced.
+_CHECKED = ["xflow_jax.decoding", "xflow_jax.models", "xflow_jax.training"]
+install_import_hook(_CHECKED, "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 from jax.sharding import Mesh
@@ -52,6 +52,7 @@ Metrics: TypeAlias = dict[str, jax.Array]  # scalars by name
 Cache: TypeAlias = dict[str, dict[str, jax.Array]]
 
 
+@runtime_checkable
 class ModelConfig(Protocol):
     """Properties of a model that code outside its family relies on.
 
@@ -104,6 +105,7 @@ class ModelConfig(Protocol):
     def default_block_length(self) -> int | None: ...
 
 
+@runtime_checkable
 class Backbone(Protocol):
     """A frozen model module, as functions of its parameters.
 
@@ -124,6 +126,7 @@ class Backbone(Protocol):
     def empty_cache(self, batch: int, positions: int) -> Cache: ...
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """The part of a transformers tokenizer that is used."""
 
@@ -136,6 +139,7 @@ class Tokenizer(Protocol):
     def convert_tokens_to_ids(self, token: str) -> int: ...
 
 
+@runtime_checkable
 class LanguageModel(Protocol):
     """A model with its parameters, as `xflow_jax.load` returns it."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from xflow_jax.errors import require
 from xflow_jax.types import Array, Bool, Float, Int, ModelConfig
 
 
+@runtime_checkable
 class Rule(Protocol):
     """Strategy of a decode: a frozen dataclass, hashable unless it holds arrays.
 
