@@ -6,11 +6,12 @@ The same functions serve tests/test_house.py, which fails if a rule of the layou
 from __future__ import annotations
 
 import ast
+import io
 import re
 import sys
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 LIBRARY = "xflow_jax"
@@ -42,9 +43,15 @@ SHORT_FUNCTIONS = ("decoding", "models", "training")
 MAX_FUNCTION = 60
 FAMILY_PACKAGES = ("models", "checkpoints")  # only these may compare a family's name
 FAMILIES = ("llada", "llada2")
+MAX_ANY = 0.02  # share of all parameters that may be Any
 # A docstring's first line is a verb or noun phrase of at most this many words.
 MAX_FIRST_LINE = 12
 OPENINGS = ("What", "Who", "How", "Where", "Of", "Whether", "When", "Which", "Whose", "As")
+# Calls whose arguments a user reads, besides `raise` and the keyword `help`.
+MESSAGE_CALLS = ("require", "print", "warn", "error", "exit")
+SEMICOLON = re.compile(r"(?:^|\w)[^\w\s;]*;\s+\w")  # between two clauses, not a separator alone
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True)
@@ -134,28 +141,51 @@ def exported(source: Source) -> set[str]:
     return set()
 
 
+def import_graph(sources: dict[str, Source]) -> dict[str, set[str]]:
+    """Returns module -> modules that it imports, among the sources."""
+    graph: dict[str, set[str]] = {module: set() for module in sources}
+    for module, source in sources.items():
+        for imported in source.imports:
+            other = target(imported.module, sources)
+            # A module imports its own package's __init__ implicitly. That is no circle.
+            if other in sources and other != module and not module.startswith(f"{other}."):
+                graph[module].add(other)
+    return graph
+
+
+def import_circles(sources: dict[str, Source]) -> list[set[str]]:
+    """Returns the groups of modules that import each other, directly or through others."""
+    graph = import_graph(sources)
+    reached: dict[str, set[str]] = {}
+    for module in graph:
+        found, todo = set[str](), [module]
+        while todo:
+            new = graph[todo.pop()] - found
+            found |= new
+            todo += new
+        reached[module] = found
+    circles: list[set[str]] = []
+    for module, others in reached.items():
+        if module in others and not any(module in circle for circle in circles):
+            circles.append({other for other in others if module in reached[other]})
+    return circles
+
+
 def import_complaints(sources: dict[str, Source]) -> list[str]:
     """Returns a sentence for each import that breaks a rule of the layout."""
     found: list[str] = []
-    graph: dict[str, set[str]] = {}
     for module, source in sources.items():
-        top = module.split(".")[0]
-        if top == LIBRARY and source.package not in RANKS:
+        if module.split(".")[0] == LIBRARY and source.package not in RANKS:
             found.append(f"{module} has no rank: give {source.package} a place in RANKS")
             continue
         for imported in source.imports:
             where = f"{module}, line {imported.line}"
             other = target(imported.module, sources)
             if other in sources and other != module:
-                # A module imports its own package's __init__ implicitly. That is no circle.
-                if not module.startswith(f"{other}."):
-                    graph.setdefault(module, set()).add(other)
                 found += _wrong_direction(where, source, sources[other], imported, sources)
             found += _behind_a_fence(where, module, other, imported)
-    try:
-        TopologicalSorter(graph).prepare()
-    except CycleError as error:
-        found.append(f"modules import each other in a circle: {' <- '.join(error.args[1])}")
+    for circle in import_circles(sources):
+        found.append(f"modules import each other in a circle: {', '.join(sorted(circle))}")
     return found
 
 
@@ -205,17 +235,17 @@ def _behind_a_fence(where: str, module: str, other: str, imported: Import) -> li
     return found
 
 
-def functions(sources: dict[str, Source]) -> Iterator[tuple[Source, ast.FunctionDef]]:
+def functions(sources: dict[str, Source]) -> Iterator[tuple[Source, Function]]:
     """Yields every function and method of the library and the programs."""
     for source in sources.values():
         for node in ast.walk(source.tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            if isinstance(node, Function):
                 yield source, node
 
 
-def function_length(node: ast.FunctionDef) -> int:
+def function_length(node: Function) -> int:
     """Returns the lines of a function with its docstring, without its decorators."""
-    return node.end_lineno - node.lineno + 1
+    return (node.end_lineno or node.lineno) - node.lineno + 1
 
 
 def long_functions(sources: dict[str, Source]) -> list[str]:
@@ -223,21 +253,30 @@ def long_functions(sources: dict[str, Source]) -> list[str]:
     return [
         f"{source.module}.{node.name}: {function_length(node)} lines"
         for source, node in functions(sources)
-        if source.package in SHORT_FUNCTIONS and function_length(node) > MAX_FUNCTION
+        if source.module.split(".")[0] == LIBRARY
+        and source.package in SHORT_FUNCTIONS
+        and function_length(node) > MAX_FUNCTION
     ]
 
 
-def any_share(sources: dict[str, Source]) -> tuple[int, int]:
-    """Counts (parameters annotated with Any at their top level, all parameters)."""
-    loose = total = 0
-    for _, node in functions(sources):
+def parameters(sources: dict[str, Source]) -> Iterator[tuple[str, ast.arg]]:
+    """Yields (place, parameter) of every function, without self and cls."""
+    for source, node in functions(sources):
         a = node.args
         for arg in [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, [a.vararg, a.kwarg])]:
-            if arg.arg in ("self", "cls"):
-                continue
-            total += 1
-            loose += arg.annotation is None or ast.unparse(arg.annotation) in ("Any", "typing.Any")
-    return loose, total
+            if arg.arg not in ("self", "cls"):
+                yield f"{source.module}.{node.name}: {arg.arg}", arg
+
+
+def any_parameters(sources: dict[str, Source]) -> tuple[list[str], int]:
+    """Returns the parameters that are Any or have no annotation, and the number of all."""
+    every = list(parameters(sources))
+    loose = [
+        place
+        for place, arg in every
+        if arg.annotation is None or ast.unparse(arg.annotation) in ("Any", "typing.Any")
+    ]
+    return loose, len(every)
 
 
 def family_comparisons(sources: dict[str, Source]) -> list[str]:
@@ -258,26 +297,86 @@ def docstrings(sources: dict[str, Source]) -> Iterator[tuple[str, str]]:
     """Yields (place, docstring) of every module, class and function that has one."""
     for source in sources.values():
         for node in ast.walk(source.tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            if isinstance(node, ast.Module | ast.ClassDef | Function):
                 text = ast.get_docstring(node)
                 if text:
                     name = getattr(node, "name", "")
                     yield f"{source.module}{'.' if name else ''}{name}", text
 
 
-def docstring_complaints(sources: dict[str, Source]) -> list[str]:
-    """Returns docstrings whose first line is too long or opens like a clause."""
-    found = []
+def docstring_complaints(sources: dict[str, Source]) -> dict[str, list[str]]:
+    """Returns the places where a docstring breaks a rule of style, by rule."""
+    found: dict[str, list[str]] = {"opening": [], "first line": [], "semicolon": []}
     for place, text in docstrings(sources):
-        first = text.split("\n\n")[0].replace("\n", " ").strip()
-        words = first.split()
-        if words[0] in OPENINGS:
-            found.append(f"{place}: begins with {words[0]!r}")
+        words = text.split("\n\n")[0].split()
+        opening = re.split(r"\W", words[0])[0]
+        if opening in OPENINGS:
+            found["opening"].append(f"{place}: begins with {opening!r}")
         if len(words) > MAX_FIRST_LINE:
-            found.append(f"{place}: the first line has {len(words)} words")
+            found["first line"].append(f"{place}: {len(words)} words")
         if ";" in text:
-            found.append(f"{place}: holds a semicolon")
+            found["semicolon"].append(f"{place}: {text.count(';')}")
     return found
+
+
+def semicolon_comments(sources: dict[str, Source]) -> list[str]:
+    """Returns the comments in which a semicolon joins two clauses."""
+    found = []
+    for source in sources.values():
+        for token in tokenize.generate_tokens(io.StringIO(source.text).readline):
+            if token.type == tokenize.COMMENT and SEMICOLON.search(token.string):
+                found.append(f"{source.module}, line {token.start[0]}: {token.string}")
+    return found
+
+
+def semicolon_messages(sources: dict[str, Source]) -> list[str]:
+    """Returns the texts for users in which a semicolon joins two clauses."""
+    found = {}
+    for source in sources.values():
+        for node in ast.walk(source.tree):
+            for line, text in _messages(node):
+                if SEMICOLON.search(text):
+                    found[source.module, line] = text
+    return [f"{module}, line {line}: {text}" for (module, line), text in found.items()]
+
+
+def _messages(node: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yields (line, text) in a raised error, a call of MESSAGE_CALLS or a help text."""
+    parts: list[ast.AST] = []
+    if isinstance(node, ast.Raise) and node.exc:
+        parts = [node.exc]
+    elif isinstance(node, ast.Call):
+        name = ast.unparse(node.func).split(".")[-1]
+        parts = [*node.args] if name in MESSAGE_CALLS or name.endswith("Error") else []
+        parts += [keyword.value for keyword in node.keywords if keyword.arg == "help"]
+    for part in parts:
+        for child in ast.walk(part):
+            if isinstance(child, ast.Constant) and isinstance(child.value, str):
+                yield child.lineno, child.value
+
+
+def missing_docstrings(sources: dict[str, Source]) -> list[str]:
+    """Returns the functions and classes in a package's __all__ that have no docstring."""
+    found = []
+    for source in sources.values():
+        if source.is_package:
+            for name in sorted(exported(source)):
+                node = definition(source, name, sources)
+                if isinstance(node, ast.ClassDef | Function) and not ast.get_docstring(node):
+                    found.append(f"{source.module}.{name}")
+    return found
+
+
+def definition(source: Source, name: str, sources: dict[str, Source]) -> ast.stmt | None:
+    """Returns the statement that defines a module's name, in another module if imported."""
+    for node in source.tree.body:
+        if isinstance(node, ast.ClassDef | Function) and node.name == name:
+            return node
+    for imported in source.imports:
+        prefix, _, last = imported.module.rpartition(".")
+        if last == name and prefix in sources and prefix != source.module:
+            return definition(sources[prefix], name, sources)
+    return None
 
 
 def long_lines(sources: dict[str, Source], width: int = 100) -> int:
@@ -314,28 +413,32 @@ def measure(root: Path) -> dict[str, str]:
     short = [
         (function_length(node), f"{s.module}.{node.name}")
         for s, node in functions(sources)
-        if s.package in SHORT_FUNCTIONS
+        if s.module.split(".")[0] == LIBRARY and s.package in SHORT_FUNCTIONS
     ]
-    loose, total = any_share(sources)
+    loose, total = any_parameters(sources)
     texts = [text for _, text in docstrings(sources)]
-    opening = sum(text.split()[0] in OPENINGS for text in texts)
-    first = sum(len(text.split("\n\n")[0].split()) > MAX_FIRST_LINE for text in texts)
+    openings, first_lines, _ = docstring_complaints(sources).values()
     names = top_level_names(root)
     graph = package_graph(sources)
-    circles = [c for c in import_complaints(sources) if "circle" in c]
     return {
         "top-level names in the library": str(len(names)),
         "arrows between them": str(sum(map(len, graph.values()))),
-        "circles of imports": str(len(circles)),
+        "modules in circles of imports": str(sum(map(len, import_circles(sources)))),
         "longest function": "{} lines ({})".format(*max(lengths)),
         "longest in decoding, models, training": "{} lines ({})".format(
             *max(short, default=(0, ""))
         ),
-        "parameters that are Any or bare": f"{loose} of {total} ({100 * loose / total:.1f} %)",
+        "parameters that are Any or bare": (
+            f"{len(loose)} of {total} ({100 * len(loose) / total:.1f} %)"
+        ),
         "family comparisons outside models, checkpoints": str(len(family_comparisons(sources))),
-        "docstrings that open like a clause": f"{opening} of {len(texts)}",
-        "docstrings with a first line above 12 words": f"{first} of {len(texts)}",
+        "docstrings that open like a clause": f"{len(openings)} of {len(texts)}",
+        "docstrings with a first line above 12 words": f"{len(first_lines)} of {len(texts)}",
         "semicolons in docstrings": str(sum(text.count(";") for text in texts)),
+        "semicolons in comments": str(len(semicolon_comments(sources))),
+        "semicolons in messages": str(len(semicolon_messages(sources))),
+        "exported names without a docstring": str(len(missing_docstrings(sources))),
+        "files above 400 lines": str(sum(s.text.count("\n") > 400 for s in sources.values())),
         "lines above 100 columns": str(long_lines(sources)),
     }
 
