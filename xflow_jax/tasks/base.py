@@ -1,6 +1,6 @@
-"""Tasks: what a model is asked, how its answer becomes a program, and how that program is judged, all as data.
+"""Tasks as data: the class Task, its TaskConfig, code extraction, and the look-up by name.
 
-A task is one frozen `Task` named TASK in its own module here; `get_task` finds it by name.
+A task is one frozen `Task` named TASK, in a module or package of this package.
 """
 
 from __future__ import annotations
@@ -11,23 +11,30 @@ import importlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Generic, TypeVar
 
 from xflow_jax.errors import UserError
 from xflow_jax.sandbox import Limits
+
+ProblemT = TypeVar("ProblemT")
 
 NAMES = ("microcode", "humaneval", "mbpp")  # each has a module here
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-    """The protocol of a task, printed with every result.
+    """Evaluation protocol of a task, printed with every result.
 
-    gen_length N: response positions; the full budget is as many steps. block_length: None = the model family's own.
-    shots: worked examples in the prompt. prompt: of one problem, with the names of its parts in braces. extraction: of
-    the code from an answer, one of EXTRACTIONS. stop: the first of these texts ends an answer. rule_options: options
-    that every rule which has them gets, unless the user says otherwise (the treatment of EOS, for example). limits: of
-    the sandbox.
+    Attributes:
+        gen_length: N, response positions. The full budget is as many steps.
+        block_length: positions of a block. None takes the model family's own.
+        shots: worked examples in the prompt.
+        prompt: template of one problem, with the names of its parts in braces.
+        extraction: key of EXTRACTIONS, the function that finds the code in an answer.
+        stop: an answer ends before the first of these texts.
+        rule_options: (name, value) pairs for every rule that has the option, for example the
+            treatment of EOS. Options that the user gives take precedence.
+        limits: limits of the sandbox.
     """
 
     gen_length: int
@@ -36,66 +43,84 @@ class TaskConfig:
     prompt: str = "{prompt}"
     extraction: str = "first fence"
     stop: tuple[str, ...] = ()
-    rule_options: tuple[tuple[str, Any], ...] = ()
+    rule_options: tuple[tuple[str, object], ...] = ()
     limits: Limits = Limits()
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """A task, as functions of its own kind of problem.
+class Task(Generic[ProblemT]):
+    """Evaluation task, as functions of its own type of problem.
 
-    problems(data, limit): the first `limit` problems (None = the usual number) from the file `data` (None = the task's
-    own); raises UserError. task_id(problem): unique in the task. prompt(problem): one user's text, or chat messages.
-    extract(problem, text): the code in a model's answer. program(problem, code): (program, checks) for the sandbox.
-    canonical(problem): a right answer, in the text that a model would write. parts(problem, code): as program, a pair
-    for each of the problem's tests. training(data, limit): problems to train on, none of which `problems` has.
+    Attributes:
+        name: name on the command line.
+        problems: (data, limit) -> the first `limit` problems (None: the usual number) of the file
+            `data` (None: the task's own source). Raises UserError.
+        task_id: problem -> identifier, unique in the task.
+        prompt: problem -> the text of one user, or chat messages.
+        extract: (problem, text) -> the code in the answer `text` of a model.
+        program: (problem, code) -> (program, checks) for the sandbox.
+        canonical: problem -> a right answer, in the form that a model would write.
+        config: evaluation protocol.
+        parts: (problem, code) -> one (program, checks) pair for each test of the problem.
+        training: (data, limit) -> problems to train on, none of which `problems` returns.
     """
 
     name: str
-    problems: Callable[[Path | None, int | None], Sequence[Any]]
-    task_id: Callable[[Any], str]
-    prompt: Callable[[Any], str | Sequence[dict[str, str]]]
-    extract: Callable[[Any, str], str]
-    program: Callable[[Any, str], tuple[str, str]]
-    canonical: Callable[[Any], str]
+    problems: Callable[[Path | None, int | None], Sequence[ProblemT]]
+    task_id: Callable[[ProblemT], str]
+    prompt: Callable[[ProblemT], str | Sequence[dict[str, str]]]
+    extract: Callable[[ProblemT, str], str]
+    program: Callable[[ProblemT, str], tuple[str, str]]
+    canonical: Callable[[ProblemT], str]
     config: TaskConfig
-    parts: Callable[[Any, str], list[tuple[str, str]]]
-    training: Callable[[Path | None, int | None], Sequence[Any]]
+    parts: Callable[[ProblemT, str], list[tuple[str, str]]]
+    training: Callable[[Path | None, int | None], Sequence[ProblemT]]
 
-    def job(self, problem: Any, text: str) -> tuple[str, str]:
-        """What the sandbox runs to judge a model's answer `text`."""
+    def job(self, problem: ProblemT, text: str) -> tuple[str, str]:
+        """Returns the (program, checks) pair that judges a model's answer `text`."""
         return self.program(problem, self.extract(problem, text))
 
 
-def _fence(text: str) -> str:
+def _first_fence(text: str) -> str:
     fence = re.search(r"```[\w+-]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
     return (fence.group(1) if fence else text).strip("\n")
 
 
-def _begin(text: str) -> str:
+def _after_begin(text: str) -> str:
     code = text.partition("[BEGIN]")[2] if "[BEGIN]" in text else text
     if "```" in code:
-        return _fence(code)
+        return _first_fence(code)
     code = code.strip()
     return code[1:].removesuffix("'") if code.startswith("'") else code
 
 
 EXTRACTIONS: dict[str, Callable[[str], str]] = {
-    "first fence": _fence,  # the inside of the first fence where there is one, else all of the text
-    "[BEGIN]": _begin,  # what follows [BEGIN], without the quotes around it; of that the first fence where there is one
+    # The inside of the first fence. Without a fence, the whole text.
+    "first fence": _first_fence,
+    # The text after [BEGIN] without the quotes around it, or the inside of its first fence.
+    "[BEGIN]": _after_begin,
 }
 
 
 def extract_code(config: TaskConfig, text: str) -> str:
-    """The code in a model's answer, by the task's protocol."""
+    """Returns the code in a model's answer.
+
+    Args:
+        config: the protocol, of which `stop` and `extraction` count.
+        text: the answer.
+    """
     ends = [text.find(stop) for stop in config.stop if stop in text]
     return EXTRACTIONS[config.extraction](text[: min(ends, default=None)])
 
 
 def get_task(name: str) -> Task:
-    """The task of that name; UserError with the nearest name where there is none."""
+    """Returns the task of a name.
+
+    Raises:
+        UserError: there is no such task. The sentence has the nearest name.
+    """
     if name not in NAMES:
         near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
-        help_ = f"did you mean {near[0]}?" if near else f"there are {', '.join(NAMES)}"
-        raise UserError(f"there is no task {name!r}; {help_}")
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(NAMES)}"
+        raise UserError(f"there is no task {name!r}: {hint}")
     return importlib.import_module(f"xflow_jax.tasks.{name}").TASK

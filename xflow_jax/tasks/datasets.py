@@ -1,54 +1,70 @@
-"""Problems of public tasks, from a file of theirs or from the hub, each row checked for what its task needs."""
+"""Readers of public problems, from a jsonl file or the Hugging Face hub, with checked rows."""
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from xflow_jax.errors import UserError
 from xflow_jax.toml_config import format_value
 
 _TYPES = {str: "a text", int: "a whole number", list: "a list of texts"}
 
-
-Hub = tuple[str, str | None, tuple[str, ...]]  # a data set's name, its configuration, its splits
+# Name of a data set on the hub, its configuration, its splits.
+HubDataset: TypeAlias = tuple[str, str | None, tuple[str, ...]]
 
 
 def read_problems(
-    data: Path | None, keys: dict[str, type], task: str, hub: Hub
+    data: Path | None, keys: Mapping[str, type], task: str, hub: HubDataset
 ) -> list[dict[str, Any]]:
-    """The rows of `task` as dicts, from its jsonl or jsonl.gz, or, without a file, from the hub's data set.
+    """Reads the problems of a task.
 
-    keys: key -> str, int or list (of texts), what every row must have. UserError for a file of another format, with the
-    line, and where the hub cannot be had.
+    Args:
+        data: a jsonl or jsonl.gz file with one problem per line. None reads the hub's data set.
+        keys: key -> str, int or list (of texts). Every row must have these.
+        task: name of the task, for error messages.
+        hub: the data set on the hub.
+
+    Raises:
+        UserError: the file has another format (with the line), or the hub cannot be reached.
     """
-    rows = _of_hub(task, *hub) if data is None else read_jsonl(data)
-    where = hub[0] if data is None else data
+    rows = _load_from_hub(task, *hub) if data is None else read_jsonl(data)
+    source = hub[0] if data is None else data
     found = []
     for number, row in rows:
         if not isinstance(row, dict):
             raise UserError(
-                f"{where}, line {number} is no problem of {task}: the file must be jsonl, a problem a line"
+                f"{source}, line {number} is not a problem of {task}: "
+                "the file must be jsonl with one problem per line"
             )
         for key, kind in keys.items():
-            value = row.get(key)
-            right = isinstance(value, kind) and not isinstance(value, bool)
-            if not right or (kind is list and not all(isinstance(item, str) for item in value)):
-                has = f"is {format_value(value)[:60]}" if key in row else "is missing"
+            if not _has_type(row.get(key), kind):
+                state = f"is {format_value(row[key])[:60]}" if key in row else "is missing"
                 raise UserError(
-                    f"{where}, line {number}: {key} {has}; a problem of {task} has {_TYPES[kind]} there"
+                    f"{source}, line {number}: {key} must be {_TYPES[kind]} "
+                    f"in a problem of {task}, but it {state}"
                 )
         found.append(row)
     if not found:
-        raise UserError(f"{where} holds no problem of {task}")
+        raise UserError(f"{source} holds no problem of {task}")
     return found
 
 
+def _has_type(value: object, kind: type) -> bool:
+    if isinstance(value, list):
+        return kind is list and all(isinstance(item, str) for item in value)
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of each line of a jsonl or jsonl.gz that is not empty; UserError for any other file."""
+    """Yields (line number, value) for each line of a jsonl or jsonl.gz file that is not empty.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not JSON.
+    """
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode()
@@ -65,14 +81,16 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
                 ) from None
 
 
-def _of_hub(
+def _load_from_hub(
     task: str, name: str, config: str | None, splits: tuple[str, ...]
-) -> Iterable[tuple[int, Any]]:
+) -> Iterable[tuple[int, dict[str, Any]]]:
     try:
-        import datasets  # only who wants the hub's problems needs it
+        import datasets  # optional, needed only to read from the hub
     except ImportError:
-        help_ = f"give {task}'s public jsonl as --data FILE, or install datasets to have it from the hub"
-        raise UserError(help_) from None
+        raise UserError(
+            f"give {task}'s public jsonl as --data FILE, "
+            "or install datasets to load it from the hub"
+        ) from None
     try:
         rows = [
             dict(row)
@@ -80,6 +98,8 @@ def _of_hub(
             for row in datasets.load_dataset(name, config, split=split)
         ]
     except Exception as error:  # of many kinds, from several libraries
-        why = f"{name} cannot be had from the hub ({type(error).__name__})"
-        raise UserError(f"{why}; give {task}'s public jsonl as --data FILE") from error
+        raise UserError(
+            f"{name} cannot be loaded from the hub ({type(error).__name__}): "
+            f"give {task}'s public jsonl as --data FILE"
+        ) from error
     return enumerate(rows, start=1)

@@ -1,7 +1,8 @@
-"""HumanEval (Chen et al., arXiv:2107.03374), zero-shot, in the protocol of LLaDA's authors (OpenCompass).
+"""HumanEval (Chen et al., arXiv:2107.03374), zero-shot.
 
-The problem is continued after "Complete the following python code:"; the first fenced block of the answer is the code,
-which is run below the problem's own text, so that the whole function may come again or only its body.
+The protocol is that of LLaDA's authors (OpenCompass). The prompt is "Complete the following python
+code:" and the problem. The first fenced block of the answer is the code. It runs below the
+problem's own text, so an answer may repeat the whole function or give its body alone.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from xflow_jax.tasks.datasets import read_problems
 
 HUB = ("openai/openai_humaneval", None, ("test",))
 
-
-SETTINGS = TaskConfig(
+CONFIG = TaskConfig(
     gen_length=512,
     prompt="Complete the following python code:\n{prompt}",
     extraction="first fence",
@@ -31,7 +31,7 @@ SETTINGS = TaskConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A line of the public jsonl."""
+    """Problem of HumanEval, a line of the public jsonl."""
 
     task_id: str
     prompt: str
@@ -41,22 +41,26 @@ class Problem:
 
 
 def problems(data: Path | None, limit: int | None) -> list[Problem]:
-    """The first `limit` problems of the file, or of the hub's data set."""
+    """Reads the first `limit` problems of the file, or of the hub's data set if `data` is None."""
     keys = [field.name for field in dataclasses.fields(Problem)]
     rows = read_problems(data, dict.fromkeys(keys, str), "humaneval", HUB)
     return [Problem(**{key: row[key] for key in keys}) for row in rows[:limit]]
 
 
 def program(problem: Problem, code: str) -> tuple[str, str]:
-    """(program, checks): the problem's text with the answer below it, and its tests called on its function."""
+    """Builds (program, checks) for the sandbox.
+
+    The program is the problem's text with the answer below it. The checks are the problem's tests,
+    called on its function.
+    """
     if not re.search(rf"^(async )?def {re.escape(problem.entry_point)}\b", code, re.MULTILINE):
-        code = _body(code)
+        code = _indent_body(code)
     checks = f"{problem.test}\n\ncheck({problem.entry_point})\n"
     return f"{problem.prompt}\n{code}\n", checks
 
 
-def _body(code: str) -> str:
-    """The inside of a function, indented: answers often lose the indentation of all lines, or of the first one."""
+def _indent_body(code: str) -> str:
+    """Indents the body of a function: answers may lose the indent of all lines or the first."""
     if code[:1].isspace():
         return code
     try:
@@ -67,25 +71,28 @@ def _body(code: str) -> str:
 
 
 def no_training(data: Path | None, limit: int | None) -> list[Problem]:
-    """UserError: all of the task's problems are for testing."""
-    raise UserError("humaneval has no problems to train on; use those of mbpp")
+    """Raises UserError, since all problems of HumanEval are for testing."""
+    raise UserError("humaneval has no problems to train on: use those of mbpp")
 
 
 def canonical(problem: Problem) -> str:
-    """The reference solution in a fence with words around it, as models answer."""
+    """Returns the reference solution in a fence, with sentences around it as models write."""
     solution = problem.prompt + problem.canonical_solution.rstrip("\n")
-    return f"Here is the completed function:\n\n```python\n{solution}\n```\n\nIt does what its description says."
+    return (
+        f"Here is the completed function:\n\n```python\n{solution}\n```\n\n"
+        "It does what its description says."
+    )
 
 
-TASK = Task(
+TASK: Task[Problem] = Task(
     name="humaneval",
     problems=problems,
     task_id=lambda problem: problem.task_id,
-    prompt=lambda problem: SETTINGS.prompt.format(prompt=problem.prompt),
-    extract=lambda problem, text: extract_code(SETTINGS, text),
+    prompt=lambda problem: CONFIG.prompt.format(prompt=problem.prompt),
+    extract=lambda problem, text: extract_code(CONFIG, text),
     program=program,
     canonical=canonical,
-    config=SETTINGS,
+    config=CONFIG,
     parts=lambda problem, code: [program(problem, code)],  # its tests are one function
     training=no_training,
 )

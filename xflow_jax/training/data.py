@@ -44,9 +44,9 @@ class MicrocodePairs:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         # Pair `index` of the set unless it is too long: then the next of a set of its own, so that pairs stay distinct.
         seed, number = self.seed, index
-        habits = microcode.WIDE if index < self.wide else microcode.USUAL
+        style = microcode.WIDE_STYLE if index < self.wide else microcode.USUAL_STYLE
         while True:
-            request, answer = microcode.training_pair(seed, number, habits)
+            request, answer = microcode.training_pair(seed, number, style)
             prompt = chat_ids(self.tokenizer, request)
             response = self.tokenizer(answer)["input_ids"]
             if len(prompt) <= self.prompt_length and len(response) < self.gen_length:

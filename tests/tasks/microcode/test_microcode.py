@@ -1,4 +1,4 @@
-"""microcode: its split, its many right answers, and its judge."""
+"""Microcode: its split, its many right answers, and its checks."""
 
 from __future__ import annotations
 
@@ -17,20 +17,32 @@ TASK = microcode.TASK
 
 
 def together(jobs: list[tuple[str, str]]) -> str:
-    """One program that runs all (program, checks) pairs after one another."""
+    """Joins (program, checks) pairs into one program that runs all of them in order."""
     return "\n".join(f"{program}\n{checks}" for program, checks in jobs)
 
 
 @pytest.mark.parametrize(
-    ("seed", "habits", "digest"),
+    ("seed", "style", "digest"),
     [
-        (0, microcode.WIDE, "b5954e27bb96dd377f00de656de42c41ea87f69159f265f6462e7a2cf4068114"),
-        (7, microcode.WIDE, "f057049694f7578ed71573c36a4b2506a41ede89e976532b3e9a7f83c702d60d"),
-        (0, microcode.USUAL, "bbebbbb79ebb39736143b345f7fc68dabfa2530764aa9b5bcfe6c3c6b5389e9b"),
+        (
+            0,
+            microcode.WIDE_STYLE,
+            "b5954e27bb96dd377f00de656de42c41ea87f69159f265f6462e7a2cf4068114",
+        ),
+        (
+            7,
+            microcode.WIDE_STYLE,
+            "f057049694f7578ed71573c36a4b2506a41ede89e976532b3e9a7f83c702d60d",
+        ),
+        (
+            0,
+            microcode.USUAL_STYLE,
+            "bbebbbb79ebb39736143b345f7fc68dabfa2530764aa9b5bcfe6c3c6b5389e9b",
+        ),
     ],
 )
-def test_the_training_set_stays_as_it_is(seed, habits, digest):
-    pairs = [microcode.training_pair(seed, index, habits) for index in range(200)]
+def test_the_training_set_stays_as_it_is(seed, style, digest):
+    pairs = [microcode.training_pair(seed, index, style) for index in range(200)]
     assert hashlib.sha256(repr(pairs).encode()).hexdigest() == digest
 
 
@@ -63,7 +75,10 @@ def test_held_out_problems():
 def test_every_reference_answer_passes_its_own_checks():
     jobs = []
     for problem in TASK.problems(None, None):
-        texts = [TASK.canonical(problem), microcode.answer(random.Random(problem.prompt), problem)]
+        texts = [
+            TASK.canonical(problem),
+            microcode.sample_answer(random.Random(problem.prompt), problem),
+        ]
         jobs += [TASK.job(problem, text) for text in texts]
     result = run_program(
         "", together(jobs), Limits(seconds=60)
@@ -75,7 +90,7 @@ def test_a_problem_has_many_right_answers():
     problem = microcode.parse(
         "Keep the even numbers, then multiply each number by 3 and return the sum."
     )
-    answers = {microcode.answer(random.Random(seed), problem) for seed in range(200)}
+    answers = {microcode.sample_answer(random.Random(seed), problem) for seed in range(200)}
     assert len(answers) > 50
     assert any("for" in a and "append" not in a and "[" in a for a in answers)  # a comprehension
     assert any("filter(lambda" in a for a in answers) and any("+=" in a for a in answers)
@@ -101,7 +116,8 @@ def test_wrong_answers_fail():
     answers = {
         "def f(xs):\n    return len([x for x in xs if x % 2 == 0])": "passed",
         "def f(xs):\n    return len(xs)": "wrong answer",
-        "def f(xs):\n    return float(len([x for x in xs if x % 2 == 0]))": "wrong answer",  # 3.0 is not 3
+        # 3.0 is not 3.
+        "def f(xs):\n    return float(len([x for x in xs if x % 2 == 0]))": "wrong answer",
         "def f(xs):\n    return len(": "syntax error",
         "print(3)": "error",
         "def f(xs):\n    return count": "error: NameError",

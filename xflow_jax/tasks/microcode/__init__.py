@@ -1,20 +1,20 @@
-"""microcode: English requests for list functions, and the right answers to them."""
+"""The task microcode: English requests for list functions, and right answers to them."""
 
 from xflow_jax.tasks.microcode.language import Problem, compositions, parse, problems
-from xflow_jax.tasks.microcode.solutions import USUAL, WIDE, answer
+from xflow_jax.tasks.microcode.solutions import USUAL_STYLE, WIDE_STYLE, sample_answer
 from xflow_jax.tasks.microcode.task import TASK, checks, extract
 from xflow_jax.tasks.microcode.training_pairs import training_pair
 
 __all__ = [
     "Problem",
     "TASK",
-    "USUAL",
-    "WIDE",
-    "answer",
+    "USUAL_STYLE",
+    "WIDE_STYLE",
     "checks",
     "compositions",
     "extract",
     "parse",
     "problems",
+    "sample_answer",
     "training_pair",
 ]

@@ -1,10 +1,11 @@
-"""The language of microcode: short requests in English, to be answered by short Python functions that are run.
+"""The language of microcode: its operations, reductions, problems, their split, and the parser.
 
-A problem asks for one or two operations on a list of numbers and what to return of the result: "Keep the numbers
-greater than 5, then double each one and return the sum." Every problem has many right answers (names, loop,
-comprehension or built-in, one statement or several, equivalent expressions), so an answer is right if and only if
-it computes the right values. The kinds of operation, without their constants, are a problem's *composition*;
-compositions are split into training and held-out ones by a hash, so a held-out request was never seen in training.
+A problem asks for one or two operations on a list of numbers and for a reduction of the result:
+"Keep the numbers greater than 5, then square them and return the sum." Every problem has many right
+answers (names, loop, comprehension or built-in, one statement or several, equivalent expressions).
+So an answer is right if and only if it computes the right values. The operations and the reduction
+without constants are a problem's composition. A hash splits the compositions into training and
+held-out ones, so no request of a held-out composition occurs in training.
 """
 
 from __future__ import annotations
@@ -16,25 +17,23 @@ import hashlib
 import random
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 NAME = "microcode"
-
-
 CASES = 10  # inputs on which an answer is judged
-
-
 HELD_OUT = 5  # one composition in HELD_OUT is never trained on
-
-
-CONSTANTS = range(2, 10)  # one token each; "take" and "drop" use the first three
+CONSTANTS = range(2, 10)  # one token each ("take" and "drop" use the first three)
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
-    """One operation: how people ask for it, how Python writes it, and what it means.
+class Operation:
+    """One operation on a list of numbers.
 
-    `shape` says what `code` is written over: "filter" and "map" over one element {v}, "list" over a list {xs}.
-    The first entry of `code` is the most usual one.
+    Attributes:
+        shape: variable of `code`. "filter" and "map" take one element {v}, "list" a list {xs}.
+        phrases: requests in English, with {c} for the constant.
+        code: Python expressions, the most usual one first.
+        run: (xs, c) -> the resulting list.
     """
 
     shape: str
@@ -44,7 +43,7 @@ class Kind:
 
     @property
     def constants(self) -> range:
-        """The constants that this operation takes; range(0, 1) where it takes none."""
+        """Constants of this operation, range(0, 1) if it takes none."""
         if "{c}" not in self.phrases[0]:
             return range(1)
         return CONSTANTS[:3] if self.shape == "list" else CONSTANTS
@@ -52,15 +51,17 @@ class Kind:
 
 def _filter(
     phrases: tuple[str, ...], code: tuple[str, ...], test: Callable[[int, int], bool]
-) -> Kind:
-    return Kind("filter", phrases, code, lambda xs, c: [x for x in xs if test(x, c)])
+) -> Operation:
+    return Operation("filter", phrases, code, lambda xs, c: [x for x in xs if test(x, c)])
 
 
-def _map(phrases: tuple[str, ...], code: tuple[str, ...], f: Callable[[int, int], int]) -> Kind:
-    return Kind("map", phrases, code, lambda xs, c: [f(x, c) for x in xs])
+def _map(
+    phrases: tuple[str, ...], code: tuple[str, ...], f: Callable[[int, int], int]
+) -> Operation:
+    return Operation("map", phrases, code, lambda xs, c: [f(x, c) for x in xs])
 
 
-OPERATIONS: dict[str, Kind] = {
+OPERATIONS: dict[str, Operation] = {
     "above": _filter(
         ("keep the numbers greater than {c}", "keep values above {c}"),
         ("{v} > {c}", "{c} < {v}"),
@@ -123,31 +124,31 @@ OPERATIONS: dict[str, Kind] = {
         ("{v} % {c}",),
         lambda x, c: x % c,
     ),
-    "sort": Kind(
+    "sort": Operation(
         "list", ("sort them", "sort the numbers"), ("sorted({xs})",), lambda xs, c: sorted(xs)
     ),
-    "descend": Kind(
+    "descend": Operation(
         "list",
         ("sort them in descending order", "sort from high to low"),
         ("sorted({xs}, reverse=True)", "sorted({xs})[::-1]"),
         lambda xs, c: sorted(xs, reverse=True),
     ),
-    "reverse": Kind(
+    "reverse": Operation(
         "list",
         ("reverse the list", "reverse the order"),
         ("{xs}[::-1]", "list(reversed({xs}))"),
         lambda xs, c: xs[::-1],
     ),
-    "take": Kind(
+    "take": Operation(
         "list",
         ("take the first {c}", "keep only the first {c}"),
         ("{xs}[:{c}]",),
         lambda xs, c: xs[:c],
     ),
-    "drop": Kind(
+    "drop": Operation(
         "list", ("skip the first {c}", "drop the first {c}"), ("{xs}[{c}:]",), lambda xs, c: xs[c:]
     ),
-    "unique": Kind(
+    "unique": Operation(
         "list",
         ("sort the distinct values", "remove duplicates and sort"),
         ("sorted(set({xs}))",),
@@ -156,33 +157,43 @@ OPERATIONS: dict[str, Kind] = {
 }
 
 
-REDUCTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[list[int]], object]]] = {
-    "list": (("return the list", "return the result"), ("{xs}",), lambda xs: xs),
-    "sum": (("return the sum", "return the total"), ("sum({xs})",), sum),
-    "largest": (("return the largest", "return the maximum"), ("max({xs})",), max),
-    "smallest": (("return the smallest", "return the minimum"), ("min({xs})",), min),
-    "count": (("return the count", "return how many there are"), ("len({xs})",), len),
-    "first": (("return the first one", "return the first"), ("{xs}[0]",), lambda xs: xs[0]),
-    "last": (("return the last one", "return the last"), ("{xs}[-1]",), lambda xs: xs[-1]),
-    "spread": (
+class Reduction(NamedTuple):
+    """Value to return of the resulting list.
+
+    Attributes:
+        phrases: requests in English.
+        code: a Python expression over the list {xs}.
+        run: xs -> the value.
+    """
+
+    phrases: tuple[str, ...]
+    code: str
+    run: Callable[[list[int]], object]
+
+
+REDUCTIONS: dict[str, Reduction] = {
+    "list": Reduction(("return the list", "return the result"), "{xs}", lambda xs: xs),
+    "sum": Reduction(("return the sum", "return the total"), "sum({xs})", sum),
+    "largest": Reduction(("return the largest", "return the maximum"), "max({xs})", max),
+    "smallest": Reduction(("return the smallest", "return the minimum"), "min({xs})", min),
+    "count": Reduction(("return the count", "return how many there are"), "len({xs})", len),
+    "first": Reduction(("return the first one", "return the first"), "{xs}[0]", lambda xs: xs[0]),
+    "last": Reduction(("return the last one", "return the last"), "{xs}[-1]", lambda xs: xs[-1]),
+    "spread": Reduction(
         ("return the largest minus the smallest", "return the range"),
-        ("max({xs}) - min({xs})",),
+        "max({xs}) - min({xs})",
         lambda xs: max(xs) - min(xs),
     ),
 }
 
 
+# Parts of a request: before the first operation, between operations, before the reduction.
 _OPENINGS = ("", "Write a function to ", "Given a list of numbers, ", "Write Python code to ")
-
-
 _JOINS = (", then ", " and then ", ", ")
-
-
 _ENDS = (" and ", ", then ", " and finally ")
 
-
-# Pairs that say nothing new, or leave nothing to return.
-_POINTLESS = {
+# Pairs of which one operation is redundant, or that leave nothing to return.
+_EXCLUDED_PAIRS = {
     frozenset(pair)
     for pair in (
         ("even", "odd"),
@@ -196,7 +207,13 @@ _POINTLESS = {
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A request: `operations` are (kind, constant) in order, `reduction` is what to return, `prompt` asks for it."""
+    """A request for a list function.
+
+    Attributes:
+        prompt: the request in English.
+        operations: (key of OPERATIONS, constant) in order. The constant is 0 if it has none.
+        reduction: key of REDUCTIONS.
+    """
 
     prompt: str
     operations: tuple[tuple[str, int], ...]
@@ -204,30 +221,35 @@ class Problem:
 
     @property
     def composition(self) -> tuple[str, ...]:
-        """The kinds without their constants: what the split into training and held-out goes by."""
+        """Operations and reduction without constants. They decide the side of the split."""
         return (*(kind for kind, _ in self.operations), self.reduction)
 
     @property
     def task_id(self) -> str:
-        """A readable identifier, unique for the request's meaning and wording."""
+        """Readable identifier, unique for the request's meaning and wording."""
         steps = "-".join(kind + (str(c) if c else "") for kind, c in self.operations)
         return f"{NAME}/{steps}-{self.reduction}-{_digest(self.prompt) % 10**6:06d}"
 
     def solve(self, xs: list[int]) -> object:
-        """What a right answer returns for `xs`. Raises IndexError or ValueError where nothing is left to return."""
+        """Computes the right result for `xs`.
+
+        Raises:
+            IndexError: the reduction has no element to return.
+            ValueError: likewise, for max and min.
+        """
         for kind, c in self.operations:
             xs = OPERATIONS[kind].run(xs, c)
-        return REDUCTIONS[self.reduction][2](xs)
+        return REDUCTIONS[self.reduction].run(xs)
 
     def cases(self) -> list[tuple[list[int], object]]:
-        """Inputs with their right results: always the same ones for the same operations.
+        """Returns (input, right result) pairs, the same ones for the same operations.
 
-        Fewer than `CASES` where the request leaves nothing to return of most inputs.
+        There are fewer than `CASES` if the request leaves nothing to return for most inputs.
         """
         rng = random.Random(_digest(repr((self.operations, self.reduction))))
         cases: list[tuple[list[int], object]] = []
         for _ in range(8 * CASES):
-            # Small numbers around the constants, with repeats, so that every operation changes something.
+            # Small numbers around the constants, with repeats: every operation has an effect.
             xs = [rng.randint(-6, 14) for _ in range(rng.randint(5, 12))]
             with contextlib.suppress(IndexError, ValueError):
                 cases.append((xs, self.solve(xs)))
@@ -236,7 +258,7 @@ class Problem:
         return cases
 
     def is_sound(self) -> bool:
-        """Whether the request can be judged: enough inputs have a result, and the results differ."""
+        """Returns True if enough inputs have a result and the results differ."""
         cases = self.cases()
         return len(cases) == CASES and len({repr(want) for _, want in cases}) >= 3
 
@@ -247,17 +269,20 @@ def _digest(text: str) -> int:
 
 @functools.cache
 def compositions(held_out: bool) -> tuple[tuple[str, ...], ...]:
-    """All compositions of one or two operations and a reduction on one side of the split."""
+    """Returns all compositions on one side of the split.
+
+    Each has one or two operations and a reduction.
+    """
     singles = [(a,) for a in OPERATIONS]
     pairs = [
         (a, b)
         for a in OPERATIONS
         for b in OPERATIONS
-        if a != b and frozenset((a, b)) not in _POINTLESS
+        if a != b and frozenset((a, b)) not in _EXCLUDED_PAIRS
     ]
     every = [(*ops, r) for ops in singles + pairs for r in REDUCTIONS]
     side = (c for c in every if (_digest(" ".join(c)) % HELD_OUT == 0) == held_out)
-    # A few compositions leave nothing whatever the constants ("keep absolute values below 0").
+    # A few compositions leave nothing for any constants ("keep absolute values below 0").
     return tuple(c for c in side if _sound_operations(random.Random(" ".join(c)), c) is not None)
 
 
@@ -273,30 +298,42 @@ def _sound_operations(
 
 
 def make_problem(rng: random.Random, composition: tuple[str, ...]) -> Problem:
-    """A request for `composition` with random constants and wording; ValueError where no constants make it sound."""
+    """Draws a request for a composition, with random constants and wording.
+
+    Raises:
+        ValueError: the draws found no constants that make the problem sound.
+    """
     operations = _sound_operations(rng, composition)
     if operations is None:
-        raise ValueError(f"no constants make {composition} a problem that can be judged")
+        raise ValueError(f"no constants make {composition} a sound problem")
     reduction = composition[-1]
-    asked = [rng.choice(OPERATIONS[kind].phrases).format(c=c) for kind, c in operations]
-    text = rng.choice(_OPENINGS) + rng.choice(_JOINS).join(asked) + rng.choice(_ENDS)
-    text += rng.choice(REDUCTIONS[reduction][0]) + "."
+    steps = [rng.choice(OPERATIONS[kind].phrases).format(c=c) for kind, c in operations]
+    text = rng.choice(_OPENINGS) + rng.choice(_JOINS).join(steps) + rng.choice(_ENDS)
+    text += rng.choice(REDUCTIONS[reduction].phrases) + "."
     return Problem(text[0].upper() + text[1:], operations, reduction)
 
 
 def problems(split: str, count: int, seed: int = 0) -> list[Problem]:
-    """`count` different requests of `split` ("train" or "test"), as many different compositions as there are."""
+    """Draws `count` different requests of a split.
+
+    Each composition has its turn before any of them repeats.
+
+    Args:
+        split: "train" or "test".
+        count: number of problems. A smaller number gives the beginning of the same list.
+        seed: seed of the draws.
+    """
     if split not in ("train", "test"):
-        raise ValueError(f"split is 'train' or 'test', not {split!r}")
+        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
     rng = random.Random(f"{split} {seed}")
-    todo: list[tuple[str, ...]] = []
+    remaining: list[tuple[str, ...]] = []
     found: dict[str, Problem] = {}
     while len(found) < count:
-        if not todo:
-            todo = list(compositions(held_out=split == "test"))
-            rng.shuffle(todo)
+        if not remaining:
+            remaining = list(compositions(held_out=split == "test"))
+            rng.shuffle(remaining)
         try:
-            problem = make_problem(rng, todo.pop())
+            problem = make_problem(rng, remaining.pop())
         except ValueError:  # unlucky draws of a composition that few constants make sound
             continue
         found.setdefault(problem.prompt.lower(), problem)
@@ -304,18 +341,19 @@ def problems(split: str, count: int, seed: int = 0) -> list[Problem]:
 
 
 def parse(prompt: str) -> Problem | None:
-    """The request that `prompt` makes, or None where it is not in microcode's language (case and spaces are free)."""
+    """Parses a request, ignoring case and spaces. Returns None for other texts."""
     text = " ".join(prompt.split()).rstrip(".").lower()
     for opening in _OPENINGS[1:]:
         text = text.removeprefix(opening.lower())
     operations: list[tuple[str, int]] = []
     while True:
-        for reduction, (phrases, _, _) in REDUCTIONS.items():
-            if text in phrases and operations:
-                return Problem(prompt, tuple(operations), reduction)
+        for name, reduction in REDUCTIONS.items():
+            if text in reduction.phrases and operations:
+                return Problem(prompt, tuple(operations), name)
         for kind, operation in OPERATIONS.items():
             pattern = "|".join(re.escape(p).replace(r"\{c\}", r"(\d+)") for p in operation.phrases)
-            # A longer phrase may begin like a shorter one ("sort them in descending order"), so a joint must follow.
+            # A longer phrase may begin like a shorter one ("sort them in descending order"), so one
+            # of the connecting words must follow.
             match = re.match(
                 rf"(?:{pattern})(?:, then |, and | and then | and finally |, | and )", text
             )

@@ -1,4 +1,4 @@
-"""Right answers to microcode's requests, in the many ways that people write them: the data that training is made of."""
+"""Generator of right answers to microcode's requests, in varied styles."""
 
 from __future__ import annotations
 
@@ -10,18 +10,26 @@ from xflow_jax.tasks.microcode.language import OPERATIONS, REDUCTIONS, Problem
 
 
 @dataclasses.dataclass(frozen=True)
-class Habits:
-    """How varied answers are: what is drawn from, with repeats for what is usual, and chances between 0 and 1.
+class AnswerStyle:
+    """Distribution of the answers' style: choices, repeated if they are more usual, and chances.
 
-    names, lists, elements: of the function, its argument and a loop's variable. styles: of requests without list
-    operations. other_form: an expression is written in another than its usual form. new_name: steps name their list
-    `out`. total: a loop adds up instead of collecting. builtin: map and filter. inline: no name for the last step.
+    Attributes:
+        function_names: names of the function.
+        list_names: names of its argument.
+        element_names: names of a loop's variable.
+        layouts: "steps" (one statement for each operation), "fused" (one comprehension) or "loop".
+            Requests with an operation on whole lists always use "steps".
+        other_form: chance that an expression has another form than its usual one, in [0, 1].
+        new_name: chance that steps name their list `out`.
+        total: chance that a loop adds up instead of collecting.
+        builtin: chance of `map` and `filter` instead of comprehensions.
+        inline: chance that the last step has no name.
     """
 
-    names: tuple[str, ...] = ("solve", "solve", "f")
-    lists: tuple[str, ...] = ("xs", "xs", "nums")
-    elements: tuple[str, ...] = ("x", "x", "n")
-    styles: tuple[str, ...] = ("steps", "steps", "steps", "steps", "fused", "loop")
+    function_names: tuple[str, ...] = ("solve", "solve", "f")
+    list_names: tuple[str, ...] = ("xs", "xs", "nums")
+    element_names: tuple[str, ...] = ("x", "x", "n")
+    layouts: tuple[str, ...] = ("steps", "steps", "steps", "steps", "fused", "loop")
     other_form: float = 0.05
     new_name: float = 0.1
     total: float = 0.2
@@ -29,14 +37,12 @@ class Habits:
     inline: float = 0.25
 
 
-USUAL = Habits()
-
-
-WIDE = Habits(
-    names=("solve", "f"),
-    lists=("xs", "nums", "values"),
-    elements=("x", "n"),
-    styles=("steps", "steps", "fused", "loop"),
+USUAL_STYLE = AnswerStyle()
+WIDE_STYLE = AnswerStyle(
+    function_names=("solve", "f"),
+    list_names=("xs", "nums", "values"),
+    element_names=("x", "n"),
+    layouts=("steps", "steps", "fused", "loop"),
     other_form=0.2,
     new_name=0.4,
     total=0.7,
@@ -45,29 +51,42 @@ WIDE = Habits(
 )
 
 
-def _form(rng: random.Random, code: tuple[str, ...], habits: Habits) -> str:
-    return (
-        code[0] if len(code) == 1 or rng.random() < 1 - habits.other_form else rng.choice(code[1:])
-    )
+def _choose_form(rng: random.Random, code: tuple[str, ...], style: AnswerStyle) -> str:
+    if len(code) == 1 or rng.random() < 1 - style.other_form:
+        return code[0]
+    return rng.choice(code[1:])
 
 
-def _wrap(expression: str) -> str:
+def _parenthesize(expression: str) -> str:
     return expression if re.fullmatch(r"\w+|abs\(.*\)", expression) else f"({expression})"
 
 
-def _element(rng: random.Random, operation: tuple[str, int], v: str, habits: Habits) -> str:
+def _element(rng: random.Random, operation: tuple[str, int], v: str, style: AnswerStyle) -> str:
     kind, c = operation
-    return _form(rng, OPERATIONS[kind].code, habits).replace("{v}", _wrap(v)).replace("{c}", str(c))
+    return (
+        _choose_form(rng, OPERATIONS[kind].code, style)
+        .replace("{v}", _parenthesize(v))
+        .replace("{c}", str(c))
+    )
 
 
-def _over(
-    rng: random.Random, operation: tuple[str, int], xs: str, v: str, builtin: bool, habits: Habits
+def _step(
+    rng: random.Random,
+    operation: tuple[str, int],
+    xs: str,
+    v: str,
+    builtin: bool,
+    style: AnswerStyle,
 ) -> str:
     kind, c = operation
     shape = OPERATIONS[kind].shape
     if shape == "list":
-        return _form(rng, OPERATIONS[kind].code, habits).replace("{xs}", xs).replace("{c}", str(c))
-    element = _element(rng, operation, v, habits)
+        return (
+            _choose_form(rng, OPERATIONS[kind].code, style)
+            .replace("{xs}", xs)
+            .replace("{c}", str(c))
+        )
+    element = _element(rng, operation, v, style)
     if builtin:
         return f"list({shape}(lambda {v}: {element}, {xs}))"
     return (
@@ -76,70 +95,72 @@ def _over(
 
 
 def _fused(
-    rng: random.Random, operations: tuple[tuple[str, int], ...], xs: str, v: str, habits: Habits
+    rng: random.Random, operations: tuple[tuple[str, int], ...], xs: str, v: str, style: AnswerStyle
 ) -> str:
     value, tests = v, []
     for operation in operations:
         if OPERATIONS[operation[0]].shape == "map":
-            value = _element(rng, operation, value, habits)
+            value = _element(rng, operation, value, style)
         else:
-            tests.append(_element(rng, operation, value, habits))
+            tests.append(_element(rng, operation, value, style))
     return f"[{value} for {v} in {xs}{' if ' if tests else ''}{' and '.join(tests)}]"
 
 
-def _loop(rng: random.Random, problem: Problem, xs: str, v: str, habits: Habits) -> list[str]:
-    total = problem.reduction in ("sum", "count") and rng.random() < habits.total
+def _loop(rng: random.Random, problem: Problem, xs: str, v: str, style: AnswerStyle) -> list[str]:
+    total = problem.reduction in ("sum", "count") and rng.random() < style.total
     out = ("total" if problem.reduction == "sum" else "count") if total else "out"
     lines = [f"{out} = {0 if total else '[]'}", f"for {v} in {xs}:"]
     value, indent = v, "    "
     for i, operation in enumerate(problem.operations):
         if OPERATIONS[operation[0]].shape == "filter":
-            lines.append(f"{indent}if {_element(rng, operation, value, habits)}:")
+            lines.append(f"{indent}if {_element(rng, operation, value, style)}:")
             indent += "    "
         elif i + 1 < len(problem.operations):
-            lines.append(f"{indent}{v} = {_element(rng, operation, value, habits)}")
+            lines.append(f"{indent}{v} = {_element(rng, operation, value, style)}")
         else:
-            value = _element(rng, operation, value, habits)
+            value = _element(rng, operation, value, style)
     if not total:
         lines.append(f"{indent}{out}.append({value})")
     else:
         lines.append(f"{indent}{out} += {value if problem.reduction == 'sum' else 1}")
     return [
         *lines,
-        f"return {out if total else REDUCTIONS[problem.reduction][1][0].replace('{xs}', out)}",
+        f"return {out if total else REDUCTIONS[problem.reduction].code.replace('{xs}', out)}",
     ]
 
 
-def _generator(reduction: str, expression: str) -> str:
-    code = REDUCTIONS[reduction][1][0]
+def _reduce(reduction: str, expression: str) -> str:
+    code = REDUCTIONS[reduction].code
     if expression.startswith("[") and reduction in ("sum", "largest", "smallest"):
         expression = expression[1:-1]
     return code.replace("{xs}", expression)
 
 
-def answer(rng: random.Random, problem: Problem, habits: Habits = USUAL) -> str:
-    """One right answer out of the many, without a trailing newline."""
-    name, xs, v = rng.choice(habits.names), rng.choice(habits.lists), rng.choice(habits.elements)
+def sample_answer(rng: random.Random, problem: Problem, style: AnswerStyle = USUAL_STYLE) -> str:
+    """Draws one of the right answers to a problem, as Python code without a trailing newline."""
+    name = rng.choice(style.function_names)
+    xs = rng.choice(style.list_names)
+    v = rng.choice(style.element_names)
     elementwise = all(OPERATIONS[kind].shape != "list" for kind, _ in problem.operations)
-    style = rng.choice(habits.styles if elementwise else ("steps",))
-    # A list is not consumed twice: where the reduction names it twice, it needs a name.
-    inline = problem.reduction != "spread" and rng.random() < habits.inline
-    if style == "loop":
-        lines = _loop(rng, problem, xs, v, habits)
+    layout = rng.choice(style.layouts if elementwise else ("steps",))
+    # "spread" uses its list twice, so the list needs a name.
+    inline = problem.reduction != "spread" and rng.random() < style.inline
+    if layout == "loop":
+        lines = _loop(rng, problem, xs, v, style)
     else:
         lines, current = [], xs
-        builtin = style == "steps" and rng.random() < habits.builtin
-        target = xs if rng.random() < 1 - habits.new_name else "out"
-        groups = [problem.operations] if style == "fused" else [(op,) for op in problem.operations]
+        builtin = layout == "steps" and rng.random() < style.builtin
+        target = xs if rng.random() < 1 - style.new_name else "out"
+        groups = [problem.operations] if layout == "fused" else [(op,) for op in problem.operations]
         for i, group in enumerate(groups):
-            if style == "fused":
-                expression = _fused(rng, group, current, v, habits)
+            if layout == "fused":
+                expression = _fused(rng, group, current, v, style)
             else:
-                expression = _over(rng, group[0], current, v, builtin, habits)
+                expression = _step(rng, group[0], current, v, builtin, style)
             if inline and i + 1 == len(groups):
                 current = expression
             else:
                 lines.append(f"{target} = {expression}")
                 current = target
-        lines.append(f"return {_generator(problem.reduction, current)}")
+        lines.append(f"return {_reduce(problem.reduction, current)}")
     return f"def {name}({xs}):\n" + "\n".join("    " + line for line in lines)

@@ -1,4 +1,4 @@
-"""microcode as a task: its language and its answers in one place, and the judge that runs what a model wrote."""
+"""The Task of microcode: its protocol, problem sets, code extraction and checks."""
 
 from __future__ import annotations
 
@@ -10,42 +10,49 @@ from pathlib import Path
 from xflow_jax.errors import UserError
 from xflow_jax.tasks.base import Task, TaskConfig, extract_code
 from xflow_jax.tasks.microcode.language import NAME, Problem, problems
-from xflow_jax.tasks.microcode.solutions import answer
+from xflow_jax.tasks.microcode.solutions import sample_answer
 
+CONFIG = TaskConfig(gen_length=48, block_length=16)
 HELD_OUT_PROBLEMS = 512
-
-
-SETTINGS = TaskConfig(gen_length=48, block_length=16)
-
-
 TRAINING_PROBLEMS = 2048
-
-
-POLICY_SEED = 101  # of the training requests for policies: rules are tuned on those of seed 0, alignment uses others
+# Seed of the training requests for policies. Rules are tuned on those of seed 0, and alignment uses
+# others.
+POLICY_SEED = 101
 
 
 def extract(text: str) -> str:
-    """The code in a model's answer: the inside of its first fence where there is one, else all of it."""
-    return extract_code(SETTINGS, text)
+    """Returns the code in a model's answer: the inside of its first fence, or the whole text."""
+    return extract_code(CONFIG, text)
 
 
 def checks(problem: Problem, code: str, cases: slice = slice(None)) -> str:
-    """The program that judges `code` after it ran: calls its first function on every case, or on those of a slice."""
+    """Returns the program that judges `code` after it ran.
+
+    It calls the first function of the code on the problem's cases.
+
+    Args:
+        problem: the problem, whose cases have inputs and right results.
+        code: the code in a model's answer.
+        cases: the cases to use, all by default.
+    """
     function = re.search(r"^def (\w+)\(", code, re.MULTILINE)
     if not function:
         return "raise AssertionError('the answer defines no function')"
     return (
         f"for _args, _want in {problem.cases()[cases]!r}:\n"
         f"    _got = {function.group(1)}(list(_args))\n"
-        f"    assert type(_got) is type(_want) and _got == _want, f'for {{_args}} got {{_got!r}}, not {{_want!r}}'\n"
+        "    assert type(_got) is type(_want) and _got == _want, "
+        "f'for {_args} got {_got!r}, not {_want!r}'\n"
     )
 
 
-def _split(name: str, count: int, seed: int) -> Callable[[Path | None, int | None], list[Problem]]:
+def _problem_reader(
+    name: str, count: int, seed: int
+) -> Callable[[Path | None, int | None], list[Problem]]:
     def read(data: Path | None, limit: int | None) -> list[Problem]:
         if data is not None:
             raise UserError(
-                f"microcode makes its own problems and reads no data file, so leave {data} out"
+                f"microcode generates its problems and reads no data file, so leave {data} out"
             )
         return problems(name, count if limit is None else limit, seed)
 
@@ -57,18 +64,18 @@ def _parts(problem: Problem, code: str) -> list[tuple[str, str]]:
 
 
 def _canonical(problem: Problem) -> str:
-    return answer(random.Random(problem.task_id), problem)
+    return sample_answer(random.Random(problem.task_id), problem)
 
 
-TASK = Task(
+TASK: Task[Problem] = Task(
     name=NAME,
-    problems=_split("test", HELD_OUT_PROBLEMS, 0),
+    problems=_problem_reader("test", HELD_OUT_PROBLEMS, 0),
     task_id=lambda problem: problem.task_id,
     prompt=lambda problem: problem.prompt,
     extract=lambda problem, text: extract(text),
     program=lambda problem, code: (code, checks(problem, code)),
     canonical=_canonical,
-    config=SETTINGS,
+    config=CONFIG,
     parts=_parts,
-    training=_split("train", TRAINING_PROBLEMS, POLICY_SEED),
+    training=_problem_reader("train", TRAINING_PROBLEMS, POLICY_SEED),
 )
