@@ -1,4 +1,4 @@
-"""What hostile programs do in the sandbox: none passes, none harms, and nothing of them stays."""
+"""Hostile programs in the sandbox: none passes, none harms, and none leaves a trace."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xflow_jax.sandbox.pool import Pool
 CHECKS = "assert add(1, 2) == 3\nassert add(-1, 1) == 0, 'negative numbers'\n"
 RIGHT = "def add(a, b):\n    return a + b\n"
 LIMITS = Limits(seconds=0.6, memory_mb=128)
-# What is seen of the programs before, by one that runs after them: it passes where that is nothing.
+# Passes if no trace of the earlier programs is left.
 CLEAN = """
 import builtins, math, os, random, sys
 assert os.listdir('.') == [] and vars(builtins).get('left') is None and not hasattr(math, 'left')
@@ -175,7 +175,10 @@ HOSTILE = {
         for number in range(10**5): os.mkfifo(str(number))
     """,
     "hides folders behind links": "import os\nos.symlink('/', 'x')\nopen('x/etc/passwd').read()",
-    "leaves a site of its own": "open('sitecustomize.py', 'w').write('raise SystemExit(0)')\nraise SystemExit(0)",
+    "leaves a site of its own": """
+        open('sitecustomize.py', 'w').write('raise SystemExit(0)')
+        raise SystemExit(0)
+    """,
     "patches the standard library for all": "open(__import__('os').__file__, 'a').write('x')",
     "memory outside of its heap": """
         import mmap
@@ -264,7 +267,7 @@ def pool(tmp_path_factory):
 
 
 def patiently(pool: Pool, program: str, checks: str = ""):
-    """Runs what ends by itself, on a busy machine too."""
+    """Runs a program that ends by itself, on a busy machine too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool, "limits", Limits(seconds=60, memory_mb=128))
         return pool.run(program, checks)
@@ -302,19 +305,27 @@ def test_there_are_many_hostile_programs():
         "def sum(numbers): return 3",
         "import math\nmath.fsum = lambda numbers: 3",
         "import sys, types\nsys.modules['math'] = types.SimpleNamespace(fsum=lambda numbers: 3)",
-        "import sys, types\nsys.modules['dataclasses'] = types.SimpleNamespace(is_dataclass=lambda kind: True)",
+        """
+        import sys, types
+        sys.modules['dataclasses'] = types.SimpleNamespace(is_dataclass=lambda kind: True)
+        """,
         """
         import sys, types
         class Finder:
-            def find_spec(name, *args): sys.modules[name] = types.SimpleNamespace(is_dataclass=lambda kind: True)
+            def find_spec(name, *args):
+                sys.modules[name] = types.SimpleNamespace(is_dataclass=lambda kind: True)
         sys.meta_path.insert(0, Finder)
         """,
-        "import sys\nsys.path.insert(0, '.')\nopen('dataclasses.py', 'w').write('def is_dataclass(kind): return True')",
+        """
+        import sys
+        sys.path.insert(0, '.')
+        open('dataclasses.py', 'w').write('def is_dataclass(kind): return True')
+        """,
     ],
 )
 def test_what_the_checks_use_is_not_the_programs(pool, cheat):
-    checks = "import math\nfrom dataclasses import is_dataclass\nassert is_dataclass(int) or sum(add(1, 1)) == 3 or "
-    checks += "math.fsum(add(1, 1)) == 3\n"
+    checks = "import math\nfrom dataclasses import is_dataclass\n"
+    checks += "assert is_dataclass(int) or sum(add(1, 1)) == 3 or math.fsum(add(1, 1)) == 3\n"
     answer = textwrap.dedent(cheat) + "\ndef add(a, b): return [a, b]\n"
     assert patiently(pool, answer, checks).reason.startswith("wrong answer")
 
@@ -346,12 +357,12 @@ def test_nothing_goes_from_one_program_to_the_next(pool):
 
 
 def memory() -> int:
-    """Of this process, in bytes."""
+    """Returns the memory of this process in bytes."""
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux tells")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux has /proc")
 @pytest.mark.parametrize("runs", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_memory_stays_flat(pool, runs):
     programs = [
@@ -359,7 +370,7 @@ def test_memory_stays_flat(pool, runs):
         "import os; os._exit(0)",
         "raise KeyError('x' * 10**5)",
     ]
-    for number in range(20):  # what is allocated once
+    for number in range(20):  # allocates what stays
         pool.run(programs[number % 3], CHECKS)
     before, open_before = memory(), len(os.listdir("/proc/self/fd"))
     for number in range(runs):
@@ -369,7 +380,7 @@ def test_memory_stays_flat(pool, runs):
 
 
 def test_a_killed_worker_is_replaced(pool):
-    """Whichever of its processes dies, between programs or while one runs."""
+    """Kills the zygote and then the worker's first process."""
     (worker,) = pool._idle
     zygote = children(worker.process.pid)[0]
     for victim in (lambda: zygote, lambda: pool._idle[0].process.pid):

@@ -1,4 +1,4 @@
-"""The sandbox's isolation, tried by programs that no audit hook holds, and its pool of warm workers."""
+"""The isolation, against programs without an audit hook, and the pool of warm workers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ import pytest
 
 from xflow_jax.errors import UserError
 from xflow_jax.sandbox import pool, worker
-from xflow_jax.sandbox.limits import FULL, Limits
+from xflow_jax.sandbox.limits import FULL_ISOLATION, Limits
 from xflow_jax.sandbox.pool import Pool, run_program
 
 PATIENT = Limits(seconds=60, memory_mb=128)
-# Runs in the isolation alone, and says what it could do: name -> what came of it, or None where it was refused.
+# Runs in the isolation alone and prints name -> result, or None if the attempt was refused.
 PROBE = """
 import ctypes, json, os, socket, sys
 done = {}
@@ -56,11 +56,11 @@ done["isolation"] = sys.argv[-2]
 os.write(int(sys.argv[4]), json.dumps(done).encode())
 """
 ALLOWED = {"writes its folder", "writes nowhere", "random bytes", "isolation"}
-# What only namespaces refuse, and what only namespaces refuse to root.
+# Attempts that only namespaces refuse, or that only namespaces refuse to root.
 NAMESPACES_ONLY = {"sends", "new user", "root", "becomes root"}
 
 
-def probe(tmp_path, way: str, landlock: bool) -> dict[str, str | None]:
+def probe(tmp_path, method: str, landlock: bool) -> dict[str, str | None]:
     (tmp_path / "scratch").mkdir(exist_ok=True)
     (tmp_path / "outside").write_text("secret")
     scratch = os.path.realpath(tmp_path / "scratch")
@@ -68,8 +68,9 @@ def probe(tmp_path, way: str, landlock: bool) -> dict[str, str | None]:
     with ours, socket.create_server(("127.0.0.1", 0)) as server:
         with theirs:
             command = [
-                *worker.launcher(way, landlock, scratch, 1 << 20, theirs.fileno()), *worker.interpreter(), "-c", PROBE,
-                str(tmp_path / "outside"), str(os.getpid()), str(server.getsockname()[1]), str(theirs.fileno()),
+                *worker.launch_command(method, landlock, scratch, 1 << 20, theirs.fileno()),
+                *worker.interpreter_command(), "-c", PROBE, str(tmp_path / "outside"),
+                str(os.getpid()), str(server.getsockname()[1]), str(theirs.fileno()),
             ]  # fmt: skip
             subprocess.run(
                 command,
@@ -81,7 +82,7 @@ def probe(tmp_path, way: str, landlock: bool) -> dict[str, str | None]:
             )
         answer = json.loads(ours.recv(1 << 16) or "null")
     if not isinstance(answer, dict):
-        pytest.skip(f"{way} does not work here: {answer}")
+        pytest.skip(f"{method} does not work here: {answer}")
     return answer
 
 
@@ -89,22 +90,20 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="namespaces and Landl
 
 
 @linux
-@pytest.mark.parametrize("way", ["unshare", "bubblewrap"])
+@pytest.mark.parametrize("method", ["unshare", "bubblewrap"])
 @pytest.mark.parametrize("landlock", [True, False])
-def test_namespaces_hold_without_any_hook(tmp_path, way, landlock):
-    if way == "bubblewrap" and not worker.bubblewrap():
+def test_namespaces_hold_without_any_hook(tmp_path, method, landlock):
+    if method == "bubblewrap" and not worker.find_bubblewrap():
         pytest.skip("bubblewrap is not installed")
-    done = probe(tmp_path, way, landlock)
+    done = probe(tmp_path, method, landlock)
     parts = done["isolation"].split("+")
     assert parts[0] == "namespaces" and (landlock or "landlock" not in parts)
     could = {name for name, value in done.items() if value is not None}
-    if way == "bubblewrap":
-        could -= {
-            "new user",
-            "root",
-        }  # an old one cannot forbid a new user namespace; it has no more to give there
+    if method == "bubblewrap":
+        # An old bubblewrap cannot forbid a new user namespace, which gives no further access there.
+        could -= {"new user", "root"}
     assert could == ALLOWED
-    assert list((tmp_path / "scratch").iterdir()) == []  # what it wrote is gone with its namespace
+    assert list((tmp_path / "scratch").iterdir()) == []  # its files are gone with its namespace
 
 
 @linux
@@ -113,23 +112,22 @@ def test_landlock_holds_without_namespaces(tmp_path):
     if "landlock" not in done["isolation"]:
         pytest.skip("the kernel has no Landlock")
     could = {name for name, value in done.items() if value is not None}
-    assert (
-        could - NAMESPACES_ONLY - {"connects", "signals"} == ALLOWED
-    )  # the last two: since Linux 6.7 and 6.12
+    # Landlock refuses "connects" and "signals" since Linux 6.7 and 6.12.
+    assert could - NAMESPACES_ONLY - {"connects", "signals"} == ALLOWED
     assert {path.name for path in (tmp_path / "scratch").iterdir()} == {"x"}
 
 
 @pytest.fixture
-def ways(monkeypatch):
-    """Sets the ways into isolation that are tried."""
-    monkeypatch.setattr(pool, "_ways", pool._ways)
-    return lambda *names: monkeypatch.setattr(pool, "_ways", names)
+def methods(monkeypatch):
+    """Sets the isolation methods to try."""
+    monkeypatch.setattr(pool, "_methods", pool._methods)
+    return lambda *names: monkeypatch.setattr(pool, "_methods", names)
 
 
 @linux
-def test_with_less_isolation_it_warns_once_and_says_so(ways, monkeypatch):
-    monkeypatch.setattr(worker, "bubblewrap", lambda: "/bin/false")
-    ways("bubblewrap", "bare")
+def test_with_less_isolation_it_warns_once_and_says_so(methods, monkeypatch):
+    monkeypatch.setattr(worker, "find_bubblewrap", lambda: "/bin/false")
+    methods("bubblewrap", "bare")
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         results = [
@@ -139,13 +137,13 @@ def test_with_less_isolation_it_warns_once_and_says_so(ways, monkeypatch):
     assert [result.isolation for result in results] == ["limits"] * 2
     assert [result.passed for result in results] == [True, False]
     (warning,) = seen
-    less = f"the sandbox is not fully isolated: limits instead of {FULL}"
+    less = f"the sandbox is not fully isolated: limits instead of {FULL_ISOLATION}"
     assert str(warning.message) == f"{less} (bubblewrap: it ended at once)"
 
 
-def test_below_its_minimum_nothing_runs(ways, tmp_path, monkeypatch):
+def test_below_its_minimum_nothing_runs(methods, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    ways("bare")
+    methods("bare")
     sentence = "has only limits here, which is below its minimum of landlock: allow user namespaces"
     with pytest.raises(UserError, match=sentence):
         run_program("x = 1", "", Limits(minimum="landlock"))
@@ -161,10 +159,10 @@ def test_the_minimum_may_be_what_there_is():
     assert run_program("x = 1", "", Limits(seconds=60, minimum=isolation)).passed
 
 
-def test_no_way_at_all(ways, tmp_path, monkeypatch):
+def test_no_way_at_all(methods, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(worker, "bubblewrap", lambda: "/no/such/file")
-    ways("bubblewrap")
+    monkeypatch.setattr(worker, "find_bubblewrap", lambda: "/no/such/file")
+    methods("bubblewrap")
     with pytest.raises(
         UserError,
         match="the sandbox cannot start a process: bubblewrap: .*No such file or directory",
@@ -173,11 +171,11 @@ def test_no_way_at_all(ways, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_escapes_from_its_group_is_ended(ways, monkeypatch, tmp_path):
-    """Without namespaces, and with no hook to forbid it: the worker's first process adopts it, and is used no more."""
+def test_what_escapes_from_its_group_is_ended(methods, monkeypatch, tmp_path):
+    """Without namespaces or hook, the worker's first process adopts it and is not used again."""
     if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
-        pytest.skip("the kernel does not tell a process's children")
-    ways("plain")
+        pytest.skip("the kernel does not list a process's children")
+    methods("plain")
     child = (Path(worker.__file__).parent / "child.py").read_text()
     assert "sys.addaudithook(guard)" in child
     folder = tmp_path / "unguarded"
@@ -197,9 +195,8 @@ os.wait()
     with Pool(Limits(seconds=60, processes=10**5), workers=1) as pool:
         first = pool._idle[0].process
         assert pool.run(escape).passed
-        assert (
-            first.poll() is not None
-        )  # it was given back, found unclean, and ended, with all that was below it
+        # The worker was given back, found unclean, and ended with all processes below it.
+        assert first.poll() is not None
         assert pool.run("x = 1").passed
         assert pool._idle[0].process is not first
 
@@ -226,7 +223,7 @@ def test_an_interrupted_worker_is_not_used_again(monkeypatch):
 
     with Pool(PATIENT, workers=1) as pool:
         with monkeypatch.context() as patch:
-            patch.setattr(worker, "_listen", stop)
+            patch.setattr(worker, "_wait_for_outcome", stop)
             with pytest.raises(KeyboardInterrupt):
                 pool.run("raise KeyError")
         assert pool._idle == [] and pool.run("x = 1").passed
@@ -245,10 +242,11 @@ def test_pool_that_is_closed_while_it_runs(tmp_path, monkeypatch):
 
 
 def test_a_forgotten_pool_ends_with_the_process(tmp_path):
-    """Also where the process is killed: nothing holds the workers' other ends then."""
+    """Also if the process is killed, since the workers' other ends are closed then."""
     code = (
         "import os, signal, sys\nfrom xflow_jax.sandbox import Pool\npool = Pool(workers=1)\n"
-        "print(pool._idle[0].process.pid, flush=True)\nif len(sys.argv) > 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "print(pool._idle[0].process.pid, flush=True)\n"
+        "if len(sys.argv) > 1: os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     for arguments in ([], ["kill"]):
         command = [sys.executable, "-c", code, *arguments]
@@ -271,7 +269,7 @@ def test_a_forgotten_pool_ends_with_the_process(tmp_path):
 
 
 def test_a_warm_worker_is_much_quicker_than_a_cold_one():
-    """By wall clock in one process; the ratio is about 20."""
+    """By wall clock in one process. The ratio is about 20."""
     times, jobs = {}, [(f"x = {i}", f"assert x == {i}") for i in range(30)]
     with Pool(PATIENT, workers=1) as pool:
         pool.run("x = 1")

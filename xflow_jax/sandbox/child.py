@@ -1,8 +1,9 @@
-"""The zygote, a warm interpreter that forks one limited child for each program, and what such a child does.
+"""Zygote, a warm interpreter, and the limited children that it forks.
 
-A script, whose text is all that its process gets of this package: child.py CONTROL SCRATCH ISOLATION OTHERS. The zygote
-never sees a program: it is handed two descriptors, of the output and of the channel, and the child reads its job from
-the channel. It runs one program at a time, and all that a program started or wrote is gone before the next.
+This is a script, child.py CONTROL SCRATCH ISOLATION OTHER_PROCESSES. Its process has no other code
+of this package. No program enters the zygote: it receives two descriptors, of the output and of the
+channel, and the child reads its job from the channel. The zygote runs one program at a time, and
+removes all processes and files of a program before the next.
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ import sys
 from collections.abc import Callable
 from types import CodeType, ModuleType
 
-# What programs and checks import most. What checks name of it is also put back as it was before they run.
-WARM = (
+# Modules that programs and checks import most. Those that the checks name are also restored before
+# the checks run.
+WARM_MODULES = (
     "abc array bisect cmath collections contextlib copy datetime decimal enum fractions functools "
-    "heapq io itertools json math numbers operator random re statistics string struct textwrap time typing"
+    "heapq io itertools json math numbers operator random re statistics string struct textwrap "
+    "time typing"
 )
 
-
-# Audit hooks cannot be removed, and they hold wherever the kernel gives little.
-FORBIDDEN = (
-    "ctypes.", "fcntl.", "gc.", "socket.", "sqlite3.", "subprocess.", "shutil.chown", "signal.pthread_kill",
-    "os.chdir", "os.chflags", "os.chmod", "os.chown", "os.exec", "os.fchdir", "os.fork", "os.kill", "os.link",
-    "os.mkdir", "os.posix_spawn", "os.removexattr", "os.rmdir", "os.setxattr", "os.spawn", "os.symlink",
-    "os.system", "os.truncate", "os.utime", "resource.prlimit", "resource.setrlimit", "sys._current",
-    "sys.addaudithook", "sys.monitoring", "sys.setprofile", "sys.settrace",
+# Prefixes of audit events. Audit hooks cannot be removed, and they need no support of the kernel.
+FORBIDDEN_EVENTS = (
+    "ctypes.", "fcntl.", "gc.", "socket.", "sqlite3.", "subprocess.", "shutil.chown",
+    "signal.pthread_kill", "os.chdir", "os.chflags", "os.chmod", "os.chown", "os.exec", "os.fchdir",
+    "os.fork", "os.kill", "os.link", "os.mkdir", "os.posix_spawn", "os.removexattr", "os.rmdir",
+    "os.setxattr", "os.spawn", "os.symlink", "os.system", "os.truncate", "os.utime",
+    "resource.prlimit", "resource.setrlimit", "sys._current", "sys.addaudithook", "sys.monitoring",
+    "sys.setprofile", "sys.settrace",
 )  # fmt: skip
-
-
-UNIMPORTABLE = (
+FORBIDDEN_IMPORTS = (
     "_ctypes",
     "_dbm",
     "_gdbm",
@@ -49,59 +50,66 @@ UNIMPORTABLE = (
     "_xx",
     "readline",
 )
+FRAME_ATTRIBUTES = ("ag_frame", "cr_frame", "gi_frame", "tb_frame")
 
 
-FRAMES = ("ag_frame", "cr_frame", "gi_frame", "tb_frame")
+def serve(control: socket.socket, scratch: str, isolation: str, other_processes: int) -> None:
+    """Runs programs until the other end of `control` closes.
 
-
-def serve(control: socket.socket, scratch: str, isolation: str, others: int) -> None:
-    """Until the other end closes: "r" and two descriptors run a program, "k" ends it; answers (wait status, clean).
-
-    Where it could not clean up, it ends itself after the answer, and is replaced.
+    The message "r" with two descriptors runs a program, and "k" ends it. The answer to "r" is
+    (wait status, clean). If the clean-up failed, the zygote ends after the answer, and the parent
+    replaces it.
     """
-    for name in WARM.split():
+    for name in WARM_MODULES.split():
         __import__(name)
-    compile("", "", "exec")  # makes the compiler's types, once
+    compile("", "", "exec")  # creates the compiler's types, once
     gc.collect()
-    gc.freeze()  # or the collections of each child would copy these pages
-    wake, bell = os.pipe()
-    os.set_blocking(bell, False)
+    gc.freeze()  # otherwise the collections of each child would copy these pages
+    wake, signalled = os.pipe()
+    os.set_blocking(signalled, False)
     os.set_blocking(wake, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.set_wakeup_fd(bell, warn_on_full_buffer=False)
+    signal.set_wakeup_fd(signalled, warn_on_full_buffer=False)
     control.sendall(isolation.encode())
     clean = True
     while clean:
-        message, given, *_ = socket.recv_fds(control, 1, 2)
-        if message == b"k":  # came too late
+        message, descriptors, *_ = socket.recv_fds(control, 1, 2)
+        if message == b"k":  # too late, the program has ended
             continue
-        if len(given) != 2:
+        if len(descriptors) != 2:
             return
         pid = os.fork()
         if pid == 0:
             try:
-                run_child(*given, scratch, others)
+                run_child(*descriptors, scratch, other_processes)
             finally:
                 os._exit(1)
-        quietly(os.setpgid, pid, pid)  # the child does so too: whoever is first
-        for descriptor in given:
+        ignore_gone(os.setpgid, pid, pid)  # in the child too, since either may be first
+        for descriptor in descriptors:
             os.close(descriptor)
         status = wait(pid, control, wake)
         clean = wipe(scratch)
         control.sendall(struct.pack("=i?", status, clean))
 
 
-def quietly(call: Callable[..., None], *args: int) -> None:
-    """Calls for processes that may be gone; PermissionError: macOS, of a group whose members have ended."""
+def ignore_gone(call: Callable[..., None], *args: int) -> None:
+    """Calls a function for processes that may have ended.
+
+    macOS raises PermissionError for a group whose processes have ended.
+    """
     with contextlib.suppress(ProcessLookupError, PermissionError):
         call(*args)
 
 
 def wait(pid: int, control: socket.socket, wake: int) -> int:
-    """Until the child ends or the other side wants it ended; its wait status, after all of its processes are gone."""
+    """Waits for the child, or for a message to end it.
+
+    Returns the child's wait status, once all of its processes have ended.
+    """
     ended, status = 0, 0
     while True:
-        # Looked at, not reaped: the number of its group must not pass to another before the group is killed.
+        # WNOWAIT does not reap the child: the number of its group must not pass to another one
+        # before the group is killed.
         if hasattr(os, "waitid"):
             if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
                 break
@@ -115,21 +123,22 @@ def wait(pid: int, control: socket.socket, wake: int) -> int:
         if control in ready:
             control.recv(1)
             break
-    first = os.getpid() == 1  # of a process namespace: all others in it are the program's
-    if first:
-        quietly(os.kill, -1, signal.SIGKILL)
+    # The first process of a process namespace: all others in it are the program's.
+    is_first = os.getpid() == 1
+    if is_first:
+        ignore_gone(os.kill, -1, signal.SIGKILL)
     else:
-        quietly(os.killpg, pid, signal.SIGKILL)
+        ignore_gone(os.killpg, pid, signal.SIGKILL)
     if not ended:
         _, status = os.waitpid(pid, 0)
     with contextlib.suppress(ChildProcessError):
-        while first:
+        while is_first:
             os.waitpid(-1, 0)
     return status
 
 
 def wipe(folder: str) -> bool:
-    """Empties a folder; whether that went well."""
+    """Empties a folder. Returns True on success."""
     try:
         for name in os.listdir(folder):
             path = os.path.join(folder, name)
@@ -147,22 +156,44 @@ def read_exactly(descriptor: int, size: int) -> bytes:
     while len(data) < size:
         part = os.read(descriptor, size - len(data))
         if not part:
-            os._exit(1)  # the other side has given up
+            os._exit(1)  # the other side has closed the channel
         data += part
     return bytes(data)
 
 
-def names(code: CodeType) -> set[str]:
-    """What code refers to by name, its functions included, and the first parts of dotted names."""
+def names_in(code: CodeType) -> set[str]:
+    """Returns the names in code and its functions.
+
+    Of a dotted name, the first part is one too.
+    """
     found = {name.partition(".")[0] for name in code.co_names} | set(code.co_names)
     return found.union(
-        *(names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+        *(names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
     )
 
 
-def run_child(output: int, channel: int, scratch: str, others: int) -> None:
-    """The forked child: takes its limits, runs program and checks, writes the verdict to the channel and exits."""
-    quietly(os.setpgid, 0, 0)
+def take_limits(limits: dict[int, int], other_processes: int) -> None:
+    """Limits this process, never above its hard limits."""
+    signal.alarm(limits[resource.RLIMIT_CPU] + 1)  # ends a sleeping child without a parent
+    for number, limit in limits.items():
+        hard = resource.getrlimit(number)[1]
+        limit += other_processes if number == resource.RLIMIT_NPROC else 0
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        # Of CPU time, the soft limit sends SIGXCPU, and the hard one kills a second later.
+        grace = 1 if number == resource.RLIMIT_CPU else 0
+        resource.setrlimit(
+            number,
+            (limit, limit + grace if hard == resource.RLIM_INFINITY else min(limit + grace, hard)),
+        )
+
+
+def run_child(output: int, channel: int, scratch: str, other_processes: int) -> None:
+    """Runs a program and its checks in the forked child, and exits.
+
+    It takes its limits first, and writes the verdict to the channel at the end. The functions
+    inside share state and must be created after the builtins are copied, so they stay here.
+    """
+    ignore_gone(os.setpgid, 0, 0)
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.dup2(output, 1)
@@ -174,22 +205,12 @@ def run_child(output: int, channel: int, scratch: str, others: int) -> None:
     sys.argv = [""]
     size = int.from_bytes(read_exactly(channel, 8), "little")
     program, checks, limits, writable = marshal.loads(read_exactly(channel, size))
-    signal.alarm(limits[resource.RLIMIT_CPU] + 1)  # ends a sleeping child that nobody waits for
-    for number, most in limits.items():
-        hard = resource.getrlimit(number)[1]
-        most += others if number == resource.RLIMIT_NPROC else 0
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        grace = (
-            1 if number == resource.RLIMIT_CPU else 0
-        )  # it is told by a signal of its own, and killed after it
-        resource.setrlimit(
-            number,
-            (most, most + grace if hard == resource.RLIM_INFINITY else min(most + grace, hard)),
-        )
+    take_limits(limits, other_processes)
 
-    # The functions below keep the builtins they are made with: a program that replaces some must not reach the guard.
+    # A function keeps the builtins of its creation. The functions below have a copy, so a program
+    # that replaces builtins does not affect the guard.
     pristine = globals()["__builtins__"] = dict(vars(builtins))
-    frames, forbidden, unimportable = FRAMES, FORBIDDEN, UNIMPORTABLE
+    frames, forbidden, unimportable = FRAME_ATTRIBUTES, FORBIDDEN_EVENTS, FORBIDDEN_IMPORTS
     readable = (
         os.path.dirname(os.__file__) + "/",
         scratch,
@@ -198,20 +219,20 @@ def run_child(output: int, channel: int, scratch: str, others: int) -> None:
         "/dev/urandom",
     )
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    # A program may replace these attributes of the modules.
     fspath, stdout, leave, null, modules = os.fspath, sys.stdout, os._exit, os.devnull, sys.modules
     stage, guarded = "compile", True
 
     def within(path: object, folders: tuple[str, ...]) -> bool:
-        path = fspath(
-            path
-        )  # nothing here may ask a function or a method that a program can replace or override
+        # No function or method is called here that a program can replace or override.
+        path = fspath(path)
         if isinstance(path, bytes):
             path = bytes.decode(path, "utf-8", "surrogateescape")
         return ".." not in str.split(path, "/") and (
             str.startswith(path, folders) or not str.startswith(path, "/")
         )
 
-    def guard(event: str, args: tuple) -> None:
+    def guard(event: str, args: tuple[object, ...]) -> None:
         nonlocal writable
         if event == "open":
             path, _, flags = args
@@ -227,9 +248,8 @@ def run_child(output: int, channel: int, scratch: str, others: int) -> None:
         elif event == "import" and args[0].startswith(unimportable):
             raise ImportError(f"{args[0]} is not available here")
         elif event == "sys._getframe":
-            raise ValueError(
-                "call stack is not deep enough"
-            )  # what namedtuple, enum and typing are prepared for
+            # namedtuple, enum and typing handle this error.
+            raise ValueError("call stack is not deep enough")
         else:
             allowed = not event.startswith(forbidden)
             if event == "object.__getattr__" and guarded:
@@ -239,38 +259,39 @@ def run_child(output: int, channel: int, scratch: str, others: int) -> None:
 
     def run() -> bytes:
         nonlocal stage
-        judge = compile(checks, "<checks>", "exec", dont_inherit=True)
-        used = names(judge)
+        checks_code = compile(checks, "<checks>", "exec", dont_inherit=True)
+        used = names_in(checks_code)
         module = ModuleType("program")
         modules["program"] = modules["__main__"] = module
-        finders = [
-            (lasting, list(lasting)) for lasting in (sys.meta_path, sys.path_hooks, sys.path)
-        ]
+        import_paths = [(paths, list(paths)) for paths in (sys.meta_path, sys.path_hooks, sys.path)]
         before = set(modules)
-        named = {name: modules[name] for name in used & before}  # all would take long
-        known = [
-            (it, vars(it), dict(vars(it))) for it in named.values() if isinstance(it, ModuleType)
+        named = {name: modules[name] for name in used & before}  # all modules would take long
+        attributes = [
+            (each, vars(each), dict(vars(each)))
+            for each in named.values()
+            if isinstance(each, ModuleType)
         ]
         sys.addaudithook(guard)
         code = compile(program, "<program>", "exec", dont_inherit=True)
         stage = "program"
         exec(code, vars(module))
-        # What the checks use is put back: builtins, the modules that they name, and how modules are found.
+        # Restores what the checks use: builtins, the modules that they name, and the import paths.
         vars(builtins).update(pristine)
         modules.update(named)
-        for it, now, then in known:
-            if it is not module:
-                now.update(then)
-        for lasting, then in finders:
-            lasting[:] = then
+        for each, current, original in attributes:
+            if each is not module:
+                current.update(original)
+        for paths, original in import_paths:
+            paths[:] = original
         for name in used - before:
             modules.pop(name, None)
-        # A program's name hides a builtin one from the checks only where it must be the answer: they use no other.
+        # A name of the program hides a builtin from the checks only if they use no other name of
+        # the program, since then it must be the answer.
         scope = dict(vars(module))
         if used & scope.keys() - pristine.keys():
             scope = {name: value for name, value in scope.items() if name not in pristine}
         stage = "checks"
-        exec(judge, scope | {"__builtins__": builtins, "__name__": "program"})
+        exec(checks_code, scope | {"__builtins__": builtins, "__name__": "program"})
         return b""
 
     def describe(error: BaseException) -> str:
@@ -287,7 +308,8 @@ def run_child(output: int, channel: int, scratch: str, others: int) -> None:
         return f"error: {type(error).__name__}: {error}"
 
     try:
-        # The token waits on the evaluation stack, in no variable, and both calls are looked up before the program runs.
+        # The token waits on the evaluation stack, in no variable. Both functions are looked up
+        # before the program runs.
         os.write(channel, os.read(channel, 32) + run())
     except MemoryError:
         os.write(channel, b"memory limit")
@@ -295,7 +317,7 @@ def run_child(output: int, channel: int, scratch: str, others: int) -> None:
         try:
             reason = describe(error)
         except BaseException:
-            reason = "error: an exception that cannot be shown"
+            reason = "error: an exception without a readable text"
         os.write(channel, reason[:500].encode("utf-8", "replace"))
     try:
         stdout.flush()

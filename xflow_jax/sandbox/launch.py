@@ -1,14 +1,16 @@
-"""Puts its own process into namespaces and a Landlock domain, and then runs a command in it: launch.py SPEC COMMAND...
+"""Isolates its own process and then runs a command: launch.py SPEC COMMAND...
 
-A script, and not imported by the library: nothing of this can be undone, and it needs ctypes, which the command's fresh
-interpreter then never loads. Two arguments are added to the command: the isolation that is in force, as in
-`Result.isolation`, and how many processes of its user there are before it starts any. SPEC is a JSON object:
-    way            "unshare": makes namespaces; "inside": is in those of bubblewrap; "plain": goes without
-    landlock       whether to use it where the kernel has it
-    readable       what may be read: folders and files that exist
-    scratch        an empty folder, the working directory, and the only place that may be written
-    scratch_bytes  what fits into it; held in namespaces only
-    control        the descriptor that the command inherits; what fails is written to it, as a JSON string
+The isolation is namespaces and a Landlock domain. This is a script that the library does not
+import: the isolation cannot be undone, and it needs ctypes, which the command's fresh interpreter
+then never loads. Two arguments are added to the command: the isolation in force, as in
+`Result.isolation`, and the number of processes of its user before it starts any. SPEC is a JSON
+object:
+    method         "unshare" makes namespaces, "inside" is in those of bubblewrap, "plain" has none
+    landlock       true to use Landlock if the kernel has it
+    readable       existing folders and files that may be read
+    scratch        an empty folder, the working directory, the only one that may be written
+    scratch_bytes  its size, which only namespaces can limit
+    control        a descriptor that the command inherits, for an error as a JSON string
 """
 
 from __future__ import annotations
@@ -23,35 +25,22 @@ import sys
 
 NOBODY = 65534
 
-
-# Of the kernel's headers. The system calls from 424 on have the same number on every architecture.
+# Constants of the kernel's headers. System calls from 424 on have the same number on every
+# architecture.
 PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 24, 36, 38
-
-
-KEPT_RIGHTS = (1, 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-
-
-NEW_NAMESPACES = (
-    0x10000000 | 0x20000 | 0x20000000 | 0x40000000 | 0x8000000 | 0x4000000
-)  # user mnt pid net ipc uts
-
-
+KEPT_CAPABILITIES = (1, 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+# user, mnt, pid, net, ipc, uts
+NEW_NAMESPACES = 0x10000000 | 0x20000 | 0x20000000 | 0x40000000 | 0x8000000 | 0x4000000
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 2, 4, 4096, 16384, 1 << 18, 2
-
-
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, READ_ONLY_NOSUID = 442, -100, 0x8000, 3
-
-
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
-
-
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, MAKE_CHAR, MAKE_BLOCK, IOCTL_DEV = (
     1 << n for n in (0, 1, 2, 3, 6, 11, 15)
 )
 
 
 def call(name: str, *args: object) -> int:
-    """A function of the C library; OSError where it returns -1."""
+    """Calls a C library function. Raises OSError on failure."""
     result = getattr(ctypes.CDLL(None, use_errno=True), name)(*args)
     if result == -1:
         raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
@@ -59,61 +48,70 @@ def call(name: str, *args: object) -> int:
 
 
 def enter_namespaces() -> None:
-    """This process in new namespaces; its next child is the first of the new process namespace, which dies with it."""
-    ready, go = os.pipe()
-    mapper = os.fork()  # stays outside, where it may say which ids there are inside
+    """Moves this process into new namespaces.
+
+    Its next child is the first process of the new process namespace, which ends with that child.
+    """
+    read_end, write_end = os.pipe()
+    mapper = os.fork()  # stays outside, since only there the ids of the inside can be set
     if mapper == 0:
-        os.close(go)
-        if os.read(ready, 1):
-            write_maps(os.getppid())
+        os.close(write_end)
+        if os.read(read_end, 1):
+            write_id_maps(os.getppid())
             os._exit(0)
         os._exit(1)
-    os.close(ready)
+    os.close(read_end)
     call("unshare", NEW_NAMESPACES)
-    os.write(go, b"!")
-    os.close(go)
+    os.write(write_end, b"!")
+    os.close(write_end)
     if os.waitpid(mapper, 0)[1] != 0:
         raise OSError("the user namespace: its ids cannot be set")
-    with contextlib.suppress(OSError):  # a container's /proc may be read-only
-        write(
-            "/proc/sys/user/max_user_namespaces", "0"
-        )  # none in this one: a program would have all rights there
+    # No namespaces inside this one, since a program would have all capabilities there. In a
+    # container, /proc may be read-only.
+    with contextlib.suppress(OSError):
+        write_text("/proc/sys/user/max_user_namespaces", "0")
 
 
-def write_maps(pid: int) -> None:
-    """Root keeps all ids, to read what others own and to become nobody then; others have only their own."""
+def write_id_maps(pid: int) -> None:
+    """Maps the ids of a process's user namespace.
+
+    Root keeps all ids, to read files of other users and to become nobody later. Others keep only
+    their own id.
+    """
     for kind, own in (("uid", os.geteuid()), ("gid", os.getegid())):
         lines = [f"{NOBODY} {own} 1"]
         if os.geteuid() == 0:
             with open(f"/proc/self/{kind}_map") as file:
                 lines = [f"{first} {first} {count}" for first, _, count in map(str.split, file)]
         elif kind == "gid":
-            write(f"/proc/{pid}/setgroups", "deny")
-        write(f"/proc/{pid}/{kind}_map", "\n".join(lines))
+            write_text(f"/proc/{pid}/setgroups", "deny")
+        write_text(f"/proc/{pid}/{kind}_map", "\n".join(lines))
 
 
-def write(path: str, text: str) -> None:
+def write_text(path: str, text: str) -> None:
     with open(path, "w") as file:
         file.write(text)
 
 
 def enter_root(scratch: str, scratch_bytes: int, readable: list[str]) -> None:
-    """A new root for this mount namespace: `readable`, none of it writable, an empty scratch, and nothing else."""
+    """Makes a new root for this mount namespace.
+
+    It has the readable paths, none of them writable, and an empty scratch folder.
+    """
     call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
-    root = scratch  # an empty folder that only we know
+    root = scratch  # an empty folder that no other program uses
     call("mount", b"tmpfs", root.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, b"size=1m,mode=755")
-    shown: list[str] = []
-    for path in sorted(
-        {*readable, *map(os.path.realpath, readable)}
-    ):  # a folder before what is in it
-        if path.startswith(tuple(f"{folder}/" for folder in shown)):
+    mounted: list[str] = []
+    # Sorted, a folder comes before its contents.
+    for path in sorted({*readable, *map(os.path.realpath, readable)}):
+        if path.startswith(tuple(f"{folder}/" for folder in mounted)):
             continue
-        shown.append(path)
+        mounted.append(path)
         if os.path.isdir(path):
             os.makedirs(root + path)
         else:
             os.makedirs(os.path.dirname(root + path), exist_ok=True)
-            write(root + path, "")
+            write_text(root + path, "")
         call(
             "mount",
             os.path.realpath(path).encode(),
@@ -135,37 +133,43 @@ def enter_root(scratch: str, scratch_bytes: int, readable: list[str]) -> None:
 
 
 def become_nobody() -> int:
-    """Leaves root, whom limits on processes do not hold; how many processes its user has in the namespace."""
+    """Changes the user from root to nobody.
+
+    Limits on processes do not bind root. Returns the number of processes that the user has in the
+    namespace.
+    """
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
         return 1
-    return 2  # the one that waits in `keep` is of the same user
+    return 2  # the process that waits in `reap` has the same user
 
 
-def drop_rights() -> None:
-    """Leaves root, where it has to stay root, only the rights to read and write what others own; holds from exec on."""
-    for right in range(64):
-        if right not in KEPT_RIGHTS:
-            with contextlib.suppress(OSError):  # there are fewer, or this is not root
-                call("prctl", PR_CAPBSET_DROP, right, 0, 0, 0)
+def drop_capabilities() -> None:
+    """Drops the capabilities of a process that must stay root.
+
+    It keeps those to read and write files of other users. This applies from exec on.
+    """
+    for capability in range(64):
+        if capability not in KEPT_CAPABILITIES:
+            with contextlib.suppress(OSError):  # the kernel has fewer, or this is not root
+                call("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
 
 
 def enter_landlock(scratch: str, readable: list[str]) -> bool:
-    """False where the kernel has none: then nothing is changed."""
+    """Enters a Landlock domain. Returns False if the kernel has none."""
     try:
         abi = call("syscall", LANDLOCK_CREATE, None, 0, 1)
     except OSError:
         return False
-    # Each version of the interface handles more: by each, what nothing below allows is forbidden.
+    # Later versions of the interface handle more rights. A right that is handled is forbidden
+    # unless a rule below allows it.
     rights = sum(1 << n for n in range(13 + (abi >= 2) + (abi >= 3))) | (
         IOCTL_DEV if abi >= 5 else 0
     )
-    network, scope = (
-        (3 if abi >= 4 else 0),
-        (3 if abi >= 6 else 0),
-    )  # TCP; abstract sockets and signals
+    network = 3 if abi >= 4 else 0  # TCP
+    scope = 3 if abi >= 6 else 0  # abstract sockets and signals
     attributes = struct.pack("QQQ", rights, network, scope)[: 8 + 8 * (abi >= 4) + 8 * (abi >= 6)]
     rules = call("syscall", LANDLOCK_CREATE, attributes, len(attributes), 0)
     allowed = {
@@ -182,8 +186,11 @@ def enter_landlock(scratch: str, readable: list[str]) -> bool:
     return True
 
 
-def keep(child: int) -> int:
-    """Waits for the child, and adopts and ends what outlives it; the child's exit status."""
+def reap(child: int) -> int:
+    """Waits for the child and ends the processes that outlive it.
+
+    This process adopts them. Returns the child's exit status.
+    """
     ended, status = os.waitpid(-1, 0)
     while ended != child:
         ended, status = os.waitpid(-1, 0)
@@ -195,39 +202,40 @@ def keep(child: int) -> int:
             for pid in left:
                 os.kill(int(pid), signal.SIGKILL)
             os.waitpid(-1, 0 if left else os.WNOHANG)
-    except OSError:  # of waitpid: there are none
+    except OSError:  # waitpid fails once there are no processes
         return code if code >= 0 else 128 - code
 
 
 def main() -> None:
     spec, command = json.loads(sys.argv[1]), sys.argv[2:]
-    way, scratch, readable = spec["way"], spec["scratch"], spec["readable"]
-    parts, others = [], 0
+    method, scratch, readable = spec["method"], spec["scratch"], spec["readable"]
+    parts, other_processes = [], 0
     try:
-        if way == "unshare":
+        if method == "unshare":
             enter_namespaces()
-        if way != "inside" and sys.platform == "linux":
+        if method != "inside" and sys.platform == "linux":
             call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
             if child := os.fork():
                 os.close(spec["control"])
-                os._exit(keep(child))
-        if way == "unshare":
+                os._exit(reap(child))
+        if method == "unshare":
             enter_root(scratch, spec["scratch_bytes"], readable)
-            others = become_nobody()
+            other_processes = become_nobody()
             parts.append("namespaces")
-        if way == "inside":
-            others = 1
+        if method == "inside":
+            other_processes = 1
             parts.append("namespaces")
         os.chdir(scratch)
         if sys.platform == "linux":
-            drop_rights()
+            drop_capabilities()
             call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
             call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             if spec["landlock"] and enter_landlock(scratch, readable):
                 parts.append("landlock")
         os.set_inheritable(spec["control"], True)
-        arguments = [*command, "+".join([*parts, "limits"]), str(others)]
-        # An empty environment, but not a random hash seed: a verdict must not depend on the order of a set.
+        arguments = [*command, "+".join([*parts, "limits"]), str(other_processes)]
+        # The environment is empty but for the hash seed: a verdict must not depend on the order of
+        # a set.
         os.execve(command[0], arguments, {"PYTHONHASHSEED": "0"})
     except OSError as error:
         os.write(spec["control"], json.dumps(error.strerror or str(error)).encode())

@@ -1,4 +1,4 @@
-"""What a program in the sandbox may use."""
+"""Limits of one program in the sandbox."""
 
 from __future__ import annotations
 
@@ -8,46 +8,59 @@ from dataclasses import dataclass, fields
 
 from xflow_jax.errors import require
 
-FULL = "namespaces+landlock+limits"  # isolation
+FULL_ISOLATION = "namespaces+landlock+limits"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use, and the least isolation; UserError where a limit is not above 0."""
+    """Resources of one program, and the least isolation it may run in.
 
-    seconds: float = 5.0  # of wall clock
-    memory_mb: int = 512  # of address space
-    output_bytes: int = 1 << 18  # printed; one more ends the run
-    file_bytes: int = 1 << 20  # in each file
-    files: int = 32  # open at once, and opened for writing in all
-    processes: int = (
-        1  # itself and its threads included; without namespaces all of this user's count
-    )
-    minimum: str = (
-        "limits"  # of namespaces+landlock+limits: what must be in force, or nothing is run
-    )
+    Attributes:
+        seconds: wall-clock time.
+        memory_mb: address space, in MiB.
+        output_bytes: printed bytes. One more ends the run.
+        file_bytes: bytes in each file.
+        files: files open at once, and files opened for writing in all.
+        processes: processes and threads, the program itself included. Without namespaces, all
+            processes of this user count.
+        minimum: a part of "namespaces+landlock+limits". Nothing runs if less is in force.
+
+    Raises:
+        UserError: a limit is not above 0, or `minimum` has an unknown part.
+    """
+
+    seconds: float = 5.0
+    memory_mb: int = 512
+    output_bytes: int = 1 << 18
+    file_bytes: int = 1 << 20
+    files: int = 32
+    processes: int = 1
+    minimum: str = "limits"
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name != "minimum":
                 require(value > 0, f"the sandbox limit {field.name} must be above 0, not {value}")
-        known = set(self.minimum.split("+")) <= set(FULL.split("+"))
-        require(known, f"the sandbox limit minimum must be some of {FULL}, not {self.minimum!r}")
+        known = set(self.minimum.split("+")) <= set(FULL_ISOLATION.split("+"))
+        require(
+            known,
+            f"the sandbox limit minimum must be some of {FULL_ISOLATION}, not {self.minimum!r}",
+        )
 
     def resources(self) -> dict[int, int]:
-        """What setrlimit is to hold."""
+        """Returns resource number -> value for setrlimit."""
         import resource  # not on Windows, where this module must still import
 
         table = {
-            resource.RLIMIT_CPU: math.ceil(self.seconds)
-            + 1,  # ends a busy child whose parent is gone
+            # One second more than the wall clock: ends a busy child whose parent is gone.
+            resource.RLIMIT_CPU: math.ceil(self.seconds) + 1,
             resource.RLIMIT_AS: self.memory_mb << 20,
             resource.RLIMIT_FSIZE: self.file_bytes,
             resource.RLIMIT_NOFILE: self.files,
             resource.RLIMIT_NPROC: self.processes,
             resource.RLIMIT_CORE: 0,
         }
-        if sys.platform == "darwin":  # refuses to limit the address space
+        if sys.platform == "darwin":  # macOS refuses to limit the address space
             del table[resource.RLIMIT_AS]
         return table

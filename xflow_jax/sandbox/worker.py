@@ -1,4 +1,4 @@
-"""The parent's side of one zygote (child.py): how it is started, handed a program, listened to and ended."""
+"""Worker of the sandbox: the parent's side of a zygote (child.py)."""
 
 from __future__ import annotations
 
@@ -19,16 +19,13 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 from xflow_jax.sandbox.limits import Limits
 
-_LONGEST_VERDICT = 2000  # bytes
-
-
-_PATIENCE = 60.0  # seconds for what the machine does: to start, and to end what was killed
-
-
+_MAX_VERDICT_BYTES = 2000
+_SYSTEM_TIMEOUT = 60.0  # seconds for the machine to start a process or to end a killed one
 _FOLDERS = (
     "/lib",
     "/lib32",
@@ -39,40 +36,46 @@ _FOLDERS = (
     "/usr/local/lib",
     "/nix/store",
 )
-
-
 _DEVICES = (os.devnull, "/dev/urandom")
-
-
 _FILES = ("/etc/ld.so.cache", "/usr/share/zoneinfo", *_DEVICES)
 
-
-# Into isolation, the best first. Where not even "plain" works, with Landlock alone, the interpreter keeps its libraries
-# in a place that `readable` does not know.
-WAYS = ("unshare", "bubblewrap", "plain", "bare")
-
-
-class NotStarted(Exception):
-    """Why a zygote could not start."""
+# Ways to isolate a process, the best first. "bare" goes without Landlock. It is for interpreters
+# whose libraries lie in a place that `readable_paths` does not know, so that even "plain" fails.
+ISOLATION_METHODS = ("unshare", "bubblewrap", "plain", "bare")
 
 
-class Died(Exception):
-    """The zygote is gone, and with it what it ran."""
+class StartError(Exception):
+    """A zygote cannot start. The text is the reason."""
+
+
+class WorkerDied(Exception):
+    """The zygote has ended, and the program that it ran too."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """`verdict`: what the child wrote to the channel; `token`: what it writes if all passes; `cut`: what to say where
-    there is no verdict, or "output limit"."""
+    """Raw result of one program.
+
+    Attributes:
+        verdict: bytes that the child wrote to the channel.
+        token: the verdict if all checks pass.
+        output: bytes that were printed.
+        stop_reason: the reason to report if there is no verdict. "output limit" takes precedence
+            over a verdict.
+    """
 
     verdict: bytes
     token: bytes
     output: bytes
-    cut: str
+    stop_reason: str
 
 
-def interpreter() -> list[str]:
-    """The one behind the links of a virtual environment, as isolated as with -I -S, but not deaf to the hash seed."""
+def interpreter_command() -> list[str]:
+    """Returns the command of an isolated Python interpreter.
+
+    It is the one behind the links of a virtual environment. The flags isolate it like -I -S, except
+    that it reads PYTHONHASHSEED.
+    """
     return [
         os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable),
         "-P",
@@ -82,62 +85,88 @@ def interpreter() -> list[str]:
     ]
 
 
-def readable() -> list[str]:
-    """What a program may read: the interpreter, its standard library, what these load, and time zones."""
+def readable_paths() -> list[str]:
+    """Returns the existing paths that a program may read.
+
+    These are the interpreter, its standard library, the libraries of both, and time zones.
+    """
     homes = [
         f"{prefix}/{lib}"
         for prefix in (sys.base_prefix, sys.base_exec_prefix)
         for lib in ("lib", "lib64")
     ]
-    paths = [interpreter()[0], os.path.dirname(os.__file__), *homes, *_FOLDERS, *_FILES]
+    paths = [interpreter_command()[0], os.path.dirname(os.__file__), *homes, *_FOLDERS, *_FILES]
     return [path for path in dict.fromkeys(paths) if os.path.exists(path)]
 
 
-def bubblewrap() -> str | None:
-    """Its path, where it is installed."""
+def find_bubblewrap() -> str | None:
+    """Returns the path of bubblewrap, or None if it is not installed."""
     return shutil.which("bwrap")
 
 
-def launcher(way: str, landlock: bool, scratch: str, scratch_bytes: int, control: int) -> list[str]:
-    """The command that isolates itself and then runs the command that follows it; the arguments are launch.py's."""
+def launch_command(
+    method: str, landlock: bool, scratch: str, scratch_bytes: int, control: int
+) -> list[str]:
+    """Returns the command that isolates another command.
+
+    The other command follows as its last arguments.
+
+    Args:
+        method: one of ISOLATION_METHODS.
+        landlock: True to use Landlock if the kernel has it.
+        scratch: an empty folder, the only one that may be written.
+        scratch_bytes: size of the folder's file system.
+        control: descriptor for error messages, inherited by the command.
+    """
     spec = {
-        "way": {"bubblewrap": "inside", "bare": "plain"}.get(way, way),
+        "method": {"bubblewrap": "inside", "bare": "plain"}.get(method, method),
         "landlock": landlock,
-        "readable": readable(),
+        "readable": readable_paths(),
         "scratch": scratch,
         "scratch_bytes": scratch_bytes,
         "control": control,
     }
     command = [
-        *interpreter(),
+        *interpreter_command(),
         "-c",
         Path(__file__).with_name("launch.py").read_text(),
         json.dumps(spec),
     ]
-    if way != "bubblewrap":
+    if method != "bubblewrap":
         return command
-    shown = sorted({*readable(), *map(os.path.realpath, readable())})
+    mounted = sorted({*readable_paths(), *map(os.path.realpath, readable_paths())})
     return [
-        bubblewrap() or "bwrap", "--unshare-all", "--die-with-parent", "--as-pid-1", "--new-session",
-        "--cap-drop", "ALL", "--uid", "65534", "--gid", "65534",
-        *(part for path in shown for part in ("--ro-bind", os.path.realpath(path), path)),
+        find_bubblewrap() or "bwrap", "--unshare-all", "--die-with-parent", "--as-pid-1",
+        "--new-session", "--cap-drop", "ALL", "--uid", "65534", "--gid", "65534",
+        *(part for path in mounted for part in ("--ro-bind", os.path.realpath(path), path)),
         *(part for path in _DEVICES for part in ("--dev-bind", path, path)),
         "--size", str(scratch_bytes), "--tmpfs", scratch, "--remount-ro", "/", "--", *command,
     ]  # fmt: skip
 
 
 class Worker:
-    """One warm zygote and its folder; runs one program at a time. NotStarted where this way does not work here."""
+    """One warm zygote with its folder, for one program at a time.
 
-    def __init__(self, way: str, scratch_bytes: int) -> None:
+    Attributes:
+        method: the isolation method, one of ISOLATION_METHODS.
+        isolation: the isolation in force, a part of FULL_ISOLATION.
+        failures: the better methods with the reasons why they failed.
+        close: ends the zygote and removes the folder.
+
+    Raises:
+        StartError: the method does not work on this machine.
+    """
+
+    def __init__(self, method: str, scratch_bytes: int) -> None:
         self.folder = tempfile.TemporaryDirectory(
             prefix="xflow-sandbox-", ignore_cleanup_errors=True
         )
         self.control, theirs = socket.socketpair()
         scratch = os.path.realpath(self.folder.name)
         command = [
-            *launcher(way, way != "bare", scratch, scratch_bytes, theirs.fileno()),
-            *interpreter(), "-c", Path(__file__).with_name("child.py").read_text(), str(theirs.fileno()), scratch,
+            *launch_command(method, method != "bare", scratch, scratch_bytes, theirs.fileno()),
+            *interpreter_command(), "-c", Path(__file__).with_name("child.py").read_text(),
+            str(theirs.fileno()), scratch,
         ]  # fmt: skip
         with theirs:
             try:
@@ -146,87 +175,105 @@ class Worker:
                     env={},
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL if way == "bubblewrap" else None,
+                    stderr=subprocess.DEVNULL if method == "bubblewrap" else None,
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,
                 )
             except OSError as error:
                 self.control.close()
                 self.folder.cleanup()
-                raise NotStarted(str(error)) from None
+                raise StartError(str(error)) from None
         self.close = weakref.finalize(
-            self, _end, os.getpid(), self.process, self.control, self.folder
+            self, _end_worker, os.getpid(), self.process, self.control, self.folder
         )
-        self.control.settimeout(_PATIENCE)
+        self.control.settimeout(_SYSTEM_TIMEOUT)
         try:
             hello = self.control.recv(4096).decode()
         except OSError as error:
             hello = json.dumps(str(error))
         if not hello or hello.startswith('"'):
             self.close()
-            raise NotStarted(json.loads(hello or '"it ended at once"'))
-        self.way, self.isolation, self.why = way, hello, ""
+            raise StartError(json.loads(hello or '"it ended at once"'))
+        self.method, self.isolation, self.failures = method, hello, ""
 
     def run(self, program: str, checks: str, limits: Limits) -> Outcome:
-        """Runs a program and its checks; Died where the zygote ended meanwhile, and the worker is of no more use."""
+        """Runs a program and its checks.
+
+        Raises:
+            WorkerDied: the zygote ended meanwhile. The worker cannot be used again.
+        """
         deadline, token = time.monotonic() + limits.seconds, secrets.token_bytes(32)
         job = marshal.dumps((program, checks, limits.resources(), limits.files))
         ours, theirs = socket.socketpair()
-        output, printed = os.pipe()
-        with ours, open(output, "rb", buffering=0) as output:
-            with theirs, open(printed, "wb", buffering=0) as printed:
-                self._tell(b"r", [printed.fileno(), theirs.fileno()])
+        read_end, write_end = os.pipe()
+        with ours, open(read_end, "rb", buffering=0) as output:
+            with theirs, open(write_end, "wb", buffering=0) as printed:
+                self.send(b"r", [printed.fileno(), theirs.fileno()])
             ours.settimeout(limits.seconds)
-            with contextlib.suppress(
-                BrokenPipeError, ConnectionResetError, TimeoutError
-            ):  # of a child that has ended
+            # A child that has ended causes these errors.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError, TimeoutError):
                 ours.sendall(len(job).to_bytes(8, "little") + job)
-                ours.sendall(token)  # by itself: such a short one arrives whole
-            return _listen(self, ours, output, deadline, limits.output_bytes, token)
+                ours.sendall(token)  # by itself, since so short a message arrives whole
+            return _wait_for_outcome(self, ours, output, deadline, limits.output_bytes, token)
 
-    def _tell(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
+    def send(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
+        """Sends a command to the zygote.
+
+        b"r" with two descriptors runs a program, b"k" ends it.
+        """
         try:
             socket.send_fds(self.control, [message], descriptors)
         except OSError:
-            raise Died from None
+            raise WorkerDied from None
 
-    def alive(self) -> bool:
-        """Whether it can run another program: not where it has gone, or a process of the last one got away."""
+    def is_usable(self) -> bool:
+        """Returns True if the worker can run another program.
+
+        It cannot if the zygote has ended, or if a process of the last program escaped from it.
+        """
         if not self.close.alive or self.process.poll() is not None:
             return False
-        with contextlib.suppress(OSError):  # none where the kernel does not tell
+        with contextlib.suppress(OSError):  # some kernels have no such file
             task = f"/proc/{self.process.pid}/task/{self.process.pid}/children"
             return len(Path(task).read_text().split()) <= 1
         return True
 
 
-def _end(
+def _end_worker(
     owner: int,
-    process: subprocess.Popen,
+    process: subprocess.Popen[bytes],
     control: socket.socket,
-    folder: tempfile.TemporaryDirectory,
+    folder: tempfile.TemporaryDirectory[str],
 ) -> None:
-    """Ends a worker; the zygote ends by itself when its control closes, and all that it started with it."""
+    """Ends a worker, whose zygote ends once its control closes."""
     control.close()
-    if os.getpid() != owner:  # a fork of this process: the worker is not its own
+    if os.getpid() != owner:  # a fork of this process does not own the worker
         return
     try:
         process.wait(5)
     except subprocess.TimeoutExpired:
-        with contextlib.suppress(
-            ProcessLookupError, PermissionError
-        ):  # PermissionError: macOS, of a dead group
+        # macOS raises PermissionError for a group whose processes have ended.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     folder.cleanup()
 
 
-def _listen(
-    worker: Worker, ours: socket.socket, output, deadline: float, most: int, token: bytes
+def _wait_for_outcome(
+    worker: Worker,
+    ours: socket.socket,
+    output: FileIO,
+    deadline: float,
+    max_output: int,
+    token: bytes,
 ) -> Outcome:
-    """Until the child has ended or must be; holds at most `most` bytes of output. Died where the zygote has."""
-    verdict, printed, cut, answer = b"", b"", "", b""
-    asked = 0.0  # when the zygote was told to end the program
+    """Reads verdict and output until the child has ended.
+
+    Ends the child at the deadline or above `max_output` bytes. Raises WorkerDied if the zygote
+    ends.
+    """
+    verdict, printed, stop_reason, answer = b"", b"", "", b""
+    stopped_at = 0.0  # time of the command that ends the program
     ours.setblocking(False)
     os.set_blocking(output.fileno(), False)
     with selectors.DefaultSelector() as selector:
@@ -234,72 +281,84 @@ def _listen(
             selector.register(source, selectors.EVENT_READ)
         while len(answer) < 5:
             now = time.monotonic()
-            if not cut and (now >= deadline or len(printed) > most):
-                cut, asked = ("output limit" if len(printed) > most else "timeout"), now
-                worker._tell(b"k")
+            if not stop_reason and (now >= deadline or len(printed) > max_output):
+                stop_reason = "output limit" if len(printed) > max_output else "timeout"
+                stopped_at = now
+                worker.send(b"k")
+                # The program may have stopped the zygote by a signal.
                 with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(
-                        worker.process.pid, signal.SIGCONT
-                    )  # where the program could stop the zygote
-            if cut and now - asked > _PATIENCE:
+                    os.killpg(worker.process.pid, signal.SIGCONT)
+            if stop_reason and now - stopped_at > _SYSTEM_TIMEOUT:
                 worker.close()
-                raise Died
-            for key, _ in selector.select(asked + _PATIENCE - now if cut else deadline - now):
+                raise WorkerDied
+            timeout = stopped_at + _SYSTEM_TIMEOUT - now if stop_reason else deadline - now
+            for key, _ in selector.select(timeout):
                 if key.fileobj is worker.control:
-                    data = _read(worker.control.fileno())
+                    data = _read_available(worker.control.fileno())
                     if not data:
-                        raise Died
+                        raise WorkerDied
                     answer += data
-                elif not (data := _read(key.fd)):
+                elif not (data := _read_available(key.fd)):
                     selector.unregister(key.fileobj)
                 elif key.fileobj is ours:
-                    verdict = (verdict + data)[:_LONGEST_VERDICT]
-                elif not cut:
+                    verdict = (verdict + data)[:_MAX_VERDICT_BYTES]
+                elif not stop_reason:
                     printed += data
-    # All has ended; what it wrote before is there to read.
-    while len(verdict) < _LONGEST_VERDICT and (data := _read(ours.fileno())):
+    # All processes have ended, but their last bytes may be unread.
+    while len(verdict) < _MAX_VERDICT_BYTES and (data := _read_available(ours.fileno())):
         verdict += data
-    while len(printed) <= most and (data := _read(output.fileno())):
+    while len(printed) <= max_output and (data := _read_available(output.fileno())):
         printed += data
     status, clean = struct.unpack("=i?", answer)
     if not clean:
         worker.close()
-    code = os.waitstatus_to_exitcode(status)
-    if len(printed) > most:
-        cut = "output limit"
-    elif not cut and code == -signal.SIGXCPU:
-        cut = "timeout"
-    elif not cut:
-        how = f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with {code}"
-        cut = f"error: the process {how} before the checks ended"
-    return Outcome(verdict, token, printed[:most], cut)
+    if len(printed) > max_output:
+        stop_reason = "output limit"
+    elif not stop_reason:
+        stop_reason = _describe_exit(os.waitstatus_to_exitcode(status))
+    return Outcome(verdict, token, printed[:max_output], stop_reason)
 
 
-def _read(descriptor: int) -> bytes:
-    """What is there to read; nothing at the end, and where there is nothing yet."""
+def _read_available(descriptor: int) -> bytes:
+    """Reads the available bytes, b"" at the end or without any."""
     with contextlib.suppress(BlockingIOError, ConnectionResetError):
         return os.read(descriptor, 1 << 16)
     return b""
 
 
+def _describe_exit(code: int) -> str:
+    if code == -signal.SIGXCPU:
+        return "timeout"
+    how = f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with {code}"
+    return f"error: the process {how} before the checks ended"
+
+
 def _signal_name(number: int) -> str:
-    with contextlib.suppress(ValueError):  # a real-time signal has none
+    with contextlib.suppress(ValueError):  # real-time signals have no name
         return signal.Signals(number).name
     return f"signal {number}"
 
 
-def start(scratch_bytes: int, ways: Sequence[str] = WAYS) -> Worker:
-    """A worker by the best of the ways that works, `why` not by a better one; NotStarted says why by none."""
-    why = []
-    for way in ways:
-        if (way == "unshare" and sys.platform != "linux") or (
-            way == "bubblewrap" and not bubblewrap()
+def start_worker(scratch_bytes: int, methods: Sequence[str] = ISOLATION_METHODS) -> Worker:
+    """Starts a worker by the first method that works.
+
+    Args:
+        scratch_bytes: size of its folder's file system.
+        methods: isolation methods, the best first.
+
+    Raises:
+        StartError: no method works. The text has the reason of each.
+    """
+    failures: list[str] = []
+    for method in methods:
+        if (method == "unshare" and sys.platform != "linux") or (
+            method == "bubblewrap" and not find_bubblewrap()
         ):
             continue
         try:
-            worker = Worker(way, scratch_bytes)
-            worker.why = "; ".join(why)
+            worker = Worker(method, scratch_bytes)
+            worker.failures = "; ".join(failures)
             return worker
-        except NotStarted as error:
-            why.append(f"{way}: {error}")
-    raise NotStarted("; ".join(why))
+        except StartError as error:
+            failures.append(f"{method}: {error}")
+    raise StartError("; ".join(failures))

@@ -1,4 +1,4 @@
-"""Tasks as data: the class Task, its TaskConfig, code extraction, and the look-up by name.
+"""Tasks as data: Task, TaskConfig, code extraction and get_task.
 
 A task is one frozen `Task` named TASK, in a module or package of this package.
 """

@@ -1,4 +1,4 @@
-"""Readers of public problems, from a jsonl file or the Hugging Face hub, with checked rows."""
+"""Readers of public problems, from a jsonl file or the hub."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def _has_type(value: object, kind: type) -> bool:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yields (line number, value) for each line of a jsonl or jsonl.gz file that is not empty.
+    """Yields (line number, value) for the lines of a jsonl file.
+
+    The file may be compressed by gzip. Empty lines are left out.
 
     Raises:
         UserError: the file cannot be read, or a line is not JSON.

@@ -41,7 +41,7 @@ class Problem:
 
 
 def problems(data: Path | None, limit: int | None) -> list[Problem]:
-    """Reads the first `limit` problems of the file, or of the hub's data set if `data` is None."""
+    """Reads the first `limit` problems of a file or the hub."""
     keys = [field.name for field in dataclasses.fields(Problem)]
     rows = read_problems(data, dict.fromkeys(keys, str), "humaneval", HUB)
     return [Problem(**{key: row[key] for key in keys}) for row in rows[:limit]]
@@ -60,7 +60,7 @@ def program(problem: Problem, code: str) -> tuple[str, str]:
 
 
 def _indent_body(code: str) -> str:
-    """Indents the body of a function: answers may lose the indent of all lines or the first."""
+    """Indents a body, since answers may lack some of the indentation."""
     if code[:1].isspace():
         return code
     try:
@@ -76,7 +76,7 @@ def no_training(data: Path | None, limit: int | None) -> list[Problem]:
 
 
 def canonical(problem: Problem) -> str:
-    """Returns the reference solution in a fence, with sentences around it as models write."""
+    """Returns the reference solution as a model's answer, in a fence."""
     solution = problem.prompt + problem.canonical_solution.rstrip("\n")
     return (
         f"Here is the completed function:\n\n```python\n{solution}\n```\n\n"

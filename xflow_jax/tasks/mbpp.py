@@ -37,7 +37,7 @@ CONFIG = TaskConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Problem of MBPP, a line of the public jsonl, with the worked examples of its prompt."""
+    """Problem of MBPP, a line of the public jsonl, with worked examples."""
 
     task_id: int
     text: str

@@ -1,4 +1,4 @@
-"""The task microcode: English requests for list functions, and right answers to them."""
+"""The task microcode: English requests for list functions."""
 
 from xflow_jax.tasks.microcode.language import Problem, compositions, parse, problems
 from xflow_jax.tasks.microcode.solutions import USUAL_STYLE, WIDE_STYLE, sample_answer

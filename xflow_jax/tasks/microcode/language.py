@@ -1,4 +1,4 @@
-"""The language of microcode: its operations, reductions, problems, their split, and the parser.
+"""The language of microcode: operations, reductions, problems, split and parser.
 
 A problem asks for one or two operations on a list of numbers and for a reduction of the result:
 "Keep the numbers greater than 5, then square them and return the sum." Every problem has many right

@@ -11,7 +11,9 @@ from xflow_jax.tasks.microcode.language import OPERATIONS, REDUCTIONS, Problem
 
 @dataclasses.dataclass(frozen=True)
 class AnswerStyle:
-    """Distribution of the answers' style: choices, repeated if they are more usual, and chances.
+    """Distribution of the style of answers.
+
+    Names and layouts are drawn uniformly, and the more usual ones are repeated.
 
     Attributes:
         function_names: names of the function.
@@ -137,7 +139,7 @@ def _reduce(reduction: str, expression: str) -> str:
 
 
 def sample_answer(rng: random.Random, problem: Problem, style: AnswerStyle = USUAL_STYLE) -> str:
-    """Draws one of the right answers to a problem, as Python code without a trailing newline."""
+    """Draws a right answer, Python code without a trailing newline."""
     name = rng.choice(style.function_names)
     xs = rng.choice(style.list_names)
     v = rng.choice(style.element_names)

@@ -21,7 +21,7 @@ POLICY_SEED = 101
 
 
 def extract(text: str) -> str:
-    """Returns the code in a model's answer: the inside of its first fence, or the whole text."""
+    """Returns the inside of an answer's first fence, or the whole answer."""
     return extract_code(CONFIG, text)
 
 

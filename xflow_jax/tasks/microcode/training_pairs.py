@@ -1,4 +1,4 @@
-"""Training pairs of microcode: a request of the training split and a right answer."""
+"""Training pairs of microcode: requests with right answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from xflow_jax.tasks.microcode.solutions import USUAL_STYLE, AnswerStyle, sample
 
 
 def training_pair(seed: int, index: int, style: AnswerStyle = USUAL_STYLE) -> tuple[str, str]:
-    """Returns the pair (request, right answer) at `index` of the endless training set `seed`."""
+    """Returns (request, right answer) at an index of an endless training set.
+
+    Args:
+        seed: number of the training set.
+        index: position in it, from 0.
+        style: style of the answers.
+    """
     rng = random.Random(f"pair {seed} {index}")
     pool = compositions(held_out=False)
     while True:
