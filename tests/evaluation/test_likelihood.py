@@ -1,4 +1,4 @@
-"""The likelihood against the official code's numbers, and what it must not depend on."""
+"""The likelihood against the numbers of the official code, and its independence of the batch."""
 
 from __future__ import annotations
 
@@ -11,18 +11,24 @@ import pytest
 from tests.helpers import decode_golden, llada_tiny, random_prompts, toy
 from tests.llada2_helpers import TINY2
 from xflow_jax.errors import UserError
-from xflow_jax.evaluation.likelihood import Drawn, draws, log_likelihoods, read_pairs, row_losses
+from xflow_jax.evaluation.likelihood import (
+    MaskedRow,
+    draw_masks,
+    log_likelihoods,
+    read_pairs,
+    row_losses,
+)
 
 CASES = {case["name"]: case for case in decode_golden()["llada_likelihood"]}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_official_codes_numbers(name):
-    """Every batch's loss from the masks that were drawn, all batches of the case at once; batches of 3 rows."""
+def test_numbers_of_the_official_code(name):
+    """Recomputes the loss of every batch from its masks, all of a case at once in batches of 3."""
     case = CASES[name]
     start, answer = len(case["prompt"]), case["answer"]
     rows = [
-        Drawn(tuple(case["prompt"]), tuple(answer), np.asarray(row)[start:] == case["mask_id"])
+        MaskedRow(tuple(case["prompt"]), tuple(answer), np.asarray(row)[start:] == case["mask_id"])
         for batch in case["batches"]
         for row in batch["perturbed"]
     ]
@@ -35,18 +41,17 @@ def test_the_official_codes_numbers(name):
 def test_masks_are_spread_over_the_levels():
     for name, case in CASES.items():
         length = len(case["answer"])
-        for batch in case[
-            "batches"
-        ]:  # the official code's own levels are among those that can be drawn
+        # The levels of the official code are among those that can be drawn.
+        for batch in case["batches"]:
             found = [
-                draws(np.random.default_rng(s), length, case["batch_size"]).sum(1).tolist()
+                draw_masks(np.random.default_rng(s), length, case["batch_size"]).sum(1).tolist()
                 for s in range(200)
             ]
             assert batch["number_masked"] in found, name
-    drawn = draws(np.random.default_rng(0), 64, 16)
+    drawn = draw_masks(np.random.default_rng(0), 64, 16)
     assert drawn.shape == (16, 64) and len(set(drawn.sum(1).tolist())) == 16
-    where = np.mean([draws(np.random.default_rng(s), 8, 8) for s in range(300)], axis=(0, 1))
-    np.testing.assert_allclose(where, 4.5 / 8, atol=0.03)  # no position is favoured
+    where = np.mean([draw_masks(np.random.default_rng(s), 8, 8) for s in range(300)], axis=(0, 1))
+    np.testing.assert_allclose(where, 4.5 / 8, atol=0.03)  # all positions are equally likely
 
 
 def pairs_of(lengths):
@@ -57,7 +62,7 @@ def pairs_of(lengths):
 
 
 @pytest.mark.slow
-def test_neither_batch_nor_neighbours_nor_mesh_matter():
+def test_batch_and_mesh_do_not_matter():
     pairs = pairs_of([(3, 5), (17, 2), (1, 20), (0, 4), (9, 5)])
     options = {"samples": 4, "group": 4, "seed": 7}
     alone = [log_likelihoods(toy(), [pair], **options)[0] for pair in pairs]
@@ -70,8 +75,8 @@ def test_neither_batch_nor_neighbours_nor_mesh_matter():
     assert (together < 0).all()
 
 
-def test_a_sharp_model_is_sure_of_what_it_would_write():
-    """With everything masked the bound of a one-token response is log p itself."""
+def test_one_token_has_its_log_probability():
+    """With all positions masked, the bound of a one-token response is log p itself."""
     lm, prompt = toy(), random_prompts([6])[0]
     z = np.asarray(lm.logits([[*prompt, lm.config.mask_id]]))[0, -1].astype(np.float64)
     log_p = z - np.log(np.exp(z - z.max()).sum()) - z.max()

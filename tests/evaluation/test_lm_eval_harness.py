@@ -1,4 +1,4 @@
-"""The adapter to lm-evaluation-harness, on a stand-in for the little of it that is used."""
+"""The adapter to lm-evaluation-harness, with a stub of the part that it uses."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ NAME = "xflow_jax.evaluation.lm_eval_harness"
 
 @pytest.fixture
 def harness(monkeypatch):
-    """The module, made with a stand-in for lm_eval; `models` is what was registered."""
+    """Imports the module with a stub of lm_eval. `models` has the registered models."""
     models = {}
 
     class LM:
         def __init__(self):
-            self.cache_hook = SimpleNamespace(add_partial=lambda *said: self.kept.append(said))
+            self.cache_hook = SimpleNamespace(add_partial=lambda *result: self.kept.append(result))
             self.kept = []
 
     package = {
@@ -38,13 +38,13 @@ def harness(monkeypatch):
     package["lm_eval.api.registry"].register_model = lambda name: (
         lambda cls: models.setdefault(name, cls)
     )
-    for name, module in package.items():
-        monkeypatch.setitem(sys.modules, name, module)
+    for name, part in package.items():
+        monkeypatch.setitem(sys.modules, name, part)
     monkeypatch.delitem(sys.modules, NAME, raising=False)
-    made = importlib.import_module(NAME)
-    monkeypatch.setattr(made, "load", lambda *_: tiny_lm())
-    made.models = models
-    yield made
+    module = importlib.import_module(NAME)
+    monkeypatch.setattr(module, "load", lambda *_: tiny_lm())
+    module.models = models
+    yield module
     sys.modules.pop(NAME, None)
 
 
@@ -65,18 +65,18 @@ def test_generate_until(harness):
     ]
     chats = [model.apply_chat_template([{"role": "user", "content": text}]) for text in texts]
     lengths = [8, 8, 12]
-    asked = [
+    requests = [
         request(c, {"max_gen_toks": n, "until": []}) for c, n in zip(chats, lengths, strict=True)
     ]
-    answers = model.generate_until(asked, disable_tqdm=True)
+    answers = model.generate_until(requests, disable_tqdm=True)
     lm = tiny_lm()
     for text, answer, n in zip(texts, answers, lengths, strict=True):
         alone = generate(lm, [chat_ids(lm.tokenizer, text)], model.rule, gen_length=n, steps=n // 2)
         assert alone.texts == [answer]
-    assert [said[2] for said in model.kept] == answers
+    assert [result[2] for result in model.kept] == answers
     long = max(answers, key=len)
     stop = long[2:4]
-    context, options = asked[answers.index(long)].args
+    context, options = requests[answers.index(long)].args
     again = model.generate_until([request(context, options | {"until": stop})])
     assert again == [long.partition(stop)[0]] and len(again[0]) < len(long)
 
@@ -91,7 +91,7 @@ def test_loglikelihood(harness):
     ids = [(encode("def f(xs):"), encode("def f(xs): return sum(xs)")[len(encode("def f(xs):")) :])]
     assert found[0][0] == pytest.approx(log_likelihoods(lm, ids, 4, 4)[0], rel=1e-5)
     assert all(bound < 0 and type(same) is bool for bound, same in found) and not found[2][1]
-    # What the model itself writes, one token a step, is what it would write.
+    # The model's own greedy continuation, one token a step.
     prompt = encode("def f(xs):")
     own = generate(lm, [prompt], MaskPrediction(), gen_length=3, steps=3).tokens[0].tolist()
     assert model._greedy([(prompt, own), (prompt, own[::-1])], True) == [True, own == own[::-1]]
@@ -110,8 +110,8 @@ def test_mistakes(harness):
         make("random", budget=2)
 
 
-def test_without_the_harness_it_says_what_to_install(monkeypatch):
+def test_a_missing_lm_eval_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, NAME, raising=False)
-    with pytest.raises(SystemExit, match=r"not installed; pip install xflow-jax\[lm-eval\]"):
+    with pytest.raises(SystemExit, match=r"not installed: pip install xflow-jax\[lm-eval\]"):
         importlib.import_module(NAME)

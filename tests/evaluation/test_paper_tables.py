@@ -1,26 +1,24 @@
-"""The tables that an evaluation ends with."""
+"""Comparisons in the form of the paper."""
 
 from __future__ import annotations
 
 import dataclasses
 
-import pytest
+import jax
 
 from tests.evaluation.test_answers import answer
 from xflow_jax.decoding.policy import init_policy
 from xflow_jax.decoding.rules.baselines import Threshold
 from xflow_jax.decoding.rules.flow import Flow
 from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
-from xflow_jax.evaluation.answers import Answers, Row, summarize_answers
+from xflow_jax.evaluation.answers import Answers, Row
 from xflow_jax.evaluation.paper_tables import (
     ablation_table,
     ablations,
     aup_table,
     budget_table,
     mcnemar_table,
-    write_report,
 )
-from xflow_jax.tasks.base import get_task
 
 RULES = {"mask": MaskPrediction(), "flow:power=4": Flow(power=4.0), "threshold": Threshold()}
 
@@ -31,7 +29,7 @@ def row(rule: str, budget: str, accuracy: float, passes: float) -> Row:
     )
 
 
-def test_table_1_has_the_papers_own_figures_beside_ours():
+def test_the_budget_table_has_the_published_figures():
     rows = [row(rule, budget, 50.0, 4) for rule in RULES for budget in ("1", "1/4")]
     lines = budget_table(rows, RULES, "llada2", "humaneval").splitlines()
     assert lines[0].endswith("| arXiv:2606.29066, its own LLaDA2.0-mini |") and len(lines) == 8
@@ -46,7 +44,7 @@ def test_table_1_has_the_papers_own_figures_beside_ours():
     assert "arXiv" not in budget_table(rows, RULES, "llada", "microcode")
 
 
-def test_rules_are_compared_on_the_same_problems():
+def test_mcnemar_compares_rules_on_the_same_problems():
     answers = Answers(None, {})
     mask, flow = [True] * 6 + [False] * 6, [True] * 2 + [False] * 10
     for rule, verdicts in (("mask", mask), ("flow", flow)):
@@ -60,7 +58,7 @@ def test_rules_are_compared_on_the_same_problems():
     assert mcnemar_table(rows[:1], answers, ["0"]) == ""
 
 
-def test_areas_best_first():
+def test_the_aup_table_has_the_best_rule_first():
     rows = [
         row("mask", "1", 50, 8),
         row("mask", "1/2", 48, 4),
@@ -73,9 +71,7 @@ def test_areas_best_first():
     assert aup_table(rows[:1]) == ""  # a single point spans no area
 
 
-def test_the_parts_of_a_flow():
-    import jax
-
+def test_ablations_of_a_flow():
     flow = Flow(policy=init_policy(jax.random.key(0), 8))
     variants = ablations("flow", flow)
     assert list(variants) == [
@@ -98,27 +94,3 @@ def test_the_parts_of_a_flow():
         and "| flow without re-editing | 40.0 (35.0-45.0) |" in text
     )
     assert "mask" not in text
-
-
-def test_reports_of_several_answers_have_a_column_for_pass_at_k(tmp_path):
-    kept = [
-        answer("a", True),
-        answer("a", False, seed=1),
-        answer("b", False),
-        answer("b", False, seed=1),
-    ]
-    rows = [
-        summarize_answers("mask", "1/2", 4, 8, kept, k=2),
-        summarize_answers("flow", "1/2", 4, 8, [answer("a"), answer("b")], k=2),
-    ]
-    assert [(r.accuracy, r.pass_at_k) for r in rows] == [(25.0, 50.0), (100.0, None)]
-    made = write_report(
-        tmp_path, get_task("microcode"), rows, ["a note"], [("Title", "| a |\n"), ("Empty", "")]
-    )
-    text = made[0].read_text()
-    assert (
-        text.startswith("## Title\n\n| a |\n\n## All figures\n\n| rule |") and "Empty" not in text
-    )
-    assert "| pass@2 |" in text and "50.0 % |" in text and text.endswith("\n\na note\n")
-    assert "pass_at_k" in made[1].read_text().splitlines()[0]
-    assert pytest.approx(rows[0].forward_passes) == 4

@@ -1,4 +1,4 @@
-"""The two pictures."""
+"""The plots and the page of a trajectory."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ import shutil
 import subprocess
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from matplotlib import image
 
+from xflow_jax.decoding.policy import init_policy
 from xflow_jax.errors import UserError
 from xflow_jax.evaluation.answers import Row
-from xflow_jax.evaluation.plots import _apart, plot_accuracy
-from xflow_jax.evaluation.trajectory import standing_tokens, write_trajectory_page
+from xflow_jax.evaluation.plots import (
+    _spread_heights,
+    plot_accuracy,
+    plot_alignment,
+    plot_policy_steps,
+)
+from xflow_jax.evaluation.trajectory import current_tokens, write_trajectory_page
 
 
 def row(rule: str, steps: int, accuracy: float) -> Row:
@@ -24,7 +31,7 @@ def row(rule: str, steps: int, accuracy: float) -> Row:
 
 
 def trace() -> SimpleNamespace:
-    """Four steps of two sequences of three positions; in the third step early exit had skipped the pass."""
+    """Builds four steps of two sequences of three positions. Early exit skipped the third step."""
     tokens = np.zeros((4, 2, 3), int)
     tokens[:, 1] = [[1, 2, 3], [4, 2, 3], [0, 0, 0], [4, 2, 1]]
     progress, confidence = np.zeros((4, 2, 3)), np.zeros((4, 2, 3))
@@ -45,7 +52,7 @@ def trace() -> SimpleNamespace:
     return SimpleNamespace(**steps, reedited=reedited, top=top, top_tokens=likely)
 
 
-SPELL = ["zero", "def", " f", "</script><b>", "\n    "]
+TEXTS = ["zero", "def", " f", "</script><b>", "\n    "]
 
 
 def test_the_curve_is_drawn(tmp_path):
@@ -58,44 +65,73 @@ def test_the_curve_is_drawn(tmp_path):
     assert pixels.shape[0] > 400 and pixels.shape[1] > 700
     for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)):
         assert (np.abs(pixels - np.array(colour) / 255).max(-1) < 0.02).sum() > 100
-    plot_accuracy([row("mask", 8, 50.0)], path)  # a single point is a picture, too
+    plot_accuracy([row("mask", 8, 50.0)], path)  # a single point is enough
     with pytest.raises(UserError, match="cannot be written: No such file or directory"):
         plot_accuracy([row("mask", 8, 50.0)], tmp_path / "nowhere" / "curve.png")
 
 
-def test_labels_are_pushed_apart():
-    assert _apart([10, 50], 5, 0, 100) == [10, 50]
-    assert sorted(_apart([99, 99, 98], 5, 0, 100)) == [90, 95, 100]
-    assert _apart([1, 0], 5, 0, 100) == [5, 0]
+@pytest.fixture
+def pngs(tmp_path):
+    """Returns a function that checks a plot and its error for a missing folder."""
+
+    def check(plot):
+        plot(tmp_path / "plot.png")
+        assert image.imread(tmp_path / "plot.png").shape[0] > 400
+        with pytest.raises(UserError, match="cannot be written"):
+            plot(tmp_path / "nowhere" / "plot.png")
+
+    return check
 
 
-def test_a_settled_token_stands_until_it_is_edited():
+def test_an_alignment_is_drawn(pngs):
+    names = ("held_out_loss", "held_out_error_masked", "held_out_error_clean")
+    names += ("held_out_masked_nll", "frozen_masked_nll")
+    lines = [{"step": step, **dict.fromkeys(names, 2.0 / (1 + step))} for step in range(3)]
+    pngs(lambda path: plot_alignment([*lines, {"step": 3, "loss": 1.0}], path))
+
+
+def test_the_steps_of_a_policy_are_drawn(pngs):
+    pngs(lambda path: plot_policy_steps(init_policy(jax.random.key(0), 8), path))
+
+
+def test_labels_are_pushed_spread_heights():
+    assert _spread_heights([10, 50], 5, 0, 100) == [10, 50]
+    assert sorted(_spread_heights([99, 99, 98], 5, 0, 100)) == [90, 95, 100]
+    assert _spread_heights([1, 0], 5, 0, 100) == [5, 0]
+
+
+def test_a_settled_token_stays_until_it_is_edited():
     t = trace()
-    standing = standing_tokens(t.tokens[:, 1], t.progress[:, 1], t.reedited[:, 1])
-    assert standing.tolist() == [[1, 2, 3], [1, 2, 3], [1, 2, 0], [1, 2, 1]]
+    current = current_tokens(t.tokens[:, 1], t.progress[:, 1], t.reedited[:, 1])
+    assert current.tolist() == [[1, 2, 3], [1, 2, 3], [1, 2, 0], [1, 2, 1]]
 
 
 def page_data(page: str) -> dict:
     return json.loads(re.search(r"^const D = (.*);$", page, re.MULTILINE).group(1))
 
 
-def test_the_page_stands_alone(tmp_path):
+def test_the_page_is_self_contained(tmp_path):
     path = tmp_path / "page.html"
     write_trajectory_page(
-        path, trace(), 1, SPELL, "Is 1 < 2 & <i>?", {"rule": "flow", "verdict": "<passed>"}
+        path, trace(), 1, TEXTS, "Is 1 < 2 & <i>?", {"rule": "flow", "verdict": "<passed>"}
     )
     page = path.read_text()
     assert "http" not in page and "src=" not in page and "@import" not in page
     assert page.count("</script>") == 1 and "<i>?" not in page and "&lt;passed&gt;" in page
     data = page_data(page)
     assert data["steps"] == [1, 2, 4] and data["of"] == 4  # the skipped step is left out
-    shown = [[data["words"][i] for i in step] for step in data["standing"]]
-    assert shown[-1] == ["def", " f", "def"] and data["words"][data["predicted"][1][0]] == "\n    "
+    shown = [[data["texts"][i] for i in step] for step in data["current"]]
+    assert shown[-1] == ["def", " f", "def"] and data["texts"][data["predicted"][1][0]] == "\n    "
     assert data["reedited"][-1] == [0, 1, 0] and data["progress"][-1] == [1, 0.125, 1]
-    assert [data["words"][i] for i in data["likely"][0][1]] == [" f", "def", " f", "</script><b>"]
+    assert [data["texts"][i] for i in data["candidates"][0][1]] == [
+        " f",
+        "def",
+        " f",
+        "</script><b>",
+    ]
     assert data["probability"][0][1] == [0.5, 0.25, 0, 0]
     with pytest.raises(UserError, match="cannot be written"):
-        write_trajectory_page(tmp_path / "nowhere" / "page.html", trace(), 1, SPELL, "", {})
+        write_trajectory_page(tmp_path / "nowhere" / "page.html", trace(), 1, TEXTS, "", {})
 
 
 CHROMIUM = (
@@ -104,7 +140,7 @@ CHROMIUM = (
 
 
 def browse(page, tmp_path) -> str:
-    """The page as Chromium leaves it, opened at step 2."""
+    """Opens the page in Chromium at step 2 and returns the resulting HTML."""
     flags = [
         "--headless",
         "--no-sandbox",
@@ -119,9 +155,9 @@ def browse(page, tmp_path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_the_page_tells_of_a_position_under_the_mouse(tmp_path):
+def test_the_page_describes_the_token_under_the_mouse(tmp_path):
     path = tmp_path / "page.html"
-    write_trajectory_page(path, trace(), 1, SPELL, "prompt", {"rule": "flow"})
+    write_trajectory_page(path, trace(), 1, TEXTS, "prompt", {"rule": "flow"})
     over = """document.querySelectorAll(".step")[2].children[2].dispatchEvent(
       new MouseEvent("mousemove", {bubbles: true, clientX: 40, clientY: 40}));"""
     path.write_text(path.read_text().replace("</script>", over + "</script>"))
@@ -141,7 +177,7 @@ def test_the_page_tells_of_a_position_under_the_mouse(tmp_path):
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_the_page_draws_itself_in_a_browser(tmp_path):
     path = tmp_path / "page.html"
-    write_trajectory_page(path, trace(), 1, SPELL, "prompt", {"rule": "flow"})
+    write_trajectory_page(path, trace(), 1, TEXTS, "prompt", {"rule": "flow"})
     dom = browse(path, tmp_path)
     assert dom.count('class="step') == 3 and "step 2 of 4" in dom
     assert len(re.findall(r'<b[^>]*class="cell', dom)) == 9

@@ -1,4 +1,4 @@
-"""Evaluation from problems to rows: what is asked, what is kept, what continues, and what is refused."""
+"""Evaluation from problems to rows: batches, stored answers, continued runs and errors."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import pytest
 
 from tests.helpers import TOKENIZER, tiny_lm
 from xflow_jax.cli import evaluate as cli_evaluate
+from xflow_jax.cli import evaluate_run
 from xflow_jax.decoding.policy import init_policy
 from xflow_jax.decoding.rules.flow import Flow
 from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
@@ -26,7 +27,12 @@ from xflow_jax.decoding.rules.parsing import parse_rules
 from xflow_jax.errors import UserError
 from xflow_jax.evaluation import runner
 from xflow_jax.evaluation.answers import Answers
-from xflow_jax.evaluation.fingerprint import describe_rule, describe_task, fingerprint
+from xflow_jax.evaluation.fingerprint import (
+    describe_rule,
+    describe_task,
+    fingerprint,
+    hash_file,
+)
 from xflow_jax.tasks import microcode
 from xflow_jax.tokenizer import chat_ids
 
@@ -37,27 +43,28 @@ SHORT = dataclasses.replace(
 RULES = parse_rules("mask,flow:power=4")
 BUDGETS = [Fraction(1), Fraction(1, 2)]
 RULES_OF_ALL_KINDS = (
-    "mask",
-    "mask:order=entropy",
-    "mask:order=margin",
-    "mask:temperature=0.5",
-    "mask:cfg_scale=1",
+    *("mask", "mask:order=entropy", "mask:order=margin", "mask:temperature=0.5"),
+    *("mask:cfg_scale=1", "threshold", "factor", "eb", "klass:tau=0.5", "softmask", "edit"),
+    *("flow", "flow:jump=0.9"),
 )
-RULES_OF_ALL_KINDS += (
-    "threshold",
-    "factor",
-    "eb",
-    "klass:tau=0.5",
-    "softmask",
-    "edit",
-    "flow",
-    "flow:jump=0.9",
-)
+OWN_RULE = """
+import numpy as np
+from flax import struct
+from xflow_jax.decoding import Action, TokenConstraints, static_field
+
+@struct.dataclass
+class Own(TokenConstraints):
+    weights: object = static_field((1, 2))
+    table: object = struct.field(default_factory=lambda: np.arange(3.0))
+
+    def __call__(self, belief, state, step):
+        return Action.unmask(step.candidates & (state.t < 1))
+"""
 
 
 @pytest.fixture
 def oracle(monkeypatch):
-    """In the place of decoding: right answers to even problems, wrong ones to odd ones; counts its calls."""
+    """Replaces decoding: even problems get right answers, odd ones wrong. Counts its calls."""
     problems = TASK.problems(None, 20)
     texts = {}
     for number, problem in enumerate(problems):
@@ -91,12 +98,12 @@ def test_every_rule_at_every_budget(oracle):
         (c.label, str(c.budget), 10, 50.0, c.steps) for c in cells
     ]
     assert oracle.sizes == [4] * 12  # the last batch is filled up: one size, one compilation
-    one = answers.of("mask", "1", [TASK.task_id(p) for p in TASK.problems(None, 10)])
+    one = answers.select("mask", "1", [TASK.task_id(p) for p in TASK.problems(None, 10)])
     assert [a.passed for a in one] == [True, False] * 5
     assert one[0].reason == "passed" and one[1].reason.startswith("wrong answer")
 
 
-def test_a_stopped_run_goes_on_where_it_was(oracle, tmp_path):
+def test_a_stopped_run_continues(oracle, tmp_path):
     lm, problems = tiny_lm(), TASK.problems(None, 10)
     cells = runner.make_cells(lm, TASK, RULES, BUDGETS)
     straight = runner.evaluate(lm, TASK, problems, cells, Answers(None, {}), batch_size=4)
@@ -121,7 +128,7 @@ def test_a_stopped_run_goes_on_where_it_was(oracle, tmp_path):
 
 
 def arguments(**given) -> SimpleNamespace:
-    """What the command line would have parsed."""
+    """Returns arguments as the command line would parse them."""
     defaults = {
         "task": "microcode",
         "data": None,
@@ -154,7 +161,7 @@ def answers_of(lm, batch_size: int, rules: str = "mask:order=random") -> dict:
     cells = runner.make_cells(lm, SHORT, parse_rules(rules), [Fraction(1, 2)])
     runner.evaluate(lm, SHORT, problems, cells, answers, batch_size=batch_size, seed=3)
     ids = [SHORT.task_id(p) for p in problems]
-    kept = [a for c in cells for a in answers.of(c.label, "1/2", ids)]
+    kept = [a for c in cells for a in answers.select(c.label, "1/2", ids)]
     return {(a.rule, a.task_id): (a.text, a.passed, a.forward_passes) for a in kept}
 
 
@@ -176,21 +183,21 @@ def test_no_rules_answers_depend_on_batch_or_mesh(rule):
 
 
 def test_several_answers_to_a_problem(oracle):
-    """A rule that draws answers as often as it is asked to, another one once; pass@k counts them."""
+    """A rule that draws makes `samples` answers, another rule one. pass@k counts them."""
     lm, problems = tiny_lm(), TASK.problems(None, 4)
     cells = runner.make_cells(lm, TASK, parse_rules("mask:order=random,flow"), [Fraction(1)])
     answers = Answers(None, {})
     rows = runner.evaluate(lm, TASK, problems, cells, answers, batch_size=4, seed=5, samples=3, k=2)
     ids = [TASK.task_id(p) for p in problems]
-    assert [a.seed for a in answers.of("mask:order=random", "1", ids)] == [5, 6, 7] * 4
-    assert [a.seed for a in answers.of("flow", "1", ids)] == [5] * 4 and len(oracle.sizes) == 4
+    assert [a.seed for a in answers.select("mask:order=random", "1", ids)] == [5, 6, 7] * 4
+    assert [a.seed for a in answers.select("flow", "1", ids)] == [5] * 4 and len(oracle.sizes) == 4
     assert [(row.k, row.accuracy, row.pass_at_k) for row in rows] == [
         (2, 50.0, 50.0),
         (2, 50.0, None),
     ]
 
 
-def test_compilation_is_told_from_decoding():
+def test_compilation_time_is_separate():
     @jax.jit
     def f(x):
         return jax.lax.fori_loop(0, 3, lambda _, y: jnp.sin(y @ y), x)
@@ -199,9 +206,12 @@ def test_compilation_is_told_from_decoding():
     for _ in range(2):
         with runner.compile_spans() as seen:
             f(jnp.ones((7, 7)))
-        spans.append(runner.union(seen))
+        spans.append(runner.covered_seconds(seen))
     assert spans[0] > 0 and spans[1] < spans[0]
-    assert runner.union([(0, 4), (1, 2), (3, 5), (7, 8)]) == 6 and runner.union([]) == 0
+    assert (
+        runner.covered_seconds([(0, 4), (1, 2), (3, 5), (7, 8)]) == 6
+        and runner.covered_seconds([]) == 0
+    )
 
 
 def test_fingerprint():
@@ -218,12 +228,35 @@ def test_fingerprint():
     assert len({same, *map(fingerprint, (flipped, swapped, half))}) == 4
 
 
-def test_a_run_says_what_its_rules_are():
+def test_descriptions_of_rules():
     assert describe_rule(MaskPrediction(temperature=0.5))["temperature"] == 0.5
     policies = [describe_rule(Flow(init_policy(jax.random.key(k), 8))) for k in (0, 0, 1)]
     assert policies[0] == policies[1] != policies[2]
     about = {**describe_task(TASK, None), "rules": policies}
     assert json.loads(json.dumps(about)) == about
+
+
+def test_an_edited_rule_file_is_another_run(oracle, tmp_path, monkeypatch):
+    """run.json has a hash of the file of a rule that is not part of the package."""
+    monkeypatch.setattr(evaluate_run, "load", lambda name, dtype, mesh: tiny_lm())
+    file = tmp_path / "own.py"
+    file.write_text(OWN_RULE)
+    args = arguments(
+        model="tiny", limit=2, rules=f"mask,{file}:Own", budgets="1", out=str(tmp_path / "out")
+    )
+    cli_evaluate.run(args)
+    cli_evaluate.run(args)
+    assert len(oracle.sizes) == 2  # the second call continued the run
+    rules = json.loads((tmp_path / "out" / "run.json").read_text())["rules"]
+    described = rules[f"{file}:Own"]
+    assert described["source"] == hash_file(file) and "source" not in rules["mask"]
+    assert described["weights"] == [1, 2] and len(described["table"]) == 16
+    file.write_text(OWN_RULE.replace("< 1", "< 0.5"))
+    with pytest.raises(
+        UserError, match="holds another run, which differs in rules. Choose another folder"
+    ):
+        cli_evaluate.run(args)
+    assert len(oracle.sizes) == 2
 
 
 def test_reference_answers_and_answers_made_elsewhere(tmp_path, capsys):
@@ -244,7 +277,7 @@ def test_reference_answers_and_answers_made_elsewhere(tmp_path, capsys):
     )  # one of two answers to a problem
     names = ["answers.jsonl", "results.csv", "run.json", "table.md"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
-    cli_evaluate.run(args)  # a second call scores nothing again
+    cli_evaluate.run(args)  # a second call runs nothing
     assert capsys.readouterr().out == printed
 
 
@@ -273,7 +306,7 @@ def test_wrong_answer_files(tmp_path, lines, sentence):
 def test_bad_input():
     lm = tiny_lm()
     with pytest.raises(
-        UserError, match="makes 14.4 steps, which is not .* for each of 3 blocks; use 1/4 or 5/16"
+        UserError, match="makes 14.4 steps, which is not .* for each of 3 blocks. Use 1/4 or 5/16"
     ):
         runner.make_cells(lm, TASK, RULES, [Fraction(3, 10)])
     with pytest.raises(UserError, match="no tokenizer.json"):
@@ -297,10 +330,10 @@ def test_bad_input():
 
 
 def test_a_whole_run_with_its_tables(oracle, tmp_path, monkeypatch, capsys):
-    """Every table from one command; a second call reads what is there; other arguments are another run."""
+    """One command makes every table. A second call reads them. Other arguments are another run."""
     loaded = []
     monkeypatch.setattr(
-        cli_evaluate, "load", lambda name, dtype, mesh: loaded.append(name) or tiny_lm()
+        evaluate_run, "load", lambda name, dtype, mesh: loaded.append(name) or tiny_lm()
     )
     args = arguments(model="tiny", limit=6, ablate=True, out=str(tmp_path / "out"))
     cli_evaluate.run(args)
@@ -325,19 +358,19 @@ def test_a_whole_run_with_its_tables(oracle, tmp_path, monkeypatch, capsys):
     cli_evaluate.run(args)
     assert len(oracle.sizes) == calls and capsys.readouterr().out == printed
     with pytest.raises(
-        UserError, match="holds another run, which differs in rules, base; choose another folder"
+        UserError, match="holds another run, which differs in rules, base. Choose another folder"
     ):
         cli_evaluate.run(arguments(model="tiny", limit=6, out=str(tmp_path / "out")))
     with pytest.raises(UserError, match="--ablate takes the parts from a flow"):
         cli_evaluate.run(arguments(model="tiny", limit=6, ablate=True, rules="mask"))
-    with pytest.raises(UserError, match="say what answers"):
+    with pytest.raises(UserError, match="there is nothing to score"):
         cli_evaluate.run(arguments())
 
 
-def test_an_approximate_run_says_so(oracle, tmp_path, monkeypatch, capsys):
-    """In its tables, and in what it is known by: its answers are not those of an exact one."""
+def test_an_approximate_run_is_marked(oracle, tmp_path, monkeypatch, capsys):
+    """Its tables and its run.json name the approximation, since its answers differ."""
     lm = tiny_lm()
-    monkeypatch.setattr(cli_evaluate, "load", lambda name, dtype, mesh: lm)
+    monkeypatch.setattr(evaluate_run, "load", lambda name, dtype, mesh: lm)
     sentence = "The prompt's keys and values were read anew every 4 steps of a block only."
     given = {"model": "tiny", "limit": 3, "rules": "mask", "budgets": "1/2"}
     for name, refresh in (("exact", 0), ("old", 4)):
@@ -349,7 +382,7 @@ def test_an_approximate_run_says_so(oracle, tmp_path, monkeypatch, capsys):
     assert oracle.refresh == [0, 4]
     for name, refresh in (("exact", 4), ("old", 0), ("old", 8)):
         with pytest.raises(
-            UserError, match="holds another run, which differs in refresh; choose another folder"
+            UserError, match="holds another run, which differs in refresh. Choose another folder"
         ):
             cli_evaluate.run(arguments(**given, out=str(tmp_path / name), refresh=refresh))
     with pytest.raises(UserError, match="refresh must be a whole number of at least 0, not -2"):
@@ -358,37 +391,17 @@ def test_an_approximate_run_says_so(oracle, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_table(tmp_path):
-    """SIGKILL while answers come in; the same command again gives the table of a run straight through."""
+    """After SIGKILL, the same command again gives the tables of an uninterrupted run."""
 
     def command(folder: str) -> list[str]:
         rules, budgets = "mask:order=random,threshold", "1/4,1/8"
-        argv = [
-            "evaluate",
-            "--model",
-            "tiny",
-            "--task",
-            "microcode",
-            "--rules",
-            rules,
-            "--budgets",
-            budgets,
-        ]
-        argv += [
-            "--limit",
-            "12",
-            "--batch-size",
-            "5",
-            "--samples",
-            "2",
-            "--k",
-            "2",
-            "--out",
-            str(tmp_path / folder),
-        ]
-        return [sys.executable, "-m", "xflow_jax", *argv]
+        argv = ["--model", "tiny", "--task", "microcode", "--rules", rules, "--budgets", budgets]
+        argv += ["--limit", "12", "--batch-size", "5", "--samples", "2", "--k", "2"]
+        out = ["--out", str(tmp_path / folder)]
+        return [sys.executable, "-m", "xflow_jax", "evaluate", *argv, *out]
 
     def tables(folder: str) -> tuple[str, list[dict[str, str]]]:
-        """All tables but the one with seconds, and that one's rows without them."""
+        """Returns all tables without seconds: the text before the last one, and its rows."""
         rows = list(csv.DictReader((tmp_path / folder / "results.csv").read_text().splitlines()))
         untimed = [
             {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")}

@@ -1,4 +1,4 @@
-"""Evaluation: answers, tables, plots and statistics."""
+"""Evaluation of rules on tasks: answers, statistics, tables and plots."""
 
 from xflow_jax.evaluation.answers import Answers, Row
 from xflow_jax.evaluation.fingerprint import describe_rule, describe_task, fingerprint, hash_file
@@ -8,9 +8,7 @@ from xflow_jax.evaluation.paper_tables import (
     ablations,
     aup_table,
     budget_table,
-    legend,
     mcnemar_table,
-    write_report,
 )
 from xflow_jax.evaluation.plots import plot_alignment, plot_policy_steps
 from xflow_jax.evaluation.runner import (
@@ -21,9 +19,9 @@ from xflow_jax.evaluation.runner import (
     read_answers,
     score_answers,
 )
-from xflow_jax.evaluation.tables import format_table
-from xflow_jax.evaluation.trajectory import write_trajectory_page
-from xflow_jax.evaluation.verdicts import judge_prompts, token_texts, verdict_sentence
+from xflow_jax.evaluation.tables import rows_to_text, table_legend, write_report
+from xflow_jax.evaluation.trajectory import token_texts, write_trajectory_page
+from xflow_jax.evaluation.verdicts import judge_prompts, verdict_sentence
 
 __all__ = [
     "Answers",
@@ -37,10 +35,8 @@ __all__ = [
     "describe_task",
     "evaluate",
     "fingerprint",
-    "format_table",
     "hash_file",
     "judge_prompts",
-    "legend",
     "log_likelihoods",
     "make_cells",
     "mcnemar_table",
@@ -49,7 +45,9 @@ __all__ = [
     "plot_policy_steps",
     "read_answers",
     "read_pairs",
+    "rows_to_text",
     "score_answers",
+    "table_legend",
     "token_texts",
     "verdict_sentence",
     "write_report",

@@ -1,25 +1,32 @@
-"""What an evaluation keeps: every answer as a line of jsonl, from which a second call continues, and tables of them."""
+"""Store of answers, as jsonl from which a later call continues, and the rows that sum them up."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from xflow_jax.checkpoints import write_atomic
 from xflow_jax.errors import UserError
-from xflow_jax.evaluation.statistics import pass_at_k, wilson
+from xflow_jax.evaluation.statistics import pass_at_k, wilson_interval
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One answer to one problem and its verdict, a line of answers.jsonl.
+    """One answer to one problem with its verdict, a line of answers.jsonl.
 
-    rule and budget: as the user wrote them, empty for answers made elsewhere. seconds: its share of the time that its
-    batch took to decode, compilation left out. forward_passes: those that it took part in.
+    Attributes:
+        task_id: name of the problem.
+        rule: the rule as the user wrote it, or a label for answers from elsewhere.
+        budget: the budget as text, such as "1/4". Empty for answers from elsewhere.
+        seed: seed of the decode.
+        text: the response.
+        passed: True if all checks passed.
+        reason: "passed", or the first failure.
+        forward_passes: passes that the sequence took part in.
+        seconds: share of the decode time of its batch, without compilation.
     """
 
     task_id: str
@@ -35,12 +42,21 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A line of the table: one rule at one budget.
+    """Results of one rule at one budget.
 
-    steps: allowed for the response. n: problems. accuracy, low, high: percent, with the 95 % Wilson interval.
-    forward_passes: mean per sequence; passes_per_token: the same by N. seconds: of decoding, in all, compilation left
-    out. tokens_per_second: response positions, all N of each sequence, by those seconds. pass_at_k: in percent, of k
-    answers to each problem; None where not so many were given.
+    Attributes:
+        rule: label of the rule.
+        budget: the budget as text, or empty.
+        steps: steps for the whole response. 0 for answers from elsewhere.
+        n: number of problems.
+        accuracy: pass@1 in percent.
+        low, high: 95 % Wilson interval of the accuracy, in percent.
+        forward_passes: mean per sequence.
+        passes_per_token: forward_passes / N.
+        seconds: decode time of all answers, without compilation.
+        tokens_per_second: response positions, all N of each sequence, per second of decode time.
+        k: k of pass@k.
+        pass_at_k: in percent, or None if a problem has fewer than k answers.
     """
 
     rule: str
@@ -61,50 +77,62 @@ class Row:
 def summarize_answers(
     rule: str, budget: str, steps: int, gen_length: int, answers: Sequence[Answer], k: int = 1
 ) -> Row:
-    """The row of all answers of one rule and budget; with several answers to a problem, pass@1 is their mean.
+    """Computes the row of one rule and budget.
 
-    The interval is for as many problems as there are, so it is wide rather than narrow where answers are several.
+    With several answers to a problem, pass@1 is their mean. The interval counts problems, not
+    answers, so it is then too wide rather than too narrow.
+
+    Args:
+        rule: label of the rule.
+        budget: the budget as text.
+        steps: steps for the whole response.
+        gen_length: N, response positions.
+        answers: all answers of this rule and budget.
+        k: k of pass@k.
     """
     verdicts: dict[str, list[bool]] = {}
     for answer in answers:
         verdicts.setdefault(answer.task_id, []).append(answer.passed)
     n = len(verdicts)
     passed = sum(sum(v) / len(v) for v in verdicts.values())
-    low, high = wilson(passed, n)
+    low, high = wilson_interval(passed, n)
+    at_k = None
+    if n > 0 and min(map(len, verdicts.values())) >= k:
+        at_k = 100 * sum(pass_at_k(len(v), sum(v), k) for v in verdicts.values()) / n
     passes = sum(a.forward_passes for a in answers) / max(len(answers), 1)
     seconds = sum(a.seconds for a in answers)
-    speed = len(answers) * gen_length / seconds if seconds else 0.0
-    share = 100 * passed / max(n, 1)
-    enough = n > 0 and min(map(len, verdicts.values())) >= k
-    at_k = (
-        100 * sum(pass_at_k(len(v), sum(v), k) for v in verdicts.values()) / n if enough else None
-    )
-    per_token = passes / gen_length
     return Row(
-        rule,
-        budget,
-        steps,
-        n,
-        share,
-        100 * low,
-        100 * high,
-        passes,
-        per_token,
-        seconds,
-        speed,
-        k,
-        at_k,
+        rule=rule,
+        budget=budget,
+        steps=steps,
+        n=n,
+        accuracy=100 * passed / max(n, 1),
+        low=100 * low,
+        high=100 * high,
+        forward_passes=passes,
+        passes_per_token=passes / gen_length,
+        seconds=seconds,
+        tokens_per_second=len(answers) * gen_length / seconds if seconds else 0.0,
+        k=k,
+        pass_at_k=at_k,
     )
 
 
 class Answers:
-    """The answers of a run, in `folder`/answers.jsonl or, without a folder, in memory.
+    """All answers of a run, in memory and, if there is a folder, in its answers.jsonl.
 
-    A folder that holds the beginning of the same run is continued, and a line that a crash cut off is dropped. `run`
-    says what the run is, in JSON's own types: UserError where the folder belongs to another one.
+    A folder that holds the beginning of the same run is continued. A last line that a crash cut
+    off is removed from the file.
+
+    Args:
+        folder: the output folder, or None to keep answers in memory only.
+        run: description of the run in JSON's types. It is stored as run.json.
+
+    Raises:
+        UserError: if the folder holds another run or cannot be used.
     """
 
-    def __init__(self, folder: str | Path | None, run: dict[str, Any]):
+    def __init__(self, folder: str | Path | None, run: Mapping[str, object]) -> None:
         self.folder = None if folder is None else Path(folder)
         self._answers: dict[tuple[str, str, str], list[Answer]] = {}
         self._verdicts: dict[tuple[str, str], tuple[bool, str]] = {}
@@ -115,26 +143,28 @@ class Answers:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder} cannot be made an output folder: {error.strerror}") from None
-        about = self.folder / "run.json"
-        if about.exists() or self._file.exists():
-            self._check(about, run)
+        description = self.folder / "run.json"
+        if description.exists() or self._file.exists():
+            self._check(description, run)
             self._read()
         else:
-            write_atomic(about, json.dumps(run, indent=2) + "\n")
+            write_atomic(description, json.dumps(run, indent=2) + "\n")
 
-    def _check(self, about: Path, run: dict[str, Any]) -> None:
+    def _check(self, description: Path, run: Mapping[str, object]) -> None:
+        """Raises UserError unless run.json describes the same run."""
         try:
-            before = json.loads(about.read_text())
+            before = json.loads(description.read_text())
         except (OSError, ValueError):
             before = None
         if not isinstance(before, dict):
             raise UserError(
-                f"{self.folder} holds answers, but no run.json says of which run; choose another folder"
+                f"{self.folder} holds answers, but no run.json that describes their run. "
+                "Choose another folder."
             )
         if differ := [key for key in {**before, **run} if before.get(key) != run.get(key)]:
-            what = ", ".join(differ)
             raise UserError(
-                f"{self.folder} holds another run, which differs in {what}; choose another folder"
+                f"{self.folder} holds another run, which differs in {', '.join(differ)}. "
+                "Choose another folder."
             )
 
     def _read(self) -> None:
@@ -147,7 +177,8 @@ class Answers:
                 self._keep(Answer(**json.loads(line)))
             except (ValueError, TypeError):
                 raise UserError(
-                    f"{self._file}, line {number} is no answer; mend it or choose another folder"
+                    f"{self._file}, line {number} is no answer. "
+                    "Correct the line, or choose another folder."
                 ) from None
         if len(whole) < len(data):
             with self._file.open("r+b") as file:
@@ -158,7 +189,11 @@ class Answers:
         self._verdicts[answer.task_id, answer.text] = answer.passed, answer.reason
 
     def add(self, answers: Sequence[Answer]) -> None:
-        """Keeps answers; they are on the disk when this returns."""
+        """Stores answers. They are on the disk when this returns.
+
+        Raises:
+            UserError: if the file cannot be written.
+        """
         if self.folder is not None:
             lines = "".join(json.dumps(dataclasses.asdict(answer)) + "\n" for answer in answers)
             try:
@@ -172,20 +207,27 @@ class Answers:
             self._keep(answer)
 
     def has(self, rule: str, budget: str, task_id: str, seed: int | None = None) -> bool:
-        """Whether there is an answer to this problem by this rule at this budget, of this seed (None: of any)."""
+        """Returns True if this problem has an answer by this rule at this budget.
+
+        Args:
+            rule: label of the rule.
+            budget: the budget as text.
+            task_id: name of the problem.
+            seed: seed of the answer, or None for any.
+        """
         kept = self._answers.get((rule, budget, task_id), ())
         return any(seed is None or answer.seed == seed for answer in kept)
 
     def all(self) -> list[Answer]:
-        """Every answer, in the order in which problems were first answered."""
+        """Returns every answer, in the order in which problems were first answered."""
         return [answer for kept in self._answers.values() for answer in kept]
 
     def verdict(self, task_id: str, text: str) -> tuple[bool, str] | None:
-        """(passed, reason) of this very answer to this problem, where another rule or budget has come to it before."""
+        """Returns (passed, reason) of the same text to the same problem, or None if it is new."""
         return self._verdicts.get((task_id, text))
 
-    def of(self, rule: str, budget: str, task_ids: Iterable[str]) -> list[Answer]:
-        """All answers of one rule and budget, in the order of `task_ids`."""
+    def select(self, rule: str, budget: str, task_ids: Iterable[str]) -> list[Answer]:
+        """Returns all answers of one rule and budget, in the order of `task_ids`."""
         return [
             answer
             for task_id in task_ids

@@ -1,4 +1,4 @@
-"""What a run is, in JSON's types: fingerprints of parameters and policies, hashes of files, rules by their options."""
+"""Descriptions of runs in JSON's types: fingerprints of arrays, hashes of files, rules, tasks."""
 
 from __future__ import annotations
 
@@ -12,27 +12,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xflow_jax.decoding import Rule
+from xflow_jax.decoding import Policy, Rule, source_hash
 from xflow_jax.errors import UserError
 from xflow_jax.tasks import Task
+from xflow_jax.types import PyTree
 
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-    """Two sums of the bits of x, uint32 [2], the second weighted by position: the same on every mesh."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(
-        jnp.uint32
-    )
+    """Computes two sums of the bits of x, uint32 [2], the second weighted by position.
+
+    Sums of integers do not depend on their order, so the result is the same on every mesh.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    bits = bits.astype(jnp.uint32)
     place = jnp.zeros_like(bits)
     for axis in range(x.ndim):
         place = place * jnp.uint32(2654435761) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return jnp.stack(
-        [jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)]
-    )
+    plain = jnp.sum(bits, dtype=jnp.uint32)
+    return jnp.stack([plain, jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)])
 
 
-def fingerprint(tree: Any) -> str:
-    """A short hash of a tree of arrays: of their paths, shapes, types and bits, wherever they are."""
+def fingerprint(tree: PyTree) -> str:
+    """Computes a short hash of a tree of arrays.
+
+    It depends on paths, shapes, dtypes and bits, and not on devices or sharding.
+    """
     digest = hashlib.sha256()
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         x = jnp.asarray(x)
@@ -42,21 +47,38 @@ def fingerprint(tree: Any) -> str:
 
 
 def describe_rule(rule: Rule) -> dict[str, Any]:
-    """A rule in JSON's types: its class, its options, and the fingerprint of its policy where it has one."""
+    """Describes a rule in JSON's types, so that a run continues only with the same rule.
+
+    Args:
+        rule: a frozen dataclass.
+
+    Returns:
+        "kind", the name of the class, and its options. A policy becomes its fingerprint and its
+        ranges. For a rule from outside the package, "source" is a hash of its file.
+    """
+    assert dataclasses.is_dataclass(rule)
     options = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)}
     policy = options.pop("policy", None)
-    if policy is not None:
+    if isinstance(policy, Policy):
+        ranges = [f.name for f in dataclasses.fields(policy) if f.name != "params"]
+        options |= {name: getattr(policy, name) for name in ranges}
         options["policy"] = fingerprint(policy.params)
-        options |= {
-            f.name: getattr(policy, f.name)
-            for f in dataclasses.fields(policy)
-            if f.name != "params"
-        }
-    return {"kind": type(rule).__name__, **options}
+    elif policy is not None:
+        options["policy"] = policy
+    if (source := source_hash(type(rule))) is not None:
+        options["source"] = source
+    described = {"kind": type(rule).__name__, **options}
+    return json.loads(json.dumps(described, default=_describe_option))
+
+
+def _describe_option(value: object) -> str:
+    """Returns a fingerprint of a value that holds arrays, and the text of any other value."""
+    holds_arrays = any(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(value))
+    return fingerprint(value) if holds_arrays else repr(value)
 
 
 def describe_task(task: Task, data: Path | None) -> dict[str, Any]:
-    """A task in JSON's types: its name, its settings, and the hash of its data file."""
+    """Describes a task in JSON's types: its name, its settings, and the hash of its data file."""
     settings = json.loads(json.dumps(dataclasses.asdict(task.config)))
     return {
         "task": task.name,
@@ -66,7 +88,11 @@ def describe_task(task: Task, data: Path | None) -> dict[str, Any]:
 
 
 def hash_file(path: Path) -> str:
-    """A short hash of a file's bytes; UserError where it cannot be read."""
+    """Computes a short hash of the bytes of a file.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     except OSError as error:

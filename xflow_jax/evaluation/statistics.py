@@ -1,4 +1,4 @@
-"""What verdicts add up to: intervals, pass@k, exact tests, and the area under a curve of accuracy over parallelism."""
+"""Wilson interval, pass@k, McNemar's exact test, and accuracy under parallelism (AUP)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,19 @@ import math
 from collections.abc import Sequence
 
 
-def wilson(passed: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson score interval of `passed` out of `n`, as shares (95 % by default); (0, 1) where n is 0."""
+def wilson_interval(passed: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Computes the Wilson score interval of a share.
+
+    SciPy's binomtest gives the same numbers, but it takes neither fractions nor n = 0.
+
+    Args:
+        passed: number of successes, 0 ... n. It may be a fraction, as a mean over samples is.
+        n: number of trials.
+        z: quantile of the normal distribution. The default gives 95 %.
+
+    Returns:
+        (low, high) in [0, 1], and (0, 1) if n is 0.
+    """
     if n == 0:
         return 0.0, 1.0
     p = passed / n
@@ -17,9 +28,17 @@ def wilson(passed: float, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def pass_at_k(n: int, passed: int, k: int) -> float:
-    """The chance that at least one of k answers drawn from n is among the `passed` ones: 1 - C(n - c, k) / C(n, k).
+    """Estimates the probability that one of k answers passes, 1 - C(n - c, k) / C(n, k).
 
-    Unbiased (Chen et al., arXiv:2107.03374). ValueError where fewer than k answers are there.
+    The estimate is unbiased (Chen et al., arXiv:2107.03374).
+
+    Args:
+        n: number of answers to the problem.
+        passed: c, how many of them pass.
+        k: number of answers drawn.
+
+    Raises:
+        ValueError: if there are fewer than k answers.
     """
     if not 0 < k <= n:
         raise ValueError(f"pass@{k} needs at least {k} answers to each problem, not {n}")
@@ -27,9 +46,16 @@ def pass_at_k(n: int, passed: int, k: int) -> float:
 
 
 def mcnemar(pairs: Sequence[tuple[bool, bool]]) -> tuple[int, int, float]:
-    """(solved by the first alone, by the second alone, p) of McNemar's exact two-sided test on the same problems.
+    """Runs McNemar's exact two-sided test on the verdicts of two methods.
 
-    p is the chance, if either were as likely to win a problem that only one solves, of a split at least as uneven.
+    The p-value is that of a binomial test with probability 1/2 on the problems that only one
+    method solves.
+
+    Args:
+        pairs: (first passed, second passed) of each problem.
+
+    Returns:
+        Problems that only the first solves, problems that only the second solves, and p.
     """
     first = sum(a and not b for a, b in pairs)
     second = sum(b and not a for a, b in pairs)
@@ -39,11 +65,15 @@ def mcnemar(pairs: Sequence[tuple[bool, bool]]) -> tuple[int, int, float]:
 
 
 def aup(points: Sequence[tuple[float, float]], best: float) -> float:
-    """Accuracy under parallelism (d3LLM, arXiv:2601.07568), of (tokens per forward pass, accuracy in percent) points.
+    """Computes accuracy under parallelism (d3LLM, arXiv:2601.07568).
 
-    In ascending order of parallelism, the area under accuracy weighted by W(y) = min(exp(-3 (1 - y / best)), 1), the
-    first point counting from 0 unweighted; points more than 5 below the first one's accuracy are left out. best: the
-    highest accuracy of all methods that are compared.
+    It is the area under accuracy y over parallelism, with the weight
+    W(y) = min(exp(-3 (1 - y / best)), 1). The first point counts from 0, unweighted. Points more
+    than 5 below the accuracy of the first one are left out.
+
+    Args:
+        points: (tokens per forward pass, accuracy in percent), in any order.
+        best: highest accuracy of all compared methods, in percent.
     """
     ordered = sorted(points)
     kept = [(rho, y) for rho, y in ordered if y >= ordered[0][1] - 5]

@@ -1,8 +1,8 @@
-"""`xflow generate`: prompts in, answers out; what is asked in microcode's language is run as well."""
+"""Verdicts on answers to prompts in the language of microcode, and their wording."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xflow_jax.sandbox import run_many
@@ -10,46 +10,45 @@ from xflow_jax.tasks import microcode
 
 
 def judge_prompts(prompts: Sequence[str], texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Runs the answers to prompts in microcode's language; a verdict for each prompt.
+    """Runs the answers to prompts in the language of microcode.
 
-    {"judged": False, "reason"}, or {"judged": True, "passed", "reason", "input", "output"} with one of the inputs on
-    which the answer was run and the right result for it.
+    Args:
+        prompts: requests, in that language or not.
+        texts: one answer to each prompt.
+
+    Returns:
+        A verdict for each prompt. It is {"judged": False, "reason"} if there is no correct result
+        to compare with. Otherwise it is {"judged": True, "passed", "reason", "input", "output"},
+        with one input of the checks and the correct output for it.
     """
     problems = [microcode.parse(prompt) for prompt in prompts]
-    judged = [i for i, problem in enumerate(problems) if problem is not None and problem.cases()]
-    results = run_many(
-        [microcode.TASK.job(problems[i], texts[i]) for i in judged], microcode.TASK.config.limits
-    )
+    jobs = {
+        i: microcode.TASK.job(problem, text)
+        for i, (problem, text) in enumerate(zip(problems, texts, strict=True))
+        if problem is not None and problem.cases()
+    }
+    outcomes = run_many(list(jobs.values()), microcode.TASK.config.limits)
+    results = dict(zip(jobs, outcomes, strict=True))
     verdicts: list[dict[str, Any]] = []
-    for problem in problems:
-        why = (
-            "the prompt is not in microcode's language"
-            if problem is None
-            else "the request leaves nothing to return"
-        )
-        verdicts.append(
-            {"judged": False, "reason": f"{why}, so there is no right answer to compare with"}
-        )
-    for i, result in zip(judged, results, strict=True):
-        given, right = problems[i].cases()[0]
-        verdicts[i] = {"judged": True, "passed": result.passed, "reason": result.reason}
-        verdicts[i] |= {"input": given, "output": right}
+    for i, problem in enumerate(problems):
+        if problem is None or i not in results:
+            why = "the request leaves nothing to return"
+            if problem is None:
+                why = "the prompt is not in microcode's language"
+            why += ", so there is no right answer to compare with"
+            verdicts.append({"judged": False, "reason": why})
+            continue
+        verdict = {"judged": True, "passed": results[i].passed, "reason": results[i].reason}
+        example, output = problem.cases()[0]
+        verdicts.append({**verdict, "input": example, "output": output})
     return verdicts
 
 
-def verdict_sentence(verdict: dict[str, Any]) -> str:
-    """A verdict as a sentence."""
+def verdict_sentence(verdict: Mapping[str, Any]) -> str:
+    """Returns a verdict of `judge_prompts` as a sentence."""
     if not verdict["judged"]:
         return f"not judged: {verdict['reason']}"
     example = f"{verdict['input']} -> {verdict['output']!r}"
     if verdict["passed"]:
-        return f"passed: its code returned what was asked for on every input, for example {example}"
+        return f"passed: the code returned the right result for every input, such as {example}"
     return f"failed: {verdict['reason']}; right would be, for example, {example}"
-
-
-def token_texts(lm: Any) -> list[str]:
-    """Token id -> its text, for all rows of the head; rows without a token are shown by number."""
-    known = len(lm.tokenizer)
-    return [
-        lm.tokenizer.decode([i]) if i < known else f"<{i}>" for i in range(lm.config.vocab_rows)
-    ]
