@@ -29,7 +29,7 @@ from xflow_jax.decoding.rules.external import source_hash
 from xflow_jax.decoding.rules.flow import Flow
 from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
 from xflow_jax.decoding.rules.parsing import parse_budget, parse_budgets, parse_rule, parse_rules
-from xflow_jax.decoding.state import SETTLED, DecodeConfig, DecodeState, Step, read_out
+from xflow_jax.decoding.state import SETTLED, DecodeConfig, DecodeState, Step, Trace, read_out
 
 __all__ = [
     "Action",
@@ -48,6 +48,7 @@ __all__ = [
     "Step",
     "Threshold",
     "TokenConstraints",
+    "Trace",
     "block_layout",
     "check_refresh",
     "compute_belief",
