@@ -4,9 +4,10 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
 STAMP := .venv/installed
+DOCS_STAMP := .venv/installed-docs
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/xflow demo
@@ -23,6 +24,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site goes to site/. Its tutorials are run on the way, which takes about a minute.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict
 
 bench: $(STAMP)
 	$(BIN)/xflow bench --model tiny
@@ -41,6 +46,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@rm -f .venv/installing
 	@touch $@
 
+$(DOCS_STAMP): $(STAMP)
+	$(PIP) --no-build-isolation -e ".[docs]"
+	@touch $@
+
 clean:
-	rm -rf .venv .cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf site .venv .cache .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
