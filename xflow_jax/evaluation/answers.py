@@ -1,4 +1,7 @@
-"""Store of answers, as jsonl from which a later call continues, and the rows that sum them up."""
+"""Store of answers, and the rows that sum them up.
+
+Answers are lines of jsonl, from which a later call continues.
+"""
 
 from __future__ import annotations
 
@@ -119,10 +122,10 @@ def summarize_answers(
 
 
 class Answers:
-    """All answers of a run, in memory and, if there is a folder, in its answers.jsonl.
+    """All answers of a run, in memory and in a folder.
 
-    A folder that holds the beginning of the same run is continued. A last line that a crash cut
-    off is removed from the file.
+    The folder is optional. It holds answers.jsonl and run.json. A folder that holds the beginning
+    of the same run is continued. A last line that a crash cut off is removed from the file.
 
     Args:
         folder: the output folder, or None to keep answers in memory only.
@@ -207,7 +210,7 @@ class Answers:
             self._keep(answer)
 
     def has(self, rule: str, budget: str, task_id: str, seed: int | None = None) -> bool:
-        """Returns True if this problem has an answer by this rule at this budget.
+        """Returns True if a problem has an answer by a rule.
 
         Args:
             rule: label of the rule.
@@ -223,11 +226,15 @@ class Answers:
         return [answer for kept in self._answers.values() for answer in kept]
 
     def verdict(self, task_id: str, text: str) -> tuple[bool, str] | None:
-        """Returns (passed, reason) of the same text to the same problem, or None if it is new."""
+        """Returns the verdict of an equal text to the same problem.
+
+        Returns:
+            (passed, reason), or None if the text is new.
+        """
         return self._verdicts.get((task_id, text))
 
     def select(self, rule: str, budget: str, task_ids: Iterable[str]) -> list[Answer]:
-        """Returns all answers of one rule and budget, in the order of `task_ids`."""
+        """Returns all answers of one rule and budget, ordered by `task_ids`."""
         return [
             answer
             for task_id in task_ids

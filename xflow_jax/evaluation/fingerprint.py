@@ -1,4 +1,7 @@
-"""Descriptions of runs in JSON's types: fingerprints of arrays, hashes of files, rules, tasks."""
+"""Descriptions of runs in JSON's types.
+
+Fingerprints of arrays, hashes of files, and descriptions of rules and tasks.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,10 @@ from xflow_jax.types import PyTree
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-    """Computes two sums of the bits of x, uint32 [2], the second weighted by position.
+    """Computes two sums of the bits of x, uint32 [2].
 
-    Sums of integers do not depend on their order, so the result is the same on every mesh.
+    The second is weighted by position. Sums of integers do not depend on their order, so the result
+    is the same on every mesh.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
     bits = bits.astype(jnp.uint32)
@@ -47,7 +51,9 @@ def fingerprint(tree: PyTree) -> str:
 
 
 def describe_rule(rule: Rule) -> dict[str, Any]:
-    """Describes a rule in JSON's types, so that a run continues only with the same rule.
+    """Describes a rule in JSON's types.
+
+    A run continues only if its rules have the same descriptions.
 
     Args:
         rule: a frozen dataclass.
@@ -72,13 +78,21 @@ def describe_rule(rule: Rule) -> dict[str, Any]:
 
 
 def _describe_option(value: object) -> str:
-    """Returns a fingerprint of a value that holds arrays, and the text of any other value."""
+    """Returns the fingerprint of a value with arrays, otherwise its text."""
     holds_arrays = any(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(value))
     return fingerprint(value) if holds_arrays else repr(value)
 
 
 def describe_task(task: Task, data: Path | None) -> dict[str, Any]:
-    """Describes a task in JSON's types: its name, its settings, and the hash of its data file."""
+    """Describes a task in JSON's types.
+
+    Args:
+        task: the task.
+        data: its data file, or None.
+
+    Returns:
+        Its name, its settings, and the hash of its data file.
+    """
     settings = json.loads(json.dumps(dataclasses.asdict(task.config)))
     return {
         "task": task.name,

@@ -1,4 +1,4 @@
-"""Likelihood of given responses: the Monte-Carlo bound that the official LLaDA code computes.
+"""Likelihood of given responses: the Monte-Carlo bound of LLaDA's code.
 
 Each response is masked at many levels, spread evenly over its draws. The cross-entropy at masked
 positions is weighted by length / masked. Rows of all responses share batches.
@@ -32,7 +32,7 @@ LARGEST_GROUP = 16
 
 @dataclasses.dataclass(frozen=True)
 class MaskedRow:
-    """A response with some of its positions masked, one row of a batch.
+    """A response with masked positions, one row of a batch.
 
     Attributes:
         prompt: token ids.
@@ -123,9 +123,9 @@ def row_losses(
     batch_size: int = 16,
     progress: bool = False,
 ) -> np.ndarray:
-    """Computes the cross-entropy of each row at its masked positions, times length / masked.
+    """Computes the weighted cross-entropy of each row at its masked positions.
 
-    Rows of similar length share a batch.
+    The weight is length / masked. Rows of similar length share a batch.
 
     Args:
         lm: a LLaDA model.
@@ -163,8 +163,9 @@ def row_losses(
 
 
 def _batch_arrays(lm: LanguageModel, rows: Sequence[MaskedRow]) -> tuple[np.ndarray, ...]:
-    """Builds (prompts [B, P], real [B, P], responses [B, R], real [B, R], masked [B, R]).
+    """Builds the arrays of a batch.
 
+    They are prompts [B, P], real [B, P], responses [B, R], real [B, R] and masked [B, R].
     `real` is False at padding. Prompts are padded on the left and responses on the right, each to
     a length that many batches share.
     """
@@ -222,7 +223,10 @@ def _losses(
 
 
 def _chunks(x: jax.Array) -> jax.Array:
-    """Splits [B, R, ...] into [R / CHUNK, B, CHUNK, ...]. One chunk if CHUNK does not divide R."""
+    """Splits [B, R, ...] into chunks, [R / CHUNK, B, CHUNK, ...].
+
+    There is one chunk if CHUNK does not divide R.
+    """
     size = CHUNK if x.shape[1] % CHUNK == 0 else x.shape[1]
     return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
@@ -230,11 +234,11 @@ def _chunks(x: jax.Array) -> jax.Array:
 def read_pairs(
     path: Path, lm: LanguageModel, limit: int | None = None
 ) -> list[tuple[list[int], list[int]]]:
-    """Reads pairs of a prompt and a response from a jsonl file, a pair on each line.
+    """Reads pairs of a prompt and a response from jsonl.
 
     Args:
-        path: the file. Each line has "prompt" and "response", texts or lists of token ids. The
-            text of a prompt gets the chat template, and that of a response ends with EOS.
+        path: the file. Each line is a pair with "prompt" and "response", texts or lists of token
+            ids. The text of a prompt gets the chat template, and that of a response ends with EOS.
         lm: the model, for its tokenizer and vocabulary.
         limit: number of pairs to read, or None for all.
 
@@ -263,7 +267,7 @@ def read_pairs(
 
 
 def _token_ids(value: object, name: str, lm: LanguageModel, where: str) -> list[int]:
-    """Returns the ids of a text or a list of ids. `name` is "prompt" or "response"."""
+    """Returns the ids of a prompt or a response, by its name."""
     if isinstance(value, str):
         if lm.tokenizer is None:
             raise UserError(

@@ -2,9 +2,8 @@
 
     python -m xflow_jax.harness --model xflow --tasks gsm8k --model_args pretrained=DIR,rule=flow
 
-lm-evaluation-harness finds only models that were registered in its own process. Options of a rule
-are separated by semicolons in --model_args: rule=flow:power=8;commit=false. Needs the extra
-[lm-eval].
+lm-evaluation-harness finds only models that were registered in its own process. In --model_args,
+semicolons separate the options of a rule. Needs the extra [lm-eval].
 """
 
 from __future__ import annotations
@@ -121,7 +120,7 @@ class XFlow(LM):
         )
 
     def generate_until(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[str]:
-        """Generates a response to each request, cut at the first of its stop texts.
+        """Generates a response to each request, cut at its first stop.
 
         Args:
             requests: (context, {"until": ..., "max_gen_toks": ...}) each.
@@ -171,10 +170,10 @@ class XFlow(LM):
     def loglikelihood_rolling(
         self, requests: Sequence[Request], disable_tqdm: bool = False
     ) -> list[float]:
-        """Estimates the log-likelihood of whole texts, which must fit into the model's positions.
+        """Estimates the log-likelihood of whole texts.
 
         Args:
-            requests: (text,) each.
+            requests: (text,) each. A text must fit into the positions of the model.
             disable_tqdm: show no progress bar.
 
         Returns:
@@ -187,7 +186,7 @@ class XFlow(LM):
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def _pair(self, context: str, continuation: str) -> Pair:
-        """Returns both as ids. Spaces at the end of the context go to the continuation."""
+        """Tokenizes both. The context's final spaces go to the continuation."""
         kept = context.rstrip(" ")
         both, first = self._encode(context + continuation), self._encode(kept)
         return first, both[len(first) :]
@@ -226,7 +225,7 @@ class XFlow(LM):
         block_length: int | None,
         silent: bool,
     ) -> list[list[int]]:
-        """Returns the ids of the responses. Prompts of similar length share a batch."""
+        """Decodes prompts, those of similar length in one batch."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         size = min(self.batch_size, len(order))
         rows: list[list[int]] = [[]] * len(prompts)

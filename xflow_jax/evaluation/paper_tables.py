@@ -44,9 +44,10 @@ MODELS = {"llada": "LLaDA-8B", "llada2": "LLaDA2.0-mini"}
 
 
 def budget_table(rows: Sequence[Row], rules: Mapping[str, Rule], family: str, task: str) -> str:
-    """Builds a table in the form of the paper's Table 1: budgets, and rules within them.
+    """Builds a table in the form of the paper's Table 1.
 
-    The published figures have a column of their own if there are any for this family and task.
+    It is ordered by budget, with the rules within each. The published figures have a column of
+    their own if there are any for this family and task.
 
     Args:
         rows: one row for each rule and budget.
@@ -72,9 +73,10 @@ def budget_table(rows: Sequence[Row], rules: Mapping[str, Rule], family: str, ta
 def mcnemar_table(
     rows: Sequence[Row], answers: Answers, task_ids: Sequence[str], seed: int = 0
 ) -> str:
-    """Builds a table that compares every rule with the first one at the same budget.
+    """Builds a table that compares every rule with the first.
 
-    The test is McNemar's exact test on the problems that both rules answered.
+    Rules are compared at equal budgets. The test is McNemar's exact test on the problems that both
+    rules answered.
 
     Args:
         rows: one row for each rule and budget.
@@ -127,9 +129,10 @@ def aup_table(rows: Sequence[Row]) -> str:
 
 
 def ablations(label: str, rule: Flow) -> dict[str, Rule]:
-    """Returns the variants of a flow in the paper's Table 2, each without one of its parts.
+    """Returns variants of a flow, each without one of its parts.
 
-    Alignment is a part of the model, so it is not among them.
+    They are those of the paper's Table 2. Alignment is a part of the model, so it is not among
+    them.
 
     Args:
         label: the flow as the user wrote it. The names of the variants begin with it.
@@ -150,7 +153,9 @@ def ablations(label: str, rule: Flow) -> dict[str, Rule]:
 
 
 def ablation_table(label: str, rows: Sequence[Row]) -> str:
-    """Builds a table in the form of the paper's Table 2, a column for each budget.
+    """Builds a table in the form of the paper's Table 2.
+
+    It has a column for each budget.
 
     Args:
         label: the flow as the user wrote it. Rows of rules whose names begin with it are used.

@@ -1,4 +1,4 @@
-"""Plots as PNG: accuracy over budget, an alignment over its steps, and the steps of a policy."""
+"""Plots of evaluations, alignments and policies, as PNG."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ LABEL_LENGTH = 30  # characters of a rule in the plot
 
 
 def plot_accuracy(rows: Sequence[Row], path: str | Path, title: str = "") -> None:
-    """Plots accuracy over the mean forward passes per response token, a line for each rule.
+    """Plots accuracy over the mean forward passes per response token.
+
+    There is a line for each rule.
 
     Args:
         rows: one row for each rule and budget. The bars are their 95 % intervals.
@@ -57,7 +59,7 @@ def plot_accuracy(rows: Sequence[Row], path: str | Path, title: str = "") -> Non
 
 
 def _draw_curve(axes: Axes, rows: Sequence[Row], number: int, colour: str) -> tuple[float, float]:
-    """Draws one rule with its intervals. Returns (x, y) of the point on the right."""
+    """Draws one rule and returns (x, y) of its rightmost point."""
     points = sorted((row.passes_per_token, row.accuracy, row.low, row.high) for row in rows)
     x, y, low, high = np.array(points).T
     axes.errorbar(
@@ -76,7 +78,7 @@ def _draw_curve(axes: Axes, rows: Sequence[Row], number: int, colour: str) -> tu
 
 
 def _set_passes_axis(axes: Axes, used: Sequence[float]) -> float:
-    """Sets the limits and ticks of the x-axis, powers of two. Returns the right limit."""
+    """Sets the x-axis to powers of two and returns its right limit."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     low, high = int(np.floor(np.log2(min(used)) + 0.05)), int(np.ceil(np.log2(max(used)) - 0.05))
@@ -98,7 +100,15 @@ def _label_curves(
     gap: float,
     low: float,
 ) -> None:
-    """Writes (x, y, label, colour) of each curve to the right of the plot, near its end."""
+    """Writes the labels of curves to the right of the plot.
+
+    Args:
+        axes: the axes.
+        ends: (x, y, label, colour) of the right end of each curve.
+        x_label: x of the labels.
+        gap: least distance of two labels.
+        low: lowest y of a label.
+    """
     heights = _spread_heights([y for _, y, *_ in ends], gap, low, high=100.0)
     for (x, y, label, colour), height in zip(ends, heights, strict=True):
         line = {"arrowstyle": "-", "linestyle": ":", "linewidth": 0.7, "color": colour}
@@ -115,7 +125,10 @@ def _label_curves(
 
 
 def _spread_heights(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Moves heights so that they are `gap` apart and in [low, high]: one pass up, one pass down."""
+    """Moves heights into [low, high], at least `gap` apart.
+
+    One pass moves them up and one pass down.
+    """
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     moved = [float(h) for h in heights]
     floor = low
@@ -192,7 +205,8 @@ def plot_policy_steps(policy: Policy, path: str | Path) -> None:
     progress = jnp.asarray(np.broadcast_to(t[:, None], shape[:2]), jnp.float32)
     figure = _new_figure(9.6, 3.4)
     panels = figure.subplots(1, 3, sharey=True)
-    for axes, rho in zip(panels, (0.0, 0.5, 1.0), strict=True):
+    titles = {0.0: "first step of a block", 0.5: "middle step", 1.0: "last step"}
+    for axes, (rho, title) in zip(panels, titles.items(), strict=True):
         a = np.asarray(policy.expected_step(features(top, progress, rho)))
         image = axes.pcolormesh(1 - c, t, a, cmap="viridis", vmin=0, vmax=1, shading="nearest")
         axes.set_xscale("log")
@@ -200,7 +214,7 @@ def plot_policy_steps(policy: Policy, path: str | Path) -> None:
         axes.set_xticks([0.5, 0.1, 0.01, 0.001], ["0.5", "0.9", "0.99", "0.999"])
         axes.minorticks_off()
         axes.set_xlabel("confidence c")
-        axes.set_title(f"position rho in the block's steps: {rho:g}", loc="left", fontsize=10)
+        axes.set_title(f"{title}, rho = {rho:g}", loc="left", fontsize=10)
     panels[0].set_ylabel("progress t")
     figure.colorbar(image, ax=panels, label="expected step a")
     _save(figure, path)

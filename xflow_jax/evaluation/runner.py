@@ -1,4 +1,6 @@
-"""Evaluation of rules and budgets on one task: decodes, runs and stores every answer.
+"""Evaluation of rules and budgets on one task.
+
+Every answer is decoded, run and stored.
 
 Several processes decode together on one mesh. Each runs its own share of the programs, and the
 first one writes.
@@ -94,7 +96,7 @@ def evaluate(
     k: int = 1,
     refresh: int = 0,
 ) -> list[Row]:
-    """Makes the answers that are missing and computes a row for each cell.
+    """Makes the missing answers and computes a row for each cell.
 
     An answer depends on the problem, the cell and the seed alone, and not on the batch.
 
@@ -154,7 +156,7 @@ def _check_counts(batch_size: int, samples: int, k: int) -> None:
 def _make_items(
     lm: LanguageModel, task: Task[ProblemT], problems: Sequence[ProblemT]
 ) -> list[_Item[ProblemT]]:
-    """Tokenizes the prompts, in order of length, so that a batch holds little padding."""
+    """Tokenizes the prompts and sorts them by length to save padding."""
     tokenizer = lm.tokenizer
     if tokenizer is None:
         raise UserError(
@@ -186,7 +188,10 @@ def _answer_batch(
     refresh: int,
     answers: Answers,
 ) -> list[Answer]:
-    """Decodes and judges one batch, which is filled up to `size`: one size, one compilation."""
+    """Decodes and judges one batch.
+
+    It is filled up to `size`, since each size of batch needs a compilation.
+    """
     prompts = [item.prompt for item in batch + batch[-1:] * (size - len(batch))]
     texts, passes, seconds = _decode(lm, task, prompts, cell, seed, refresh)
     texts = texts[: len(batch)]
@@ -259,9 +264,10 @@ def _decode(
 
 @contextlib.contextmanager
 def compile_spans() -> Iterator[list[tuple[float, float]]]:
-    """Collects (start, end) of each trace and compilation of JAX inside the block.
+    """Collects the times in which JAX traces and compiles.
 
-    The spans of nested programs overlap.
+    Yields a list that gets (start, end) of each trace and compilation inside the block. The spans
+    of nested programs overlap.
     """
     spans: list[tuple[float, float]] = []
 

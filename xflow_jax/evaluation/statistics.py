@@ -28,9 +28,9 @@ def wilson_interval(passed: float, n: int, z: float = 1.959964) -> tuple[float, 
 
 
 def pass_at_k(n: int, passed: int, k: int) -> float:
-    """Estimates the probability that one of k answers passes, 1 - C(n - c, k) / C(n, k).
+    """Estimates the probability that one of k answers passes.
 
-    The estimate is unbiased (Chen et al., arXiv:2107.03374).
+    The estimate 1 - C(n - c, k) / C(n, k) is unbiased (Chen et al., arXiv:2107.03374).
 
     Args:
         n: number of answers to the problem.

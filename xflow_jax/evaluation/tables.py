@@ -1,4 +1,4 @@
-"""Rows of an evaluation as text, Markdown and CSV, and the report that a run writes."""
+"""Rows as text, Markdown and CSV, and the report of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ _LEFT = 2  # columns of text, which are aligned on the left. The others hold num
 
 
 def _lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """Returns the header and the cells of each row, with a column for pass@k if k is above 1."""
+    """Returns the header and the cells of each row.
+
+    There is a column for pass@k if k is above 1.
+    """
     with_k = [row for row in rows if row.k > 1]
     lines: list[tuple[str, ...]] = [(*_HEADER, f"pass@{with_k[0].k}") if with_k else _HEADER]
     for row in rows:
@@ -84,7 +87,7 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]], left: 
 
 
 def table_legend(task: Task) -> str:
-    """Returns the protocol of a task and the meaning of the columns, as two lines."""
+    """Describes the protocol of a task and the columns of rows."""
     s = task.config
     block = "default blocks" if s.block_length is None else f"blocks of {s.block_length}"
     options = "".join(f", {k}={v}" for k, v in s.rule_options)

@@ -1,4 +1,4 @@
-"""A page of HTML with every step of one decode, made from a trace."""
+"""HTML page with every step of one decode."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ def current_tokens(predicted: np.ndarray, progress: np.ndarray, reedited: np.nda
 
 
 def token_texts(lm: LanguageModel) -> list[str]:
-    """Returns the text of every token id, and "<id>" for rows of the head without a token."""
+    """Returns the text of every token id.
+
+    Rows of the head without a token get "<id>".
+    """
     tokenizer = lm.tokenizer
     assert tokenizer is not None
     known = len(tokenizer)

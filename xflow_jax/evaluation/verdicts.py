@@ -1,4 +1,4 @@
-"""Verdicts on answers to prompts in the language of microcode, and their wording."""
+"""Verdicts on answers to prompts in the language of microcode."""
 
 from __future__ import annotations
 
@@ -51,4 +51,4 @@ def verdict_sentence(verdict: Mapping[str, Any]) -> str:
     example = f"{verdict['input']} -> {verdict['output']!r}"
     if verdict["passed"]:
         return f"passed: the code returned the right result for every input, such as {example}"
-    return f"failed: {verdict['reason']}; right would be, for example, {example}"
+    return f"failed: {verdict['reason']}. A right result is, for example, {example}"
