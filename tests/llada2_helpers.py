@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from tests.helpers import GOLDENS
 from xflow_jax.lm import LM, load
 from xflow_jax.models.config import LLaDA2Config
 from xflow_jax.models.factory import abstract_params, build
 from xflow_jax.parallel.partitioning import path_name
+from xflow_jax.types import Backbone
 
 TINY2 = LLaDA2Config(
     hidden_size=32,
@@ -37,11 +37,11 @@ TINY2 = LLaDA2Config(
 )
 
 
-def random_params(model: nn.Module, seed: int = 0) -> dict[str, Any]:
-    """Parameters of some strength, drawn by NumPy, which does not have to be compiled."""
+def random_params(model: Backbone, seed: int = 0) -> dict[str, Any]:
+    """Draws parameters of some strength by NumPy, which needs no compilation."""
     rng = np.random.default_rng(seed)
 
-    def leaf(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.Array:
+    def leaf(path: jax.tree_util.KeyPath, x: jax.ShapeDtypeStruct) -> jax.Array:
         draw = 0.2 * rng.normal(size=x.shape)
         return jnp.asarray(draw + 1 if path_name(path).endswith("scale") else draw, x.dtype)
 
@@ -50,14 +50,14 @@ def random_params(model: nn.Module, seed: int = 0) -> dict[str, Any]:
 
 @functools.cache
 def llada2_tiny() -> LM:
-    """The golden checkpoint in float32, told which token is the mask."""
+    """Loads the golden checkpoint in float32, with a mask token."""
     lm = load(GOLDENS / "llada2_tiny")
     config = dataclasses.replace(lm.config, mask_token_id=310)
     return dataclasses.replace(lm, config=config, model=build(config))
 
 
-def toy2(seed: int = 0, config: LLaDA2Config = TINY2, **fields: Any) -> LM:
-    """A random model, opinionated enough that every rule has something to decide."""
+def toy2(seed: int = 0, config: LLaDA2Config = TINY2, **fields: object) -> LM:
+    """Returns a random model with logits that differ enough for every rule."""
     model = build(config, **fields)
     params = random_params(model, seed)
     params["ff_out"]["kernel"] *= 4

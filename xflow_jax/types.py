@@ -1,4 +1,4 @@
-"""Types at the borders: parameters, arrays with shapes, and what decoding needs of a model.
+"""Types at the borders: arrays, parameters, models and tokenizers.
 
 Shapes in annotations are jaxtyping's, with the letters B batch, P prompt length, N response length,
 L = P + N, E embedding, V vocabulary, H heads, K key/value heads, D head width, F MLP width,
@@ -9,12 +9,18 @@ The tests check them at run time by jaxtyping's import hook. Without jaxtyping t
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
+
+if sys.version_info >= (3, 12):
+    from typing import Protocol, runtime_checkable
+else:  # isinstance() of Python 3.11 computes properties, and mask_id may raise
+    from typing_extensions import Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int, Key, PyTree
@@ -24,7 +30,7 @@ else:
     except ImportError:  # a bare JAX installation: annotations are never evaluated there
 
         class _Unchecked:
-            def __class_getitem__(cls, item: Any) -> type:
+            def __class_getitem__(cls, item: object) -> type:
                 return cls
 
         Array = jax.Array
@@ -63,7 +69,19 @@ class ModelConfig(Protocol):
         num_heads: H, query heads.
         num_kv_heads: K, key/value heads.
         head_dim: D.
-        mlp_dim: F. For a mixture of experts, the width that one token meets.
+        mlp_dim: F. For a mixture of experts, the widest MLP that one token meets.
+        num_dense_layers: number of layers, the first ones, without experts.
+        dense_mlp_dim: width of the MLP of a dense layer.
+        num_experts: X, experts of each other layer, or None if every layer is dense.
+        num_experts_per_tok: experts that one token is sent to.
+        moe_mlp_dim: width of the MLP of one expert.
+        shared_mlp_dim: width of the MLP of all shared experts, 0 if there is none.
+        tie_embeddings: True if the embedding table is the head.
+        head_bias: True if the logits have biases.
+        rms_norm_eps: added to the mean square of a norm.
+        rope_theta: base of the rotary frequencies.
+        rotary_dim: dims of a head, the first ones, that are rotated.
+        rope_full_precision: True to rotate in float32, False in the dtype of the computation.
         vocab_size: number of tokens.
         vocab_rows: V, rows of the embedding table and the head. Those from vocab_size on
             belong to no token.
@@ -71,6 +89,8 @@ class ModelConfig(Protocol):
         mask_id, eos_id, pad_id: ids of the special tokens.
         is_block_causal: True if a position attends to its own block and earlier ones only.
         default_block_length: positions of a block, or None if the whole response is one block.
+
+    `to_hf()` returns the dict of a config.json.
     """
 
     @property
@@ -88,6 +108,30 @@ class ModelConfig(Protocol):
     @property
     def mlp_dim(self) -> int: ...
     @property
+    def num_dense_layers(self) -> int: ...
+    @property
+    def dense_mlp_dim(self) -> int: ...
+    @property
+    def num_experts(self) -> int | None: ...
+    @property
+    def num_experts_per_tok(self) -> int: ...
+    @property
+    def moe_mlp_dim(self) -> int: ...
+    @property
+    def shared_mlp_dim(self) -> int: ...
+    @property
+    def tie_embeddings(self) -> bool: ...
+    @property
+    def head_bias(self) -> bool: ...
+    @property
+    def rms_norm_eps(self) -> float: ...
+    @property
+    def rope_theta(self) -> float: ...
+    @property
+    def rotary_dim(self) -> int: ...
+    @property
+    def rope_full_precision(self) -> bool: ...
+    @property
     def vocab_size(self) -> int: ...
     @property
     def vocab_rows(self) -> int: ...
@@ -103,6 +147,7 @@ class ModelConfig(Protocol):
     def is_block_causal(self) -> bool: ...
     @property
     def default_block_length(self) -> int | None: ...
+    def to_hf(self) -> dict[str, Any]: ...
 
 
 @runtime_checkable
@@ -120,9 +165,11 @@ class Backbone(Protocol):
     def config(self) -> ModelConfig: ...
     @property
     def dtype(self) -> DTypeLike: ...
-    def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any: ...
-    def init(self, rngs: jax.Array, *args: Any, **kwargs: Any) -> Any: ...
-    def clone(self, **updates: Any) -> Backbone: ...
+    def apply(
+        self, variables: Mapping[str, Any], *args: object, method: str | None = None
+    ) -> Any: ...
+    def init(self, rngs: jax.Array, *args: object) -> Any: ...
+    def clone(self, *, param_dtype: DTypeLike) -> Backbone: ...
     def empty_cache(self, batch: int, positions: int) -> Cache: ...
 
 
@@ -132,11 +179,26 @@ class Tokenizer(Protocol):
 
     @property
     def eos_token_id(self) -> int | None: ...
+    @property
+    def pad_token_id(self) -> int | None: ...
+    @property
+    def chat_template(self) -> str | None: ...
+    @property
+    def name_or_path(self) -> str: ...
     def __call__(self, text: str) -> Mapping[str, list[int]]: ...
     def __len__(self) -> int: ...
-    def decode(self, ids: list[int]) -> str: ...
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+    def decode(self, ids: list[int], *, skip_special_tokens: bool = False) -> str: ...
     def get_vocab(self) -> dict[str, int]: ...
     def convert_tokens_to_ids(self, token: str) -> int: ...
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, str]],
+        *,
+        tokenize: bool,
+        add_generation_prompt: bool,
+        return_dict: bool,
+    ) -> list[int]: ...
 
 
 @runtime_checkable
@@ -150,7 +212,7 @@ class LanguageModel(Protocol):
     @property
     def params(self) -> Params: ...
     @property
-    def tokenizer(self) -> Any: ...
+    def tokenizer(self) -> Tokenizer | None: ...
     @property
     def mesh(self) -> Mesh | None: ...
     def scope(self) -> contextlib.AbstractContextManager[None]: ...

@@ -1,4 +1,4 @@
-"""The attention kernels: one result, each where it can."""
+"""Attention kernels: one result, and a clear error for each that cannot compute it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def arguments(length=40, keys=136, heads=4, kv_heads=2, width=128, dtype=jnp.flo
 
 @eight
 def test_splash_is_einsum():
-    """Interpreted, of lengths that are no multiples of a tile, with padding and without, on a mesh and off it."""
+    """The kernel is interpreted. No length is a multiple of a tile."""
     *qkv, mask = arguments()
     for seen in (mask, None):
         wanted = attend(*qkv, seen, "einsum")
@@ -62,13 +62,13 @@ def test_what_a_kernel_cannot_do(kernel, changes, needs, monkeypatch):
     monkeypatch.setattr(attention, "has_cudnn", lambda: True)
     with pytest.raises(UserError) as error:
         attend(*arguments(**changes), kernel)
-    assert str(error.value) == f"the attention kernel {kernel} needs {needs}; leave attention out"
+    assert str(error.value) == f"the attention kernel {kernel} needs {needs}. Leave attention out."
 
 
 def test_kernels_that_are_not_here():
     *qkv, mask = arguments(dtype=jnp.bfloat16)
     with pytest.raises(
-        UserError, match="cudnn needs an NVIDIA GPU of compute capability 8.0 or more; leave"
+        UserError, match="cudnn needs an NVIDIA GPU of compute capability 8.0 or more. Leave"
     ):
         attend(*qkv, mask, "cudnn")
     with pytest.raises(
@@ -77,7 +77,7 @@ def test_kernels_that_are_not_here():
         attend(*qkv, mask, "flash")
     blocks = jnp.ones((2, 1, 40, 136), bool)
     with pytest.raises(
-        UserError, match="splash needs that all queries of a row see the same keys, not blocks"
+        UserError, match="splash needs the same keys for all queries of a row, not blocks"
     ):
         attend(*qkv, blocks, "splash")
 

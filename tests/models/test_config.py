@@ -1,4 +1,4 @@
-"""Configurations: what is read, what survives, and the one sentence for each mistake."""
+"""Configurations: reading, writing, and the message for each mistake."""
 
 import dataclasses
 import json
@@ -116,7 +116,7 @@ def test_preset_is_the_released_model():
 )
 def test_what_is_not_implemented_is_refused_by_name(key, value, right):
     sentence = refusal({key: value})
-    assert f"{key} is {json.dumps(value)}, which is not implemented; it must be {right}" in sentence
+    assert f"{key} is {json.dumps(value)}, which is not implemented. It must be {right}" in sentence
 
 
 def test_norm_biases_are_refused_where_null_would_inherit_them():
@@ -206,7 +206,8 @@ def test_toml(toml):
 
 
 def test_overrides(toml):
-    text = "out=3 steps=20 optimizer.rate=3e-4 optimizer.kind=muon resume=true data=a/b.jsonl limit=none"
+    text = "out=3 steps=20 optimizer.rate=3e-4 optimizer.kind=muon resume=true "
+    text += "data=a/b.jsonl limit=none"
     run = load_toml(toml, Run, text.split())
     assert run == Run("3", 20, Optimizer(3e-4, (0.5, 1.0), "muon"), True, Path("a/b.jsonl"), None)
     assert load_toml(toml, Run, ["out=runs/a=b", "steps=1", "steps=2"]).steps == 2
@@ -216,9 +217,9 @@ def test_overrides(toml):
 @pytest.mark.parametrize(
     "override, part",
     [
-        ("stepz=3", "there is no key stepz; did you mean steps?"),
-        ("optimizer.raet=3", "there is no key optimizer.raet; did you mean optimizer.rate?"),
-        ("qqq=3", "there is no key qqq; known are out, steps, optimizer"),
+        ("stepz=3", "there is no key stepz. Did you mean steps?"),
+        ("optimizer.raet=3", "there is no key optimizer.raet. Did you mean optimizer.rate?"),
+        ("qqq=3", "there is no key qqq. Known keys are out, steps, optimizer"),
         ("steps", "it must look like key=value"),
         ("=3", "it must look like key=value"),
         ("steps=many", 'steps is "many", but it must be an integer'),
@@ -246,7 +247,7 @@ def test_mistakes_in_overrides(toml, override, part):
         ("out = 'a'", "the key steps is missing"),
         (
             "out = 'a'\nsteps = 1\n[optimiser]\nrate = 1",
-            "there is no key optimiser; did you mean optimizer?",
+            "there is no key optimiser. Did you mean optimizer?",
         ),
         ("out = 'a'\nsteps = 0", "steps is 0, but it must be positive"),
         ("out = ", "not valid TOML"),

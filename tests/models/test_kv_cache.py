@@ -1,4 +1,4 @@
-"""Block-causal decoding with a cache of keys and values is the whole sequence at once, exactly."""
+"""Block-causal decoding with a key/value cache equals a pass over the whole sequence."""
 
 import random
 
@@ -54,7 +54,10 @@ def test_block_by_block_with_a_cache_is_the_whole_sequence(seed):
 
 
 def check_cached(config, seed, size, length, ready):
-    """Rows of 0, 1 and 3 tokens of padding; the first `ready` positions in one go, as a prompt, then block by block."""
+    """Compares cached blocks with the whole sequence, for rows with 0, 1 and 3 padding tokens.
+
+    The first `ready` positions pass at once, as a prompt.
+    """
     model = build(config)
     params = random_params(model, seed)
     x = np.random.default_rng(seed).normal(size=(3, length, config.hidden_size)).astype(np.float32)
@@ -78,7 +81,7 @@ def check_cached(config, seed, size, length, ready):
         ours.append(h)
     for at in range(ready, length, size):
         part, rows = slice(at, at + size), jnp.full(3, at)
-        # A first pass with other contents, as decoding makes many: it must leave no trace.
+        # Decoding passes a block many times. A pass with other contents must leave no trace.
         _, wrong = step(params, x[:, part] + 1, cache, rows, mask[:, part])
         h, new = step(
             params, x[:, part], kv_cache.write_cache(cache, wrong, rows), rows, mask[:, part]
@@ -90,7 +93,7 @@ def check_cached(config, seed, size, length, ready):
 
 
 def test_rows_at_different_blocks():
-    """Each row has its own start: the cached step of a batch is the step of its rows alone."""
+    """Each row has its own start. A batch gives the results of its rows alone."""
     model = build(TINY2)
     params = random_params(model, 0)
     x = jax.random.normal(jax.random.key(1), (2, 16, 32))
@@ -121,7 +124,7 @@ def test_a_written_cache_compiles_once():
 
 
 def test_llada_has_the_same_cache():
-    """Its own attention is not block-causal; under a block-causal one the cache is as exact."""
+    """LLaDA's own attention is not block-causal. Under a block-causal one its cache is exact."""
     config = LLaDAConfig(
         d_model=32,
         n_layers=2,

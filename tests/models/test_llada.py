@@ -1,4 +1,4 @@
-"""LLaDA against the numbers of the original code, and against itself computed in another way."""
+"""LLaDA against the numbers of the original code, and in several equivalent computations."""
 
 import dataclasses
 import json
@@ -102,7 +102,7 @@ def test_hidden_states_of_every_layer(config, params, golden):
     x = build(config).apply({"params": params}, golden["ids_0"], method="embed")
     close(x, wanted[0])
     for layers in (1, 2):
-        # A shorter stack ends in the final norm, which is undone by none: compare what the norm makes of the golden.
+        # A shorter stack ends in the final norm, so the golden states are normed too.
         cut = dataclasses.replace(config, n_layers=layers)
         few = params | {"blocks": jax.tree.map(lambda a, n=layers: a[:n], params["blocks"])}
         close(
@@ -250,7 +250,7 @@ def test_biases():
         "ff_norm",
     }
     tokens = jnp.arange(6)[None]
-    # Zero at first, so as without; then a shift of the head's bias is a shift of the logits.
+    # Fresh biases are zero. A shift of the head's bias is a shift of the logits.
     plain = jax.tree_util.tree_map_with_path(
         lambda path, x: None if path[-1].key == "bias" else x, params
     )

@@ -1,4 +1,4 @@
-"""LLaDA2.0 against the numbers of the original code, and against itself computed in another way."""
+"""LLaDA2.0 against the numbers of the original code, and in several equivalent computations."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def params(config):
-    """The golden checkpoint's parameters, put together by hand."""
+    """Parameters of the golden checkpoint, assembled by hand."""
     tensors = {}
     for file in DIR.glob("*.safetensors"):
         tensors |= {
@@ -157,7 +157,7 @@ def test_hidden_states(config, params, golden):
     close(x, wanted[0])
     close(model.apply({"params": params}, x, method="hidden"), wanted[-1])
     for layers in (1, 2, 3):
-        # A shorter stack ends in the final norm: compare what the norm makes of the golden.
+        # A shorter stack ends in the final norm, so the golden states are normed too.
         cut = dataclasses.replace(config, num_hidden_layers=layers)
         few = {k: v for k, v in params.items() if k != "blocks"}
         if layers > 1:
@@ -174,7 +174,7 @@ def test_hidden_states(config, params, golden):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_router_and_experts(config, params, golden, kernel):
     layer = jax.tree.map(lambda a: a[int(golden["router_layer"]) - 1], params["blocks"])
-    x = golden["router_input"]
+    x = jnp.asarray(golden["router_input"])
     z, bias = Router(config.num_experts).apply({"params": layer["router"]}, x)
     np.testing.assert_allclose(
         z.reshape(golden["router_logits"].shape), golden["router_logits"], rtol=0, atol=1e-4
@@ -344,6 +344,17 @@ def test_config():
     assert model_config(HF | {"model_type": "llada2_moe_veomni"}).family == "llada2"
 
 
+@pytest.mark.parametrize("value", [None, 0, 16, "missing"])
+def test_head_dim_is_an_integer_and_its_key_survives(value):
+    hf = {k: v for k, v in HF.items() if k != "head_dim"}
+    hf = hf if value == "missing" else hf | {"head_dim": value}
+    config = model_config(hf)
+    assert config.head_dim == 16
+    assert json.dumps(config.to_hf()) == json.dumps(hf)
+    assert dataclasses.replace(config, topk_group=1).to_hf() == hf | {"topk_group": 1}
+    assert dataclasses.replace(config, head_dim=32).to_hf() == hf | {"head_dim": 32}
+
+
 def test_the_mask_token_is_told_or_known():
     with pytest.raises(UserError, match="has no mask_token_id; add it to config.json"):
         _ = model_config(HF).mask_id
@@ -370,7 +381,7 @@ def test_presets():
     [
         (
             {"score_function": "softmax"},
-            'score_function is "softmax", which is not implemented; it must be "sigmoid"',
+            'score_function is "softmax", which is not implemented. It must be "sigmoid"',
         ),
         (
             {"rope_scaling": {"type": "linear"}},
@@ -378,7 +389,7 @@ def test_presets():
         ),
         (
             {"hidden_act": "gelu"},
-            'hidden_act is "gelu", which is not implemented; it must be "silu"',
+            'hidden_act is "gelu", which is not implemented. It must be "silu"',
         ),
         ({"use_qk_norm": False}, "use_qk_norm is false"),
         ({"num_experts": 18}, "n_group 4 does not divide num_experts 18"),

@@ -40,7 +40,7 @@ ALL = dataclasses.replace(DEFAULT, targets=(*DEFAULT.targets, "experts"))
 
 
 def trained(lora, seed=1):
-    """Adapters that add something."""
+    """Adapters with an effect."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), lora)
 
@@ -92,7 +92,7 @@ def test_at_zero_it_is_the_base(family):
     params = random_params(model)
     targets = ALL if family == "llada2" else DEFAULT
     lora = lora_init(jax.random.key(0), params, targets)
-    # What is added is exactly zero; two compilations may still round the rest differently.
+    # The update is exactly zero. Two compilations may still round the rest differently.
     assert not jnp.any(
         adapted(jnp.ones((2, 32)), jax.tree.map(lambda x: x[0], lora["blocks"]["q_proj"]["kernel"]))
     )
@@ -118,7 +118,7 @@ def test_merged_is_adapted(family):
 
 
 def test_merged_goes_out_in_the_hugging_face_format(tmp_path):
-    """What comes back is the adapted model; tensors without an adapter are the source's bytes."""
+    """The written model is the adapted one. Tensors without an adapter keep their bytes."""
     base = load(GOLDEN2)
     lora = trained(lora_init(jax.random.key(0), base.params, ALL))
     write_hf(tmp_path / "merged", merge(base.params, lora), base.config, dtype=jnp.float32)
@@ -146,7 +146,7 @@ def test_merging_keeps_the_parameters_dtype():
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_only_the_adapters_learn(family):
-    """Gradients are those of merged matrices by the chain rule, and training changes nothing but the adapters."""
+    """Gradients are those of merged matrices by the chain rule, and only adapters change."""
     model = build(CONFIGS[family], remat="full")
     params = random_params(model)
     lora = trained(lora_init(jax.random.key(0), params, ALL if family == "llada2" else DEFAULT))
@@ -192,7 +192,7 @@ def test_sharded_like_the_matrices():
     [
         (
             {"targets": ("q_porj",)},
-            "LoRA target 'q_porj' is no matrix of this model's layers; there are attn_out, ff_out",
+            "LoRA target 'q_porj' is no matrix of this model's layers. They are attn_out, ff_out",
         ),
         ({"targets": ("experts",)}, "LoRA target 'experts' is no matrix of this model's layers"),
         ({"targets": ("wte",)}, "LoRA target 'wte'"),

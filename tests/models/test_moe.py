@@ -1,4 +1,4 @@
-"""The mixture of experts by hand: routing, ties, and products of uneven groups."""
+"""Mixture of experts by hand: routing, ties, and products of uneven groups."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ import pytest
 
 from tests.llada2_helpers import TINY2
 from xflow_jax.models.factory import abstract_params, build
-from xflow_jax.models.moe import KERNELS, _experts, route
+from xflow_jax.models.moe import KERNELS, apply_experts, route
 
 pytestmark = pytest.mark.slow  # minutes of compilation
 
@@ -30,7 +30,7 @@ def test_routing_by_hand():
     experts, weights = routed(z, [0.0] * 8, 4, 1, 2)
     assert experts == [2, 3]
     np.testing.assert_allclose(weights, [1.25, 1.25], rtol=1e-6)
-    # The bias moves the choice and not the weights; the order is by biased score.
+    # The bias affects the choice, not the weights. The order is by biased score.
     experts, weights = routed(z, [0, 0, 0, 0.1, 0, 0, 0, 0], 4, 1, 2)
     assert experts == [3, 2]
     np.testing.assert_allclose(weights, [1.25, 1.25], rtol=1e-6)
@@ -42,7 +42,7 @@ def test_routing_by_hand():
 
 def test_ties_go_to_the_lowest_index():
     assert routed([0.0] * 8, [0.0] * 8, 4, 2, 3)[0] == [0, 1, 2]
-    # Group 2 wins, group 0 is the first of the rest; inside, equal scores go by index, whichever group won.
+    # Group 2 wins, and group 0 is the first of the rest. Inside, equal scores go by index.
     z = [0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0]
     assert routed(z, [0.0] * 8, 4, 2, 3)[0] == [1, 4, 5]
     assert routed([0.0] * 4, [0.0] * 4, 4, 2, 2)[0] == [0, 1], "groups of one"
@@ -63,7 +63,7 @@ def brute_force(x, experts, weights, m):
     "tokens, k, skew", [(1, 1, False), (3, 2, False), (70, 3, False), (70, 1, True)]
 )
 def test_experts_by_brute_force(kernel, tokens, k, skew):
-    """No token is dropped, however uneven the groups; experts without tokens, and one with all of them, are fine."""
+    """No token is dropped, even if an expert gets none or all of them."""
     rng = np.random.default_rng(tokens)
     shapes = {"gate": (6, 8, 5), "up": (6, 8, 5), "down": (6, 5, 8)}
     m = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
@@ -73,7 +73,7 @@ def test_experts_by_brute_force(kernel, tokens, k, skew):
     weights = rng.uniform(size=experts.shape).astype(np.float32)
 
     def total(m, first=0):
-        return _experts(
+        return apply_experts(
             *jax.tree.map(jnp.asarray, (x, experts, weights, m)), {}, first, KERNELS[kernel]
         )
 
@@ -84,7 +84,7 @@ def test_experts_by_brute_force(kernel, tokens, k, skew):
 
 
 def test_a_layer_of_a_stack():
-    """Of the experts of three layers at once, those of the second, all of them and a half."""
+    """A stack of three layers: the second one's experts, all of them and a half."""
     rng = np.random.default_rng(0)
     shapes = {"gate": (3, 6, 8, 5), "up": (3, 6, 8, 5), "down": (3, 6, 5, 8)}
     m = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
@@ -94,8 +94,10 @@ def test_a_layer_of_a_stack():
     for kernel in KERNELS.values():
         for part in (slice(0, 6), slice(2, 5)):
             held = {name: a[:, part] for name, a in m.items()}
-            ours = _experts(x, experts, weights, held, {}, part.start, kernel, layer=jnp.int32(1))
-            wanted = _experts(
+            ours = apply_experts(
+                x, experts, weights, held, {}, part.start, kernel, layer=jnp.int32(1)
+            )
+            wanted = apply_experts(
                 x, experts, weights, {n: a[1] for n, a in held.items()}, {}, part.start, kernel
             )
             np.testing.assert_allclose(ours, wanted, atol=1e-4)

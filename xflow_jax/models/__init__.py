@@ -1,4 +1,4 @@
-"""Model backbones in Flax Linen, their configurations, and what all of them share.
+"""Model backbones in Flax Linen, and their configurations.
 
 flax.linen is imported in this package alone. Elsewhere parameters are a nested dict of arrays.
 """

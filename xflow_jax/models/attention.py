@@ -1,26 +1,38 @@
-"""Attention, and who may attend to whom."""
+"""Attention masks, and attention by several kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from xflow_jax.errors import UserError, require
 from xflow_jax.parallel import platform
+from xflow_jax.types import Array, Bool, Float
+
+Kernel: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
 def attention_mask(
     length: int,
-    mask: jax.Array | None = None,
+    mask: Bool[Array, "B L"] | None = None,
     block_length: int | None = None,
-    allowed: jax.Array | None = None,
-) -> jax.Array | None:
-    """What `attend` takes as `allowed`: bool, broadcastable to [B, 1, L, L]; None where everybody sees everybody.
+    allowed: Bool[Array, "B L L"] | None = None,
+) -> Bool[Array, "_ 1 _ L"] | None:
+    """Builds the attention mask of a whole sequence.
 
-    mask: bool [B, L], True = real token, padding on the left. block_length: i sees j if block(j) <= block(i); the grid
-    of each row counts from its own first real token, so padding does not shift it. allowed: bool [B, L, L].
+    Args:
+        length: L.
+        mask: real tokens. Padding is on the left.
+        block_length: positions of a block, for block-causal attention: i attends to j if
+            block(j) <= block(i). The grid of each row counts from its own first real token, so
+            padding does not shift it.
+        allowed: pairs (query, key) that may attend.
+
+    Returns:
+        `allowed` of `attend`: bool, broadcastable to [B, 1, L, L], or None without any limit.
     """
     keys = None if mask is None else mask[:, None, None, :]
     parts = [] if keys is None else [keys]
@@ -41,38 +53,51 @@ def attention_mask(
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    allowed: jax.Array | None = None,
+    q: Float[Array, "B L H D"],
+    k: Float[Array, "B M K D"],
+    v: Float[Array, "B M K D"],
+    allowed: Bool[Array, "#B 1 #L M"] | None = None,
     kernel: str | None = None,
-) -> jax.Array:
-    """q [B, L, H, D], k and v [B, M, K, D], allowed bool broadcastable to [B, 1, L, M] -> [B, L, H, D].
+) -> Float[Array, "B L H D"]:
+    """Computes softmax attention with grouped heads.
 
-    Key/value head j serves query heads j * H/K ... (j + 1) * H/K - 1. Scores and softmax are float32. A query that may
-    attend to nothing (padding) gets something meaningless, but finite. kernel: a name in KERNELS; None = the best that
-    can do it. UserError for one that is not there or cannot.
+    Key/value head j serves query heads j * H/K ... (j + 1) * H/K - 1. Scores and softmax are
+    float32. A query that may attend to nothing (padding) gets a meaningless but finite result.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        allowed: pairs (query, key) that may attend, broadcastable to [B, 1, L, M]. None: all.
+        kernel: a name in KERNELS. None: the best one for the platform and these arguments.
+
+    Returns:
+        The weighted sums of values.
+
+    Raises:
+        UserError: if there is no such kernel, or it cannot compute these arguments.
     """
     kernel = kernel or default_kernel(q, k, allowed)
     require(
         kernel in KERNELS, f"attention is {kernel!r}, but it must be one of {', '.join(KERNELS)}"
     )
     if why := missing_requirement(kernel, q, k, allowed):
-        raise UserError(f"the attention kernel {kernel} needs {why}; leave attention out")
+        raise UserError(f"the attention kernel {kernel} needs {why}. Leave attention out.")
     return KERNELS[kernel](q, k, v, allowed)
 
 
 def _einsum(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None) -> jax.Array:
     b, length, h, d = q.shape
     kv, keys = k.shape[2], k.shape[1]
-    # XLA on CPUs multiplies batches fast only if they lead; query heads of one key/value head become one long query.
+    # XLA on CPUs multiplies batches fast only if they lead. The query heads of one key/value head
+    # become one long query.
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * d**-0.5, k, v))
     q = q.reshape(b, kv, -1, d)
     scores = jnp.einsum("bkqd,bkmd->bkqm", q, k, preferred_element_type=jnp.float32)
     if allowed is not None:
         scores = scores.reshape(b, h, length, keys)
         scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min).reshape(b, kv, -1, keys)
-    # The softmax's division comes last, on [.., D] instead of [.., M].
+    # The softmax's division comes last, on [..., D] instead of [..., M].
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     out = jnp.einsum(
         "bkqm,bkmd->bkqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
@@ -92,32 +117,41 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None) 
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None) -> jax.Array:
-    from xflow_jax.models import splash_attention  # which imports Pallas
+    from xflow_jax.models import splash_attention  # it imports Pallas
 
     return splash_attention.splash_attend(q, k, v, None if allowed is None else allowed[:, 0, 0])
-
-
-Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
 KERNELS: dict[str, Kernel] = {"einsum": _einsum, "xla": _xla, "cudnn": _cudnn, "splash": _splash}
 
 
 def default_kernel(q: jax.Array, k: jax.Array, allowed: jax.Array | None = None) -> str:
-    """The kernel for the platform: our einsum on CPUs, cuDNN on GPUs where it can, JAX's own attention elsewhere."""
+    """Selects the kernel for the platform and the arguments of `attend`.
+
+    Returns:
+        "einsum" on CPUs, "cudnn" on GPUs if it can compute the arguments, otherwise "xla".
+    """
     if platform() == "cpu":
         return "einsum"
-    return (
-        "cudnn"
-        if platform() == "gpu" and not missing_requirement("cudnn", q, k, allowed)
-        else "xla"
-    )
+    if platform() == "gpu" and not missing_requirement("cudnn", q, k, allowed):
+        return "cudnn"
+    return "xla"
 
 
 def missing_requirement(
     kernel: str, q: jax.Array, k: jax.Array, allowed: jax.Array | None = None
 ) -> str | None:
-    """What `kernel` needs and these arguments of `attend` are not; None where it can do them."""
+    """Describes a requirement of a kernel that the arguments do not meet.
+
+    Args:
+        kernel: a name in KERNELS.
+        q: as in `attend`.
+        k: as in `attend`.
+        allowed: as in `attend`.
+
+    Returns:
+        The requirement in words, or None if the kernel can compute the arguments.
+    """
     (_, length, _, width), keys = q.shape, k.shape[1]
     if kernel == "cudnn":
         if not has_cudnn():
@@ -126,7 +160,7 @@ def missing_requirement(
             return f"bfloat16 or float16, not {q.dtype}"
         if width % 8 or width > 128:
             return f"heads of 8, 16, ... 128 dims, not {width}"
-        if allowed is not None and (length % 2 or keys % 2):  # its backward pass does, of a mask
+        if allowed is not None and (length % 2 or keys % 2):  # for the mask's backward pass
             return f"even lengths, not {length} and {keys}"
     if kernel == "splash":
         if platform() == "gpu":
@@ -134,12 +168,12 @@ def missing_requirement(
         if width % 128:
             return f"heads of 128, 256, ... dims, not {width}"
         if allowed is not None and allowed.shape[1:3] != (1, 1):
-            return "that all queries of a row see the same keys, not blocks"
+            return "the same keys for all queries of a row, not blocks"
     return None
 
 
 def has_cudnn() -> bool:
-    """Whether programs are made for a GPU that is here, is NVIDIA's, and is not too old."""
+    """Returns True if the default device can run cuDNN's attention."""
     if jax.default_backend() != "gpu":
         return False
     device = jax.local_devices()[0]

@@ -1,30 +1,54 @@
-"""The models, in Flax Linen; elsewhere parameters are a plain nested dict of arrays."""
+"""Modules from configurations, and their parameters as a nested dict."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.typing import DTypeLike
 
 from xflow_jax.models.llada import LLaDA
 from xflow_jax.models.llada2 import LLaDA2
+from xflow_jax.types import Array, Backbone, Key, ModelConfig
 
-_FAMILIES = {"llada": LLaDA, "llada2": LLaDA2}
-
-
-def build(config: Any, dtype: DTypeLike = jnp.float32, **fields: Any) -> nn.Module:
-    """The module of a configuration, computing in `dtype`; `fields` are further fields of the module, e.g. remat."""
-    return _FAMILIES[config.family](config, dtype=dtype, **fields)
+_BACKBONES: dict[str, Callable[..., Backbone]] = {"llada": LLaDA, "llada2": LLaDA2}
 
 
-def init_params(model: nn.Module, key: jax.Array) -> dict[str, Any]:
-    """Fresh parameters: normal of 0.02, outputs into the residual stream scaled down by the root of their number."""
+def build(config: ModelConfig, dtype: DTypeLike = jnp.float32, **fields: object) -> Backbone:
+    """Builds the module of a configuration.
+
+    Args:
+        config: the configuration. Its family selects the module.
+        dtype: dtype of the computation.
+        **fields: further fields of the module, for example remat.
+
+    Returns:
+        The module.
+    """
+    return _BACKBONES[config.family](config, dtype=dtype, **fields)
+
+
+def init_params(model: Backbone, key: Key[Array, ""]) -> dict[str, Any]:
+    """Draws fresh parameters.
+
+    Matrices are normal with a standard deviation of 0.02. Outputs into the residual stream are
+    scaled down by the square root of their number.
+
+    Args:
+        model: the module.
+        key: the random key.
+
+    Returns:
+        The nested dict of parameters.
+    """
     return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
-def abstract_params(model: nn.Module) -> dict[str, Any]:
-    """The tree of parameters as jax.ShapeDtypeStruct: the contract for initialisation, restoring and conversion."""
+def abstract_params(model: Backbone) -> dict[str, Any]:
+    """Returns the tree of parameters as jax.ShapeDtypeStruct.
+
+    It is the contract for initialisation, restoring and conversion.
+    """
     return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))

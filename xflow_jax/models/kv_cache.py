@@ -1,31 +1,34 @@
-"""The cache of decoding: keys and values of what came before, and who may see them. Block-causal, it is exact.
+"""Key/value cache for decoding. It is exact under block-causal attention.
 
-Under block-causal attention nothing that comes later changes a finished block, so its keys and values, once written,
-stay right, and a step costs one block of queries. A cache is a dict of the model's stacks of layers, each
-{"k", "v"}: [layers, B, M, K, D] with M positions; a model's `hidden_cached` reads it and returns the keys and values of
-its own positions, of which `write` makes the next cache. Positions count from each row's own first token: rows are
-aligned to the left (`align`), so that the block grid is the same in all of them. In outline:
+Under block-causal attention nothing later changes a finished block. Its keys and values, once
+written, stay right, and a step costs one block of queries. A cache is a dict of the model's stacks
+of layers, each {"k", "v"}: [layers, B, M, K, D] with M positions. A model's `hidden_cached` reads
+it and returns the keys and values of its own positions. `write_cache` makes the next cache of
+them. Positions count from each row's own first token: rows are aligned to the left (`align_left`),
+so that the block grid is the same in all of them. In outline:
 
-    h, prompt = hidden_cached(x[:, :P], empty(..., 0), 0, mask, block_length)        # the prompt, all at once
-    cache = write(empty(..., M), prompt, 0)
-    repeat for each block:  h, block = hidden_cached(x_block, cache, start)          # any number of steps
-                            cache = write(cache, block, start)                       # when its tokens stand
+    h, prompt = hidden_cached(x[:, :P], empty_cache(B, 0), 0, mask, block_length)  # all at once
+    cache = write_cache(empty_cache(B, M), prompt, 0)
+    for each block, at start:
+        h, block = hidden_cached(x_block, cache, start)  # any number of steps
+        cache = write_cache(cache, block, start)  # once its tokens are final
 
-Without blocks the same cache is an approximation, of a prompt whose keys and values are some steps old (sight.py).
+Without blocks the same cache is an approximation: keys and values of a prompt that are some steps
+old (decoding/forward.py).
 """
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
-Layer = dict[
-    str, jax.Array
-]  # {"k", "v"}: [B, M, K, D] of one layer, or with a leading axis of a stack of them
+from xflow_jax.types import Array, Bool, Cache, Float, Int
 
-
-Cache = dict[str, Layer]
+# {"k", "v"}: [B, M, K, D] of one layer
+LayerCache: TypeAlias = dict[str, jax.Array]
 
 
 def empty_cache(
@@ -36,7 +39,19 @@ def empty_cache(
     head_dim: int,
     dtype: DTypeLike,
 ) -> Cache:
-    """A cache of `positions` for a model whose stacks have so many layers; with 0 positions, the one to start from."""
+    """Makes a cache of zeros.
+
+    Args:
+        layers: number of layers of each stack.
+        batch: B.
+        positions: M. Zero for the first pass of a decode.
+        kv_heads: K.
+        head_dim: D.
+        dtype: dtype of keys and values.
+
+    Returns:
+        The cache.
+    """
     return {
         stack: {
             part: jnp.zeros((count, batch, positions, kv_heads, head_dim), dtype)
@@ -46,13 +61,23 @@ def empty_cache(
     }
 
 
-def write_cache(cache: Cache, new: Cache, start: jax.Array | int) -> Cache:
-    """The cache with the keys and values `new`, [layers, B, n, K, D], at the positions start ... start + n - 1.
+def write_cache(
+    cache: Cache, new: Cache, start: int | Int[ArrayLike, ""] | Int[ArrayLike, " B"]
+) -> Cache:
+    """Writes keys and values to consecutive positions.
 
-    start: int, or int [B], one per row; start + n must not exceed the cache's positions. What is written beyond the
-    last finished block does no harm: nobody sees it before it is overwritten.
+    Positions beyond the last finished block may hold anything: they are overwritten before a query
+    attends to them.
+
+    Args:
+        cache: the cache.
+        new: keys and values to write, [layers, B, n, K, D].
+        start: position of the first one, or int [B] with one for each row. start + n must not
+            exceed the positions of the cache.
+
+    Returns:
+        The new cache.
     """
-
     update = jax.lax.dynamic_update_slice_in_dim
     if jnp.ndim(start) == 0:
         return jax.tree.map(lambda old, part: update(old, part, start, axis=2), cache, new)
@@ -63,13 +88,28 @@ def write_cache(cache: Cache, new: Cache, start: jax.Array | int) -> Cache:
 
 
 def cache_mask(
-    cache: Cache, start: jax.Array, length: int, mask: jax.Array | None, block_length: int | None
-) -> jax.Array:
-    """Who sees whom: bool [B, 1, n, M + n], queries at start ... start + n - 1, keys of the cache, then their own.
+    cache: Cache,
+    start: Int[Array, " B"],
+    length: int,
+    mask: Bool[Array, "B _"] | None,
+    block_length: int | None,
+) -> Bool[Array, "B 1 _ _"]:
+    """Builds the attention mask for cached decoding.
 
-    Of the cache's M positions those before `start`, int [B], are seen. Of the queries' own, those where mask, bool
-    [B, n], is True (None: all), up to the end of the query's block (block_length None: all of them are one block, and
-    the result is [B, 1, 1, M + n]). A mask [B, M + n] is of the cache's positions, too.
+    A query attends to the cached positions before `start`, and to the queries' own positions up to
+    the end of its block.
+
+    Args:
+        cache: the cache, of M positions.
+        start: position of each row's first query.
+        length: n, number of queries.
+        mask: real positions among the queries' own [B, n], or also among the cached [B, M + n].
+            None: all are.
+        block_length: positions of a block. None: all queries are one block.
+
+    Returns:
+        bool [B, 1, n, M + n], or [B, 1, 1, M + n] if block_length is None: the keys of the cache,
+        then the queries' own.
     """
     cached = next(iter(cache.values()))["k"].shape[2]
     own = jnp.ones((start.shape[0], length), bool) if mask is None else mask[:, -length:]
@@ -85,11 +125,18 @@ def cache_mask(
 
 
 def extend_keys(
-    layer: Layer | None, k: jax.Array, v: jax.Array
-) -> tuple[jax.Array, jax.Array, Layer | None]:
-    """(keys, values) to attend to: a layer's cached ones and then the new k, v [B, n, K, D]; and the new ones to keep.
+    layer: LayerCache | None, k: Float[Array, "B L K D"], v: Float[Array, "B L K D"]
+) -> tuple[Float[Array, "B M K D"], Float[Array, "B M K D"], LayerCache | None]:
+    """Puts a layer's cached keys and values before the new ones.
 
-    Without a cache nothing is kept.
+    Args:
+        layer: the layer's cache, or None.
+        k: new keys.
+        v: new values.
+
+    Returns:
+        (keys, values, cache entry). The first two are what queries attend to. The entry holds k
+        and v, or is None without a cache.
     """
     if layer is None:
         return k, v, None
@@ -99,7 +146,15 @@ def extend_keys(
     return keys, values, {"k": k, "v": v}
 
 
-def align_left(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """x [B, L, ...] with each row's real positions, mask bool [B, L] with padding on the left, moved to its start."""
-    first = jnp.argmax(mask, axis=1)
-    return jax.vmap(lambda row, shift: jnp.roll(row, -shift, axis=0))(x, first)
+def align_left(x: ArrayLike, mask: Bool[ArrayLike, "B L"]) -> jax.Array:
+    """Moves each row's real positions to its start.
+
+    Args:
+        x: [B, L, ...].
+        mask: real positions. Padding is on the left.
+
+    Returns:
+        x with its rows rolled.
+    """
+    first = jnp.argmax(jnp.asarray(mask), axis=1)
+    return jax.vmap(lambda row, shift: jnp.roll(row, -shift, axis=0))(jnp.asarray(x), first)

@@ -1,6 +1,8 @@
-"""The parts that every model is made of: linear map, RMS norm, rotary positions."""
+"""Parts of every model: linear map, RMS norm, rotary positions."""
 
 from __future__ import annotations
+
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +10,21 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from xflow_jax.models.lora import adapted
+from xflow_jax.types import Array, Float
 
-# What a backward pass may keep: with "full", whole layers are recomputed, with "dots" all but matrix products.
-REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+# cos and sin, [L, rotary_dim / 2] or [B, L, rotary_dim / 2]
+RopeTables: TypeAlias = tuple[jax.Array, jax.Array]
 
 
 class Linear(nn.Module):
-    """x [..., in] -> [..., features], kernel [in, features]; parameters are cast to `dtype` where they are used.
+    """Linear map with an optional bias and an optional adapter (lora.py).
 
-    An adapter (lora.py) for the kernel is added where the variables have one.
+    Attributes:
+        features: width of the output.
+        use_bias: True if a bias is added.
+        dtype: dtype of the computation. Parameters are cast to it where they are used.
+        param_dtype: dtype of fresh parameters.
+        init_std: standard deviation of a fresh kernel.
     """
 
     features: int
@@ -26,7 +34,8 @@ class Linear(nn.Module):
     init_std: float = 0.02
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*B E"]) -> Float[Array, "*B F"]:
+        """Maps [..., in] to [..., features] in `dtype`."""
         shape = (x.shape[-1], self.features)
         kernel = self.param(
             "kernel", nn.initializers.normal(self.init_std), shape, self.param_dtype
@@ -42,14 +51,23 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x [..., E] -> [..., E]: normalised in float32, cast to `dtype`, and only then scaled, as the originals do."""
+    """RMS norm in float32.
+
+    The result is cast to `dtype` before it is scaled, as in the original code.
+
+    Attributes:
+        eps: added to the mean square.
+        dtype: dtype of the result.
+        param_dtype: dtype of a fresh scale.
+    """
 
     eps: float
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
+        """Normalises the last axis."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
         x32 = x.astype(jnp.float32)
         y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
@@ -58,10 +76,19 @@ class RMSNorm(nn.Module):
 
 def rope_tables(
     length: int, rotary_dim: int, theta: float, start: int | jax.Array = 0
-) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [L, rotary_dim / 2], of positions start, start + 1, ...; frequency theta^(-2i/dim).
+) -> RopeTables:
+    """Computes the cosines and sines of rotary positions.
 
-    start: an integer, or one per row, int [B]: the tables are then [B, L, rotary_dim / 2].
+    Frequency i is theta^(-2i / rotary_dim).
+
+    Args:
+        length: L, number of positions.
+        rotary_dim: dims of a head that are rotated.
+        theta: base of the frequencies.
+        start: first position: an integer, or int [B] with one for each row.
+
+    Returns:
+        cos and sin, float32 [L, rotary_dim / 2], or [B, L, rotary_dim / 2] if start is [B].
     """
     frequency = theta ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
     start = jnp.asarray(start)
@@ -72,16 +99,26 @@ def rope_tables(
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates x [B, L, H, D] by halves (dim i pairs with i + rotary_dim / 2) in the tables' dtype, and casts back.
+def apply_rope(
+    x: Float[Array, "B L H D"], cos: jax.Array, sin: jax.Array
+) -> Float[Array, "B L H D"]:
+    """Rotates the first dims of each head, by halves.
 
-    cos, sin: [L, rotary_dim / 2] or [B, L, rotary_dim / 2]. Dims from rotary_dim on pass through.
+    Dim i pairs with dim i + rotary_dim / 2. Dims from rotary_dim on stay as they are.
+
+    Args:
+        x: queries or keys.
+        cos: [L, rotary_dim / 2] or [B, L, rotary_dim / 2]. The rotation runs in its dtype.
+        sin: as `cos`.
+
+    Returns:
+        The rotated x, in the dtype of x.
     """
     half = cos.shape[-1]
     cos, sin = (jnp.expand_dims(table, (0, 2) if table.ndim == 2 else 2) for table in (cos, sin))
     first, second = x[..., :half].astype(cos.dtype), x[..., half : 2 * half].astype(cos.dtype)
-    turned = (
+    rotated = (
         (first * cos - second * sin).astype(x.dtype),
         (second * cos + first * sin).astype(x.dtype),
     )
-    return jnp.concatenate((*turned, x[..., 2 * half :]), axis=-1)
+    return jnp.concatenate((*rotated, x[..., 2 * half :]), axis=-1)

@@ -1,29 +1,33 @@
-"""From hidden states to what a decoder believes: the likeliest token of each position and how sure the model is.
+"""Logits head: a matrix with an optional bias, or the embedding table.
 
-One pass over chunks of the vocabulary with a running maximum, log-sum-exp, entropy and top 4: the logits of a large
-vocabulary never stand in memory as a whole. Where a mesh is set, each device does so for its own part of the
-vocabulary, and what all of them found, a dozen numbers per position, is gathered at once. Everything after the matrix
-product is float32 (SPEC of the decoders: ties go to the lowest index, which only exact comparisons in one dtype keep).
+The decoder reads the head in chunks of the vocabulary (decoding/belief.py). The logits of a large
+vocabulary never stand in memory as a whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-LogitsFn = Callable[[jax.Array, int | jax.Array, int], jax.Array]
+from xflow_jax.types import Array, Float, Params
+
+# (hidden [B, N, E], start, size) -> logits [B, N, size]. `Head` is one.
+LogitsFn: TypeAlias = Callable[[jax.Array, int | jax.Array, int], jax.Array]
 
 
 @struct.dataclass
 class Head:
-    """The matrix behind a model's logits. table [E, V], or [V, E] where `tied`; bias [V] or None.
+    """Matrix and bias behind a model's logits.
 
-    head(hidden, start, size): hidden [B, N, E] -> logits [B, N, size] of the entries start ... start + size - 1, in
-    hidden's dtype. `gather`: an axis of the mesh over which the table's dimension E is spread.
+    Attributes:
+        table: [E, V], or [V, E] if `tied`.
+        bias: [V] or None.
+        tied: True if the table is the embedding table.
+        gather: mesh axis over which the dimension E of the table is spread, or None.
     """
 
     table: jax.Array
@@ -36,8 +40,32 @@ class Head:
         """V, or a device's share of it."""
         return self.table.shape[0 if self.tied else 1]
 
-    def __call__(self, hidden: jax.Array, start: int | jax.Array, size: int) -> jax.Array:
-        """As above."""
+    @property
+    def kernel(self) -> jax.Array:
+        """The matrix as [E, V]."""
+        return self.table.T if self.tied else self.table
+
+    def project(self, hidden: Float[Array, "*B E"]) -> Float[Array, "*B V"]:
+        """Computes all logits, with products in the dtype of `hidden`."""
+        table = self.table.astype(hidden.dtype)
+        logits = hidden @ (table.T if self.tied else table)
+        if self.bias is None:
+            return logits
+        return logits + self.bias.astype(hidden.dtype).reshape((1,) * (logits.ndim - 1) + (-1,))
+
+    def __call__(
+        self, hidden: Float[Array, "B N E"], start: int | jax.Array, size: int
+    ) -> Float[Array, "B N _"]:
+        """Computes the logits of consecutive vocabulary entries. Products accumulate in float32.
+
+        Args:
+            hidden: final hidden states.
+            start: the first entry.
+            size: number of entries.
+
+        Returns:
+            Logits [B, N, size] in the dtype of `hidden`.
+        """
         dtype, part = hidden.dtype, self.table
         if size != self.rows:
             part = jax.lax.dynamic_slice_in_dim(part, start, size, axis=0 if self.tied else 1)
@@ -48,17 +76,21 @@ class Head:
             logits = jnp.einsum(
                 "bne,ev->bnv", hidden, part.astype(dtype), preferred_element_type=jnp.float32
             )
-        # The originals' logits come out in the model's dtype; rounding to it keeps their ties.
+        # The originals' logits come out in the model's dtype. Rounding to it keeps their ties.
         logits = logits.astype(dtype)
         if self.bias is not None:
-            logits += jax.lax.dynamic_slice_in_dim(self.bias, start, size).astype(dtype)[
-                None, None, :
-            ]
+            bias = jax.lax.dynamic_slice_in_dim(self.bias, start, size)
+            logits += bias.astype(dtype)[None, None, :]
         return logits
 
 
-def make_head(model: Any, params: Any) -> Head:
-    """The `head` that `believe` wants, of a model with its parameters; products accumulate in float32."""
-    if "ff_out" in params:
-        return Head(params["ff_out"]["kernel"], params["ff_out"].get("bias"))
-    return Head(params["wte"]["embedding"], None, tied=True)
+def make_head(params: Params) -> Head:
+    """Returns the head in a model's parameters.
+
+    It is `ff_out`, or the embedding table if there is no `ff_out`.
+    """
+    untied = params.get("ff_out")
+    if untied is None:
+        return Head(jnp.asarray(params["wte"]["embedding"]), None, tied=True)
+    bias = untied.get("bias")
+    return Head(jnp.asarray(untied["kernel"]), None if bias is None else jnp.asarray(bias))

@@ -1,17 +1,19 @@
-"""The mesh, the table of logical axes of every parameter, and shardings of a tree from the two.
+"""Logical axes of every parameter, and shardings on a mesh.
 
-Nothing here is needed on one device: a program that makes no mesh makes no call of this module.
+A program on one device needs nothing of this module.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
+from jax.tree_util import KeyPath
+from jax.typing import ArrayLike
 
 from xflow_jax.errors import UserError
 from xflow_jax.parallel import leaf_sharding, nearest_divisor, path_name, replicated
+from xflow_jax.types import ModelConfig, PyTree
 
 _LLADA2_ATTENTION: dict[str, tuple[str, ...]] = {
     "attn_norm/scale": ("layer", "norm"),
@@ -27,15 +29,11 @@ _LLADA2_ATTENTION: dict[str, tuple[str, ...]] = {
     "attn_out/bias": ("layer", "norm"),
     "ff_norm/scale": ("layer", "norm"),
 }
-
-
 _LLADA2_MLP: dict[str, tuple[str, ...]] = {
     "ff_proj/kernel": ("layer", "embed", "mlp"),
     "up_proj/kernel": ("layer", "embed", "mlp"),
     "ff_out/kernel": ("layer", "mlp", "embed"),
 }
-
-
 # family -> path of a parameter -> logical axis of each dimension
 AXES: dict[str, dict[str, tuple[str, ...]]] = {
     "llada": {
@@ -76,36 +74,46 @@ AXES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-def check_heads(config: Any, mesh: Mesh) -> None:
-    """UserError where the tensor axis of a mesh would cut through a head of the model."""
-    heads = config.num_heads
-    parts = mesh.shape["tensor"]
+def check_heads(config: ModelConfig, mesh: Mesh) -> None:
+    """Raises UserError if the mesh axis `tensor` would split a head."""
+    heads, parts = config.num_heads, mesh.shape["tensor"]
     if heads % parts:
         raise UserError(
-            f"the mesh axis tensor of {parts} does not divide the model's {heads} heads; "
-            f"the nearest size that does is {nearest_divisor(heads, parts)}"
+            f"the mesh axis tensor of {parts} does not divide the model's {heads} heads. "
+            f"The nearest size that does is {nearest_divisor(heads, parts)}."
         )
 
 
-def shardings(abstract: Any, mesh: Mesh, family: str) -> Any:
-    """The NamedSharding of each leaf of a tree of parameters (arrays or jax.ShapeDtypeStruct), as a tree like it.
+def shardings(abstract: PyTree, mesh: Mesh, family: str) -> PyTree:
+    """Places a tree of parameters or adapters on a mesh.
 
-    Trees of adapters (models/lora.py) are sharded as their matrices are. Raises KeyError for a path that the family's
-    table lacks, UserError for a dimension that the mesh does not divide.
+    Adapters (lora.py) are sharded like their matrices.
+
+    Args:
+        abstract: the tree, of arrays or jax.ShapeDtypeStruct.
+        mesh: the mesh.
+        family: family of the model.
+
+    Returns:
+        The NamedSharding of each leaf, as a tree like the given one.
+
+    Raises:
+        KeyError: if the family's table lacks a path.
+        UserError: if the mesh does not divide a dimension.
     """
 
-    def leaf(path: tuple[Any, ...], x: Any) -> NamedSharding:
+    def leaf(path: KeyPath, x: ArrayLike | jax.ShapeDtypeStruct) -> NamedSharding:
         name = path_name(path)
         axes = _axes(name, family)
         if axes is None:
             raise KeyError(f"no logical axes for the {family} parameter {name}")
-        return leaf_sharding(name, x.shape, axes, mesh)
+        return leaf_sharding(name, jnp.shape(x), axes, mesh)
 
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 
 
 def _axes(name: str, family: str) -> tuple[str, ...] | None:
-    """The logical axes of a parameter, or of the part a [.., in, rank] or b [.., rank, out] of its adapter."""
+    """Returns the axes of a parameter or of its adapter."""
     table = AXES[family]
     matrix, _, part = name.rpartition("/")
     if name in table or matrix not in table:
@@ -114,24 +122,34 @@ def _axes(name: str, family: str) -> tuple[str, ...] | None:
     return {"a": (*leading, fan_in, "rank"), "b": (*leading, "rank", fan_out)}.get(part)
 
 
-def state_shardings(abstract: Any, mesh: Mesh, family: str) -> Any:
-    """As `shardings`, of a training state: leaves whose path ends like a parameter's are sharded like that parameter.
+def state_shardings(abstract: PyTree, mesh: Mesh, family: str) -> PyTree:
+    """Places a training state on a mesh.
 
-    That is what optimisers keep for a parameter (moments, averages); all else (counters, reduced statistics) is whole.
+    A leaf whose path ends like a parameter's is sharded like that parameter. These are what
+    optimizers keep for a parameter (moments, averages). Everything else (counters, reduced
+    statistics) is replicated.
+
+    Args:
+        abstract: the state, of arrays or jax.ShapeDtypeStruct.
+        mesh: the mesh.
+        family: family of the model.
+
+    Returns:
+        The NamedSharding of each leaf, as a tree like the given one.
+
+    Raises:
+        UserError: if the mesh does not divide a dimension.
     """
 
-    def leaf(path: tuple[Any, ...], x: Any) -> NamedSharding:
-        parts = path_name(path).split("/")
+    def leaf(path: KeyPath, x: ArrayLike | jax.ShapeDtypeStruct) -> NamedSharding:
+        name = path_name(path)
+        parts, shape = name.split("/"), jnp.shape(x)
         # The longest end first: blocks/ff_out/kernel is not ff_out/kernel.
-        for start in range(len(parts)):
-            axes = _axes("/".join(parts[start:]), family)
-            if axes is not None:
-                like = len(axes) == len(x.shape)  # a sum over rows or columns is not
-                return (
-                    leaf_sharding("/".join(parts), x.shape, axes, mesh)
-                    if like
-                    else replicated(mesh)
-                )
-        return replicated(mesh)
+        ends = ("/".join(parts[start:]) for start in range(len(parts)))
+        axes = next(filter(None, (_axes(end, family) for end in ends)), None)
+        # A sum over rows or columns has fewer dimensions than its parameter.
+        if axes is None or len(axes) != len(shape):
+            return replicated(mesh)
+        return leaf_sharding(name, shape, axes, mesh)
 
     return jax.tree_util.tree_map_with_path(leaf, abstract)

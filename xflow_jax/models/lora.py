@@ -1,7 +1,8 @@
-"""LoRA: a low-rank update x A B * alpha / rank beside a frozen matrix.
+"""LoRA: low-rank updates A B * alpha / rank beside frozen matrices.
 
-Adapters are a tree of their own that mirrors the tree of parameters: at the path of each adapted matrix there is an
-`Adapter`. A model reads it as the collection "lora", so gradients over it alone are
+Adapters are a tree of their own that mirrors the tree of parameters. At the path of each adapted
+matrix there is an `Adapter`. A model reads it as the collection "lora", so gradients over it alone
+are
 
     jax.grad(lambda lora: loss(model.apply({"params": params, "lora": lora}, ...)))(lora)
 """
@@ -14,19 +15,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xflow_jax.errors import require
-from xflow_jax.parallel import path_name
+from xflow_jax.types import Array, Float, Key, Params
 
 STACKS = ("dense", "blocks")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Which matrices of the layers get an adapter, and of what rank and strength (alpha / rank).
+    """Selection and strength of adapters.
 
-    targets: names in the matrices' paths; by default attention and the dense and shared MLPs. "experts" adds those of
-    the routed experts.
+    Attributes:
+        rank: width between A and B.
+        alpha: the update is scaled by alpha / rank.
+        targets: names in the matrices' paths. The default is attention with the dense and shared
+            MLPs. "experts" adds the routed experts.
     """
 
     rank: int = 16
@@ -49,66 +54,96 @@ class LoraConfig:
 
 @struct.dataclass
 class Adapter:
-    """The update of one matrix, or of a stack of them: a [..., in, rank], b [..., rank, out], times `scale`."""
+    """Update of one matrix, or of a stack of them.
+
+    Attributes:
+        a: [..., in, rank].
+        b: [..., rank, out].
+        scale: factor of the update.
+    """
 
     a: jax.Array
     b: jax.Array
     scale: float = struct.field(pytree_node=False, default=1.0)
 
 
-def adapted(x: jax.Array, adapter: Adapter) -> jax.Array:
-    """What an adapter adds to the product of x [..., in] and its matrix: [..., out], in the dtype of x."""
+def adapted(x: Float[Array, "*B E"], adapter: Adapter) -> Float[Array, "*B F"]:
+    """Computes an adapter's update of the product of x and its matrix.
+
+    Args:
+        x: [..., in].
+        adapter: the adapter.
+
+    Returns:
+        [..., out] in the dtype of x.
+    """
     return (x @ adapter.a.astype(x.dtype)) @ adapter.b.astype(x.dtype) * adapter.scale
 
 
-def lora_init(key: jax.Array, params: Any, config: LoraConfig) -> dict[str, Any]:
-    """Fresh adapters, float32, for parameters (arrays or jax.ShapeDtypeStruct): b is zero, so they add nothing.
+def lora_init(key: Key[Array, ""], params: Params, config: LoraConfig) -> dict[str, Any]:
+    """Draws fresh adapters in float32. They add nothing, since b is zero.
 
-    Raises UserError for a target that names no matrix of the layers, with those that there are.
+    Args:
+        key: the random key.
+        params: the parameters, as arrays or jax.ShapeDtypeStruct.
+        config: the selection of matrices, and the rank.
+
+    Returns:
+        The tree of adapters.
+
+    Raises:
+        UserError: if a target names no matrix of the layers.
     """
-    leaves = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
-    matrices = {path: x for path, x in leaves.items() if _adaptable(path)}
-    names = {name for path in matrices for name in _names(path)}
+    leaves = flatten_dict(params, sep="/")
+    matrices = {path: x for path, x in leaves.items() if _is_adaptable(path)}
+    names = {name for path in matrices for name in _target_names(path)}
     for target in config.targets:
         require(
             target in names,
-            f"LoRA target {target!r} is no matrix of this model's layers; {_known(names)}",
+            f"LoRA target {target!r} is no matrix of this model's layers. "
+            f"They are {', '.join(sorted(names))}.",
         )
-    tree: dict[str, Any] = {}
+    adapters = {}
     for number, (path, x) in enumerate(sorted(matrices.items())):
-        if not _names(path) & set(config.targets):
+        if not _target_names(path) & set(config.targets):
             continue
         *leading, fan_in, fan_out = x.shape
         bound = fan_in**-0.5
         shape = (*leading, fan_in, config.rank)
         a = jax.random.uniform(jax.random.fold_in(key, number), shape, jnp.float32, -bound, bound)
         b = jnp.zeros((*leading, config.rank, fan_out), jnp.float32)
-        _put(tree, path, Adapter(a, b, config.alpha / config.rank))
-    return tree
+        adapters[path] = Adapter(a, b, config.alpha / config.rank)
+    return unflatten_dict(adapters, sep="/")
 
 
-def merge(params: Any, lora: Any) -> Any:
-    """Plain parameters, in their dtypes, with the adapters' updates added in float32, one layer at a time."""
+def merge(params: Params, lora: Params) -> dict[str, Any]:
+    """Adds the adapters' updates to the matrices.
 
-    def one(args: tuple[jax.Array, jax.Array, jax.Array], scale: float) -> jax.Array:
-        w, a, b = args
-        update = jnp.matmul(a, b, precision="highest") * scale
+    The sums are computed in float32, one layer at a time.
+
+    Args:
+        params: the parameters.
+        lora: the tree of adapters.
+
+    Returns:
+        Plain parameters in their own dtypes.
+    """
+    merged = flatten_dict(params, sep="/")
+    for path, adapter in flatten_dict(lora, sep="/").items():
+        merged[path] = _merge_matrix(merged[path], adapter)
+    return unflatten_dict(merged, sep="/")
+
+
+def _merge_matrix(matrices: Float[Array, "*L E F"], adapter: Adapter) -> Float[Array, "*L E F"]:
+    def add_update(layer: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        w, a, b = layer
+        update = jnp.matmul(a, b, precision="highest") * adapter.scale
         return (w.astype(jnp.float32) + update).astype(w.dtype)
 
-    def walk(tree: Any, adapters: Any) -> Any:
-        if isinstance(adapters, Adapter):
-            return jax.lax.map(
-                lambda args: one(args, adapters.scale), (tree, adapters.a, adapters.b)
-            )
-        return {
-            name: walk(sub, adapters[name]) if name in adapters else sub
-            for name, sub in tree.items()
-        }
-
-    return walk(params, lora)
+    return jax.lax.map(add_update, (matrices, adapter.a, adapter.b))
 
 
-def _adaptable(path: str) -> bool:
+def _is_adaptable(path: str) -> bool:
     parts = path.split("/")
     return (
         parts[0] in STACKS
@@ -117,17 +152,6 @@ def _adaptable(path: str) -> bool:
     )
 
 
-def _names(path: str) -> set[str]:
-    """What a target may say for a matrix: the parts of its path below the stack."""
+def _target_names(path: str) -> set[str]:
+    """Returns the targets that select a matrix: parts of its path."""
     return set(path.split("/")[1:]) - {"kernel"}
-
-
-def _known(names: set[str]) -> str:
-    return f"there are {', '.join(sorted(names))}"
-
-
-def _put(tree: dict[str, Any], path: str, value: Any) -> None:
-    *parents, last = path.split("/")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[last] = value

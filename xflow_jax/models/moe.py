@@ -1,10 +1,10 @@
-"""A mixture of experts: the router, and the experts as grouped matrix products over tokens sorted by expert."""
+"""Mixture of experts: router, and grouped products over sorted tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,33 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from xflow_jax.models.config import LLaDA2Config
+from xflow_jax.models.llada2_config import LLaDA2Config
+from xflow_jax.models.lora import Adapter
 from xflow_jax.parallel import BATCH, LOGICAL, MESH_AXES, divides, platform
+from xflow_jax.types import Array, Float, Int
 
-Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# (x [A, E], w [X, E, F], group sizes int [X]) -> [A, F], the rows of group i times w[i].
+Kernel: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Matrices: TypeAlias = dict[str, jax.Array]  # "gate", "up", "down"
+Adapters: TypeAlias = dict[str, Adapter]
 
 
-def route(logits: jax.Array, bias: jax.Array, config: LLaDA2Config) -> tuple[jax.Array, jax.Array]:
-    """Each token's experts: logits float32 [..., X], bias float32 [X] -> (experts int32, weights float32) [..., k].
+def route(
+    logits: Float[Array, "*B X"], bias: Float[Array, " X"], config: LLaDA2Config
+) -> tuple[Int[Array, "*B k"], Float[Array, "*B k"]]:
+    """Chooses the experts of each token.
 
-    Groups of experts are chosen first, by the sum of their two best biased scores, then experts within these, in
-    descending order; ties go to the lowest index. The bias steers the choice only, the weights are without it.
+    Groups of experts are chosen first, by the sum of their two best biased scores, then experts
+    within these, in descending order. Ties go to the lowest index. The bias affects the choice
+    only, not the weights.
+
+    Args:
+        logits: the router's, float32.
+        bias: added to each expert's score, float32.
+        config: number of groups, of chosen groups and of experts per token (k).
+
+    Returns:
+        (experts int32, weights float32), [..., k] each.
     """
     groups, kept, k = config.n_group, config.topk_group, config.num_experts_per_tok
     score = jax.nn.sigmoid(logits)
@@ -44,13 +60,19 @@ def route(logits: jax.Array, bias: jax.Array, config: LLaDA2Config) -> tuple[jax
 
 
 class Router(nn.Module):
-    """x [..., E] -> the logits of the experts, float32 [..., X], and the bias of their choice, float32 [X]."""
+    """Scores the experts, in float32.
+
+    Attributes:
+        experts: X.
+        param_dtype: dtype of a fresh kernel. The bias is float32.
+    """
 
     experts: int
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: Float[Array, "*B E"]) -> tuple[Float[Array, "*B X"], Float[Array, " X"]]:
+        """Returns the float32 logits and bias for `route`."""
         shape = (x.shape[-1], self.experts)
         kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.experts,), jnp.float32)
@@ -59,11 +81,17 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The experts' MLPs: x [B, L, E], experts int and weights float32 [B, L, k] -> [B, L, E], their weighted sum.
+    """MLPs of the experts. Every token reaches all of its experts.
 
-    Every token reaches all of its experts. Where a mesh is set, each device computes its own experts on its own part of
-    the batch. kernel: a name in KERNELS; None = the platform's. stack, layer: in the place of its own matrices those of
-    all layers {"gate", "up", "down"}: [layers, X, ...], and which layer this is (int scalar).
+    On a mesh each device computes its own experts, on its own part of the batch.
+
+    Attributes:
+        experts: X.
+        width: width of each expert's MLP.
+        dtype: dtype of the computation.
+        param_dtype: dtype of fresh matrices.
+        out_std: standard deviation of fresh output matrices.
+        kernel: a name in KERNELS. None: the platform's.
     """
 
     experts: int
@@ -76,14 +104,27 @@ class Experts(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
-        experts: jax.Array,
-        weights: jax.Array,
-        stack: dict[str, jax.Array] | None = None,
-        layer: jax.Array | None = None,
-    ) -> jax.Array:
+        x: Float[Array, "B L E"],
+        experts: Int[Array, "B L k"],
+        weights: Float[Array, "B L k"],
+        stack: Matrices | None = None,
+        layer: Int[Array, ""] | None = None,
+    ) -> Float[Array, "B L E"]:
+        """Computes the weighted sums of the experts' outputs.
+
+        Args:
+            x: inputs.
+            experts: the experts of each token.
+            weights: their weights, float32.
+            stack: the matrices of all layers, [layers, X, ...], to use instead of its own.
+            layer: index of this layer in `stack`.
+
+        Returns:
+            The sums, in `dtype`.
+        """
         e, wide = x.shape[-1], (self.experts, x.shape[-1], self.width)
-        matrices, adapters = {}, {}
+        matrices: Matrices = {}
+        adapters: Adapters = {}
         for name, shape, std in (
             ("gate", wide, 0.02),
             ("up", wide, 0.02),
@@ -93,9 +134,10 @@ class Experts(nn.Module):
             matrices[name] = jnp.asarray(matrix, self.dtype)
             if self.has_variable("lora", name):
                 adapters[name] = self.get_variable("lora", name)
-        mlp = partial(_experts, kernel=KERNELS[self.kernel or default_kernel()])
-        tree, layer = ((matrices, adapters), None) if stack is None else ((stack, adapters), layer)
-        y = _over_mesh(mlp, x.astype(self.dtype), experts, weights, tree, layer)
+        mlp = partial(apply_experts, kernel=KERNELS[self.kernel or default_kernel()])
+        if stack is None:
+            stack, layer = matrices, None
+        y = _over_mesh(mlp, x.astype(self.dtype), experts, weights, (stack, adapters), layer)
         return y.astype(self.dtype)
 
 
@@ -104,10 +146,10 @@ def _over_mesh(
     x: jax.Array,
     experts: jax.Array,
     weights: jax.Array,
-    tree: Any,
-    layer: jax.Array | None = None,
+    tree: tuple[Matrices, Adapters],
+    layer: jax.Array | None,
 ) -> jax.Array:
-    """`mlp`, on each device for the experts and the tokens that it holds; the experts' sums are added up."""
+    """Calls `mlp` on each device for its experts, and sums the results."""
     mesh, axis, count = (
         jax.sharding.get_abstract_mesh(),
         LOGICAL["expert"],
@@ -116,10 +158,14 @@ def _over_mesh(
     if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
         return mlp(x, experts, weights, *tree, first=0, layer=layer)
     batch = BATCH if divides(x.shape[0], BATCH) else None
-    split = axis if divides(count, (axis,)) else None
+    split = axis if axis and divides(count, (axis,)) else None
 
     def local(
-        x: jax.Array, experts: jax.Array, weights: jax.Array, tree: Any, layer: Any
+        x: jax.Array,
+        experts: jax.Array,
+        weights: jax.Array,
+        tree: tuple[Matrices, Adapters],
+        layer: jax.Array | None,
     ) -> jax.Array:
         first = 0 if split is None else jax.lax.axis_index(split) * tree[0]["gate"].shape[-3]
         y = mlp(x, experts, weights, *tree, first=first, layer=layer)
@@ -132,19 +178,30 @@ def _over_mesh(
     )
 
 
-def _experts(
-    x: jax.Array,
-    experts: jax.Array,
-    weights: jax.Array,
-    matrices: dict[str, jax.Array],
-    adapters: dict[str, Any],
-    first: int | jax.Array,
+def apply_experts(
+    x: Float[Array, "B L E"],
+    experts: Int[Array, "B L k"],
+    weights: Float[Array, "B L k"],
+    matrices: Matrices,
+    adapters: Adapters,
+    first: int | Int[Array, ""],
     kernel: Kernel,
-    layer: jax.Array | None = None,
-) -> jax.Array:
-    """The weighted sum, float32 [B, L, E], of the experts first ... first + X - 1, X being those in `matrices`.
+    layer: Int[Array, ""] | None = None,
+) -> Float[Array, "B L E"]:
+    """Computes the weighted sum of some of the experts.
 
-    layer: which one of `matrices`, where those are of all layers, [layers, X, ...].
+    Args:
+        x: inputs.
+        experts: the experts of each token.
+        weights: their weights.
+        matrices: those of the experts first ... first + X - 1: [X, ...], or [layers, X, ...].
+        adapters: of the matrices that have one, [X, ...].
+        first: the first expert in `matrices`.
+        kernel: the grouped product.
+        layer: index of the layer, if `matrices` holds all layers.
+
+    Returns:
+        The sums in float32, without experts that are held elsewhere.
     """
     k, count = experts.shape[-1], matrices["gate"].shape[-3]
     local = experts.reshape(-1) - first
@@ -153,13 +210,12 @@ def _experts(
     key = jnp.where(held, local, count)
     order = jnp.argsort(key, stable=True)
     inverse = jnp.argsort(order)
-    ends = jnp.searchsorted(
-        key[order], jnp.arange(count + 1), method="compare_all"
-    )  # a search is a loop
+    # Another method of searchsorted would be a loop.
+    ends = jnp.searchsorted(key[order], jnp.arange(count + 1), method="compare_all")
     sizes = groups = jnp.diff(ends).astype(jnp.int32)
     if layer is not None:
-        # One list of all layers' experts, the other layers' without a row: the kernel passes over those, whereas a
-        # layer's part of the stack would be copied for it.
+        # One list of all layers' experts, the other layers' without a row. The kernel skips those,
+        # whereas a slice of the stack would be copied for it.
         groups = jnp.zeros(matrices["gate"].shape[0] * count, jnp.int32)
         groups = jax.lax.dynamic_update_slice_in_dim(groups, sizes, layer * count, 0)
         matrices = {
@@ -173,20 +229,21 @@ def _experts(
             y = y + kernel(kernel(x, a, sizes), b, sizes) * adapters[name].scale
         return y
 
-    rows = _take(x.reshape(-1, x.shape[-1]), order // k, inverse.reshape(-1, k))
+    rows = _take_rows(x.reshape(-1, x.shape[-1]), order // k, inverse.reshape(-1, k))
     y = dot("down", nn.silu(dot("gate", rows)) * dot("up", rows))
-    y = _take(y, inverse, order[:, None])
+    y = _take_rows(y, inverse, order[:, None])
     y = jnp.where(held[:, None], y, 0).astype(jnp.float32).reshape(*experts.shape, -1)
     return jnp.sum(y * weights[..., None], axis=-2)
 
 
 @jax.custom_vjp
-def _take(x: jax.Array, index: jax.Array, back: jax.Array) -> jax.Array:
-    """x[index]; back[i] lists the places where row i went, which makes the gradient a gather too, and no scatter."""
+def _take_rows(x: jax.Array, index: jax.Array, back: jax.Array) -> jax.Array:
+    """Returns x[index]. back[i] lists the places of row i."""
     return x[index]
 
 
-_take.defvjp(
+# With `back` the gradient is a gather too, not a scatter.
+_take_rows.defvjp(
     lambda x, index, back: (x[index], back),
     lambda back, g: (g[back].sum(axis=1), None, None),
 )
@@ -198,9 +255,10 @@ def _ragged(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _tiles(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    """As ragged_dot: x [A, E] in groups of `sizes` [X], w [X, E, F] -> [A, F]; rows behind all groups are undefined.
+    """Computes the grouped product in a loop over tiles of rows.
 
-    A loop over tiles of rows, each of one expert. (On CPUs ragged_dot multiplies every row by every expert's matrix.)
+    Each tile belongs to one expert. On CPUs ragged_dot multiplies every row by every expert's
+    matrix. Rows behind all groups are undefined, as in ragged_dot.
     """
     size = _tile_size(x.shape[0], w.shape[0])
     expert, start, _, used = _tiling(sizes, x.shape[0], size)
@@ -241,7 +299,8 @@ _tiles.defvjp(lambda x, w, sizes: (_tiles(x, w, sizes), (x, w, sizes)), _tiles_b
 
 
 def _tile_size(rows: int, experts: int) -> int:
-    """Rows of a tile: a power of two near half the mean group, so that little of it is wasted."""
+    """Returns the rows of a tile."""
+    # A power of two near half the mean group wastes few rows.
     size = 8
     while size < 64 and 4 * size * experts <= rows:
         size *= 2
@@ -251,7 +310,7 @@ def _tile_size(rows: int, experts: int) -> int:
 def _tiling(
     sizes: jax.Array, rows: int, size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(expert, first row, row behind the last) of each tile, and the number of tiles in use."""
+    """Returns (expert, first row, end row) of each tile, and their number."""
     last, ends = jnp.cumsum(-(-sizes // size)), jnp.cumsum(sizes)
     tile = jnp.arange((rows + min(rows, sizes.shape[0]) * (size - 1)) // size)
     expert = jnp.minimum(jnp.searchsorted(last, tile, side="right"), sizes.shape[0] - 1)
@@ -260,11 +319,12 @@ def _tiling(
     return expert, start, ends[expert], last[-1]
 
 
-# stacked: XLA's own grouped product, in decoding with a cache of all layers' experts at once (see `_experts`). That of
-# TPUs lists the tiles of the groups that have rows, and visits these; others would multiply the whole stack.
+# stacked: XLA's grouped product. Decoding with a cache passes it all layers' experts at once (see
+# `apply_experts`). On TPUs it visits only the tiles of groups that have rows. Other platforms
+# would multiply the whole stack.
 KERNELS: dict[str, Kernel] = {"ragged": _ragged, "stacked": _ragged, "tiles": _tiles}
 
 
 def default_kernel() -> str:
-    """The kernel for the platform: the loop over tiles on CPUs, XLA's own grouped product elsewhere."""
+    """Selects the kernel for the platform: tiles on CPUs, otherwise XLA's."""
     return {"cpu": "tiles", "tpu": "stacked"}.get(platform(), "ragged")

@@ -1,10 +1,11 @@
-"""The models' configurations, under Hugging Face's own key names, and presets; `load_toml` is for the commands'."""
+"""Configurations of released models, and of a small one for measurements."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from xflow_jax.models.config import _RELEASED_MASK, _RELEASED_ROWS, LLaDA2Config, LLaDAConfig
+from xflow_jax.models.llada2_config import RELEASED_MASK, RELEASED_ROWS, LLaDA2Config
+from xflow_jax.models.llada_config import LLaDAConfig
 
 _MINI = LLaDA2Config(
     hidden_size=2048,
@@ -21,14 +22,13 @@ _MINI = LLaDA2Config(
     n_group=8,
     topk_group=4,
     routed_scaling_factor=2.5,
-    vocab_size=_RELEASED_ROWS,
-    mask_token_id=_RELEASED_MASK,
+    vocab_size=RELEASED_ROWS,
+    mask_token_id=RELEASED_MASK,
     eos_token_id=156892,
     pad_token_id=156892,
     rope_theta=600000.0,
     rms_norm_eps=1e-6,
 )
-
 
 PRESETS: dict[str, LLaDAConfig | LLaDA2Config] = {
     "llada-8b": LLaDAConfig(
@@ -55,7 +55,7 @@ PRESETS: dict[str, LLaDAConfig | LLaDA2Config] = {
         intermediate_size=9216,
         moe_intermediate_size=1024,
     ),
-    # None of the released ones: a middle size for measurements on CPUs.
+    # Not a released model: a middle size for measurements on CPUs.
     "llada2-20m": dataclasses.replace(
         _MINI,
         hidden_size=256,

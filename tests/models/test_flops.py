@@ -1,0 +1,70 @@
+"""Sizes of matrices and FLOPs: literal numbers of every preset, and of shapes they lack."""
+
+import dataclasses
+
+import pytest
+
+from tests.helpers import TOY
+from tests.llada2_helpers import TINY2
+from xflow_jax.models.flops import (
+    forward_flops,
+    matrix_parameters,
+    tensor_split_sizes,
+    touched_parameters,
+)
+from xflow_jax.models.presets import PRESETS
+
+CONFIGS = PRESETS | {
+    "toy": TOY,
+    "toy, one key/value head": dataclasses.replace(TOY, n_kv_heads=1),
+    "tiny": TINY2,
+    "tiny, dense": dataclasses.replace(TINY2, num_experts=None),
+    "tiny, sparse": dataclasses.replace(TINY2, first_k_dense_replace=0, num_shared_experts=0),
+}
+# name -> (parameters that a token meets, all), sizes that `tensor` splits, parameters that 1 and
+# 64 tokens touch, FLOPs of 2 x 32 tokens that attend to 640 each
+EXPECTED = {
+    "llada-8b": (
+        (6979321856, 6979321856),
+        [32, 32, 12288],
+        [6979321856, 6979321856],
+        914828034048,
+    ),
+    "llada2-mini": (
+        (789053440, 15611723776),
+        [16, 4, 5120, 256, 512],
+        [789053440.0, 13606030460.137339],
+        107709726720,
+    ),
+    "llada2-flash": (
+        (4864344064, 101601771520),
+        [32, 4, 9216, 256, 1024],
+        [4864344064.0, 88511983563.84369],
+        644110876672,
+    ),
+    "llada2-20m": (
+        (4935680, 18698240),
+        [4, 2, 1024, 16, 256],
+        [4935680.0, 18695183.625513013],
+        883425280,
+    ),
+    "toy": ((4352, 4352), [2, 2, 24], [4352, 4352], 5799936),
+    "toy, one key/value head": ((3840, 3840), [2, 1, 24], [3840, 3840], 5734400),
+    "tiny": ((37376, 65024), [4, 2, 48, 8, 24], [37376.0, 65023.99962801681], 36241408),
+    "tiny, dense": ((32256, 32256), [4, 2, 48], [32256, 32256], 35586048),
+    "tiny, sparse": ((33024, 74496), [4, 2, 8, 0], [33024.0, 74495.99944202522], 35684352),
+}
+
+
+def test_every_preset_is_covered():
+    assert EXPECTED.keys() == CONFIGS.keys()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sizes(name):
+    config = CONFIGS[name]
+    parameters, sizes, touched, flops = EXPECTED[name]
+    assert matrix_parameters(config) == parameters
+    assert tensor_split_sizes(config) == sizes
+    assert [touched_parameters(config, tokens) for tokens in (1, 64)] == touched
+    assert forward_flops(config, rows=2, queries=32, keys=640) == flops

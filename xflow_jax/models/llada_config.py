@@ -1,0 +1,216 @@
+"""LLaDA's configuration, under the keys of its config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from xflow_jax.errors import require
+from xflow_jax.models.config_base import (
+    DenseModel,
+    check_divides,
+    check_positive,
+    check_token_ids,
+)
+from xflow_jax.toml_config import format_value, read_keys, write_keys
+
+_REQUIRED = ("d_model", "n_layers", "n_heads", "vocab_size", "mask_token_id", "eos_token_id")
+# Keys that change LLaDA's computation or its tensor names, and of which one setting is
+# implemented. That setting comes first, then others that mean the same.
+_FIXED: dict[str, tuple[object, ...]] = {
+    "block_type": ("llama",),
+    "block_group_size": (1,),
+    "activation_type": ("silu",),
+    "layer_norm_type": ("rms",),
+    "layer_norm_with_affine": (True,),
+    "bias_for_layer_norm": (False, None),
+    "attention_layer_norm": (False,),
+    "input_emb_norm": (False,),
+    "scale_logits": (False,),
+    "alibi": (False,),
+    "rope": (True,),
+    "rope_scaling": (None,),
+    "clip_qkv": (None,),
+}
+_TEMPLATE: dict[str, Any] = {
+    "architectures": ["LLaDAModelLM"],
+    "model_type": "llada",
+    **{key: choices[0] for key, choices in _FIXED.items() if choices[0] is not None},
+}
+
+
+@dataclass(frozen=True)
+class LLaDAConfig(DenseModel):
+    """LLaDA's configuration: the keys of its config.json that the computation reads.
+
+    The properties translate them to the vocabulary of `xflow_jax.types.ModelConfig`.
+
+    Attributes:
+        hf: the dict that the configuration was read from, as JSON. It keeps unknown keys for
+            `to_hf`.
+    """
+
+    d_model: int
+    n_layers: int
+    n_heads: int
+    vocab_size: int
+    mask_token_id: int
+    eos_token_id: int
+    pad_token_id: int | None = None
+    n_kv_heads: int | None = None
+    multi_query_attention: bool | None = None
+    mlp_ratio: int = 4
+    mlp_hidden_size: int | None = None
+    embedding_size: int | None = None
+    max_sequence_length: int = 4096
+    rope_theta: float = 10000.0
+    rope_full_precision: bool = True
+    rms_norm_eps: float = 1e-5
+    weight_tying: bool = False
+    include_bias: bool = False
+    include_qkv_bias: bool | None = False
+    hf: str = dataclasses.field(default="", repr=False)
+
+    @property
+    def family(self) -> str:
+        """Name of the family."""
+        return "llada"
+
+    @property
+    def mask_id(self) -> int:
+        """Id of the mask token."""
+        return self.mask_token_id
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the end token."""
+        return self.eos_token_id
+
+    @property
+    def pad_id(self) -> int:
+        """Id of the padding token: the end token's if there is none."""
+        return self.eos_token_id if self.pad_token_id is None else self.pad_token_id
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding table and the head."""
+        return self.vocab_size if self.embedding_size is None else self.embedding_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return self.d_model
+
+    @property
+    def max_length(self) -> int:
+        """Positions that the model was made for."""
+        return self.max_sequence_length
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        return self.n_layers
+
+    @property
+    def num_heads(self) -> int:
+        """Number of query heads."""
+        return self.n_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Number of key/value heads."""
+        if self.n_kv_heads is not None:
+            return self.n_kv_heads
+        return 1 if self.multi_query_attention else self.n_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dims of a head that are rotated: all."""
+        return self.head_dim
+
+    @property
+    def mlp_dim(self) -> int:
+        """Width of the MLP."""
+        if self.mlp_hidden_size is None:
+            return self.mlp_ratio * self.d_model
+        return self.mlp_hidden_size
+
+    @property
+    def qkv_bias(self) -> bool:
+        """True if queries, keys and values have biases."""
+        return self.include_bias or bool(self.include_qkv_bias)
+
+    @property
+    def head_bias(self) -> bool:
+        """True if the logits have biases."""
+        return self.include_bias
+
+    @property
+    def tie_embeddings(self) -> bool:
+        """True if the embedding table is the head."""
+        return self.weight_tying
+
+    @property
+    def is_block_causal(self) -> bool:
+        """False: attention is bidirectional."""
+        return False
+
+    @property
+    def default_block_length(self) -> None:
+        """None: the whole response is one block."""
+        return None
+
+    def __post_init__(self) -> None:
+        check_positive(self, "d_model", "n_layers", "n_heads", "vocab_size")
+        check_positive(self, "max_sequence_length", "rope_theta", "rms_norm_eps")
+        check_divides("n_heads", self.n_heads, "d_model", self.d_model)
+        require(
+            self.head_dim % 2 == 0,
+            f"d_model / n_heads is {self.head_dim}, but rotary positions need an even number",
+        )
+        kv = self.num_kv_heads
+        check_divides("n_kv_heads", kv, "n_heads", self.n_heads)
+        require(
+            self.multi_query_attention is None
+            or self.multi_query_attention == (kv == 1)
+            or self.n_heads == 1,
+            f"multi_query_attention is {format_value(self.multi_query_attention)}, "
+            f"but n_kv_heads is {kv}",
+        )
+        require(self.mlp_dim > 0, f"the MLP's width is {self.mlp_dim}, but it must be positive")
+        require(
+            self.vocab_rows >= self.vocab_size,
+            f"embedding_size {self.embedding_size} is less than vocab_size {self.vocab_size}",
+        )
+        check_token_ids(self, self.vocab_rows)
+
+    @classmethod
+    def from_hf(cls, hf: object, where: str = "config.json") -> LLaDAConfig:
+        """Reads the dict of a config.json.
+
+        Args:
+            hf: the dict.
+            where: the file, for error messages.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            UserError: if a key is missing, a value is impossible or of a wrong type, or a setting
+                of LLaDA's code is not implemented.
+        """
+        fixed = dict(_FIXED)
+        if isinstance(hf, dict) and hf.get("include_bias"):
+            # Null means "as include_bias": the norms would have biases too.
+            fixed["bias_for_layer_norm"] = (False,)
+        return read_keys(cls, hf, where, _REQUIRED, fixed)
+
+    def to_hf(self) -> dict[str, Any]:
+        """Returns the dict of a config.json, unknown keys of `from_hf` included."""
+        return write_keys(self, _TEMPLATE)
