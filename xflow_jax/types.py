@@ -177,10 +177,13 @@ class Backbone(Protocol):
 class Tokenizer(Protocol):
     """The part of a transformers tokenizer that is used."""
 
-    @property
-    def eos_token_id(self) -> int | None: ...
-    @property
-    def pad_token_id(self) -> int | None: ...
+    if TYPE_CHECKING:  # isinstance() does not find attributes of __getattr__, as these are
+
+        @property
+        def eos_token_id(self) -> int | None: ...
+        @property
+        def pad_token_id(self) -> int | None: ...
+
     @property
     def chat_template(self) -> str | None: ...
     @property
