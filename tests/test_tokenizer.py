@@ -1,4 +1,4 @@
-"""Tokenizer, chat template and padding against the original's."""
+"""Tokenizer, chat template and padding against those of the original."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers import GOLDENS
 from xflow_jax.errors import UserError
-from xflow_jax.tokenizer import chat_ids, decode_answers, load_tokenizer, pad_left
+from xflow_jax.tokenizer import chat_ids, decode_responses, load_tokenizer, pad_left
 
 DIR = GOLDENS / "llada_tiny"
 
@@ -61,13 +61,13 @@ def test_left_padding(tokenizer, golden):
     np.testing.assert_array_equal(mask.sum(1), [len(row) for row in rows])
 
 
-def test_answers_end_at_their_first_eos(tokenizer, golden):
+def test_responses_end_at_their_first_eos(tokenizer, golden):
     ids = golden["encodings"][0]["ids"][:6]
     eot = golden["special_ids"]["<|eot_id|>"]
     rows = np.array([[*ids, 481, 481], [*ids, eot, 7], [481] * 8, [*ids, 7, 7]])
     text = tokenizer.decode(ids)
     more = [text + tokenizer.decode([7] * n) for n in (1, 2)]
-    assert decode_answers(tokenizer, rows, 481) == [text, more[0], "", more[1]]
+    assert decode_responses(tokenizer, rows, 481) == [text, more[0], "", more[1]]
 
 
 def test_a_directory_without_one(tmp_path):
@@ -75,13 +75,13 @@ def test_a_directory_without_one(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"model": 3}'])
-def test_a_broken_file_is_told(tmp_path, content):
+def test_a_broken_file_is_an_error(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match="tokenizer.json cannot be read as a tokenizer"):
         load_tokenizer(tmp_path)
 
 
-def test_no_template_is_told(tmp_path):
+def test_a_missing_template_is_an_error(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes((DIR / "tokenizer.json").read_bytes())
     with pytest.raises(UserError, match="no chat template"):
         chat_ids(load_tokenizer(tmp_path), "hello")

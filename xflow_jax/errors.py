@@ -1,13 +1,16 @@
-"""Strict reading of what a user wrote: one kind of error, typed values, TOML into frozen dataclasses."""
+"""The one exception type for mistakes of a user."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake of the user, told in one sentence; the commands print it to stderr and exit with 2."""
+    """Mistake of a user, with a message of one or two sentences.
+
+    Commands print the message to stderr and exit with status 2.
+    """
 
 
-def require(condition: bool, sentence: str) -> None:
-    """Raises UserError(sentence) unless the condition holds."""
+def require(condition: bool, message: str) -> None:
+    """Raises UserError(message) if the condition is False."""
     if not condition:
-        raise UserError(sentence)
+        raise UserError(message)

@@ -1,40 +1,61 @@
-"""Text to ids and back: a transformers tokenizer, the chat template, left padding."""
+"""Tokenizers: loading, chat template, left padding, decoding."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from xflow_jax.errors import UserError
+from xflow_jax.types import Tokenizer
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
-def load_tokenizer(directory: str | Path) -> Any | None:
-    """The transformers tokenizer in `directory`, or None where it holds no tokenizer.json; no code of its is run."""
+def load_tokenizer(directory: str | Path) -> Tokenizer | None:
+    """Loads the transformers tokenizer of a directory.
+
+    No code of the directory runs.
+
+    Args:
+        directory: directory with tokenizer.json.
+
+    Returns:
+        The tokenizer, or None if there is no tokenizer.json.
+
+    Raises:
+        UserError: if the file cannot be read as a tokenizer.
+    """
     directory = Path(directory)
     if not (directory / "tokenizer.json").exists():
         return None
-    # transformers would otherwise tell every user that PyTorch is missing, which nothing here needs.
+    # Without this, transformers warns every user that PyTorch is missing. It is not needed here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import PreTrainedTokenizerFast  # heavy, and not every caller has texts
+    from transformers import PreTrainedTokenizerFast  # slow to import, and not always needed
 
     try:
         return PreTrainedTokenizerFast.from_pretrained(str(directory))
-    except Exception as error:  # the library raises bare exceptions, as it finds them
+    except Exception as error:  # the library raises bare exceptions
         raise UserError(
             f"{directory}/tokenizer.json cannot be read as a tokenizer: {error}"
         ) from error
 
 
-def chat_ids(tokenizer: Any, messages: str | Sequence[dict[str, str]]) -> list[int]:
-    """Ids of a chat up to where the assistant speaks; a plain string is one user's message.
+def chat_ids(tokenizer: Tokenizer, messages: str | Sequence[dict[str, str]]) -> list[int]:
+    """Applies the chat template, up to the assistant's response.
 
-    UserError where the tokenizer has no chat template, as base models' have none.
+    Args:
+        tokenizer: the tokenizer.
+        messages: chat messages {"role": ..., "content": ...}, or a string, which is one message of
+            the user.
+
+    Returns:
+        Token ids.
+
+    Raises:
+        UserError: if the tokenizer has no chat template, as those of base models.
     """
     if tokenizer.chat_template is None:
         raise UserError(
@@ -50,7 +71,16 @@ def chat_ids(tokenizer: Any, messages: str | Sequence[dict[str, str]]) -> list[i
 def pad_left(
     rows: Sequence[Sequence[int]], pad_id: int, length: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of ids -> (ids int32 [B, P], mask bool [B, P]), P = `length` or the longest row; padding is False."""
+    """Pads rows of token ids on the left.
+
+    Args:
+        rows: B rows of token ids.
+        pad_id: id of the padding.
+        length: P, or None for the longest row.
+
+    Returns:
+        (token ids int32 [B, P], mask bool [B, P]). The mask is False at padding.
+    """
     length = length or max(len(row) for row in rows)
     ids = np.full((len(rows), length), pad_id, np.int32)
     mask = np.zeros((len(rows), length), bool)
@@ -60,8 +90,17 @@ def pad_left(
     return ids, mask
 
 
-def decode_answers(tokenizer: Any, tokens: np.ndarray, eos_id: int) -> list[str]:
-    """Responses int [B, N] -> texts, each up to its first EOS, special tokens left out."""
+def decode_responses(tokenizer: Tokenizer, tokens: np.ndarray, eos_id: int) -> list[str]:
+    """Converts responses to texts, without special tokens.
+
+    Args:
+        tokenizer: the tokenizer.
+        tokens: responses, int [B, N].
+        eos_id: id of EOS. A text ends before its first EOS.
+
+    Returns:
+        B texts.
+    """
     rows = [
         row[: row.index(eos_id)] if eos_id in row else row for row in np.asarray(tokens).tolist()
     ]

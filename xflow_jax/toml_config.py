@@ -1,4 +1,7 @@
-"""Strict reading of what a user wrote: one kind of error, typed values, TOML into frozen dataclasses."""
+"""Strict readers of TOML, overrides and config.json into dataclasses.
+
+Unknown keys and values of a wrong type raise UserError.
+"""
 
 from __future__ import annotations
 
@@ -8,33 +11,60 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 from xflow_jax.errors import UserError, require
 
-T = TypeVar("T")
+
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
 
-def format_value(value: Any) -> str:
-    """A value as its file has it: JSON where it is JSON."""
+class _JsonConfig(_Dataclass, Protocol):
+    """A dataclass of a config.json, with the original in `hf`."""
+
+    @property
+    def hf(self) -> str: ...
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any]) -> Self: ...
+
+
+T = TypeVar("T", bound=_Dataclass)
+
+
+def format_value(value: object) -> str:
+    """Formats a value for an error message, as JSON if possible."""
     try:
         return json.dumps(value)
     except TypeError:
         return repr(value)
 
 
-def coerce(value: Any, hint: Any) -> Any:
-    """`value` as the type `hint` wants it (int to float, list to tuple); TypeError says what would be right."""
+def coerce(value: object, hint: object) -> Any:
+    """Converts a parsed value to the type of an annotation.
+
+    An int becomes a float, a list a tuple, and a string a Path.
+
+    Args:
+        value: a value of TOML or JSON.
+        hint: bool, int, float, str, Path, None, a tuple, a Literal, or a union of these.
+
+    Returns:
+        The converted value.
+
+    Raises:
+        TypeError: if the value does not fit. Its text describes the right type.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        for arm in args:
+        for member in args:
             try:
-                return coerce(value, arm)
+                return coerce(value, member)
             except TypeError:
                 continue
-        raise TypeError(" or ".join(_name(arm) for arm in args))
+        raise TypeError(" or ".join(_describe(member) for member in args))
     if origin is typing.Literal:
         if any(value == choice and type(value) is type(choice) for choice in args):
             return value
@@ -43,26 +73,27 @@ def coerce(value: Any, hint: Any) -> Any:
         if args[1:] == (...,):
             return tuple(coerce(item, args[0]) for item in value)
         if len(args) == len(value):
-            return tuple(coerce(item, arm) for item, arm in zip(value, args, strict=True))
+            return tuple(coerce(item, member) for item, member in zip(value, args, strict=True))
     elif hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     elif hint is Path and isinstance(value, str):
         return Path(value)
-    elif origin is None and hint is not None and isinstance(value, hint):
+    elif origin is None and isinstance(hint, type) and isinstance(value, hint):
         if hint is not int or not isinstance(value, bool):
             return value
     elif hint is None and value is None:
         return None
-    raise TypeError(_name(hint))
+    raise TypeError(_describe(hint))
 
 
-def _name(hint: Any) -> str:
+def _describe(hint: object) -> str:
+    """Describes the type of an annotation in words."""
     if hint in (None, type(None)):
         return "null"
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:
-        return f"a list of {_name(args[0])}"
-    words = {
+        return f"a list of {_describe(args[0])}"
+    words: dict[object, str] = {
         bool: "true or false",
         int: "an integer",
         float: "a number",
@@ -73,9 +104,28 @@ def _name(hint: Any) -> str:
 
 
 def read_keys(
-    cls: type[T], hf: dict[str, Any], where: str, required: Sequence[str], fixed: dict[str, tuple]
+    cls: type[T],
+    hf: object,
+    where: str,
+    required: Sequence[str],
+    fixed: Mapping[str, tuple[Any, ...]],
 ) -> T:
-    """A model's configuration from the dict of a config.json: fields are read, `fixed` keys only checked."""
+    """Reads a model's configuration from the dict of a config.json.
+
+    Args:
+        cls: dataclass of the configuration. Its field `hf` receives the dict as JSON.
+        hf: the dict. Keys that are not fields are kept in `hf` only.
+        where: the file, for error messages.
+        required: keys that must be there.
+        fixed: key -> values that are implemented, for keys that are not fields. An absent key
+            counts as the first value.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        UserError: if a key is missing, or a value is of a wrong type or not implemented.
+    """
     if not isinstance(hf, dict):
         raise UserError(f"{where}: a configuration is a JSON object, not {format_value(hf)[:40]}")
     for key in required:
@@ -89,7 +139,8 @@ def read_keys(
         ):
             right = " or ".join(format_value(choice) for choice in choices)
             raise UserError(
-                f"{where}: {key} is {format_value(value)}, which is not implemented; it must be {right}"
+                f"{where}: {key} is {format_value(value)}, which is not implemented. "
+                f"It must be {right}."
             )
     fields = {}
     for name, hint in typing.get_type_hints(cls).items():
@@ -101,17 +152,27 @@ def read_keys(
             raise UserError(
                 f"{where}: {name} is {format_value(hf[name])}, but it must be {right}"
             ) from None
+    fields["hf"] = json.dumps(hf)
     try:
-        return cls(**fields, hf=json.dumps(hf))
+        return cls(**fields)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-def write_keys(config: Any, template: dict[str, Any]) -> dict[str, Any]:
-    """The dict of a config.json: the one that was read, with what has changed since; a new one from `template`."""
+def write_keys(config: _JsonConfig, template: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the dict of a config.json for a configuration.
+
+    Args:
+        config: the configuration.
+        template: the keys that are not fields, for a configuration that was not read from a file.
+
+    Returns:
+        The dict that was read, updated with the fields that have changed since. Without one, the
+        template and all fields.
+    """
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "hf"}
     if not config.hf:
-        return template | fields
+        return {**template, **fields}
     original = json.loads(config.hf)
     before = type(config).from_hf(original)
     return original | {
@@ -120,10 +181,20 @@ def write_keys(config: Any, template: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_toml(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
-    """Reads a TOML file into the (nested) frozen dataclass `cls`; overrides are "a.b=value", and "a.b=none" for None.
+    """Reads a TOML file into a frozen dataclass, which may be nested.
 
-    Fields may be bool, int, float, str, Path, tuples, Literals, unions of these, and dataclasses. Raises UserError for
-    an unknown key (with the nearest name), a value of a wrong type, a missing one, and what `cls` itself refuses.
+    Args:
+        path: the file.
+        cls: the dataclass. Fields may be bool, int, float, str, Path, tuples, Literals, unions of
+            these, and dataclasses.
+        overrides: texts like "a.b=value". "a.b=none" sets None.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        UserError: for an unknown key (with the nearest known one), a value of a wrong type, a
+            missing key, and whatever `cls` itself rejects.
     """
     try:
         tree = tomllib.loads(Path(path).read_text())
@@ -131,48 +202,66 @@ def load_toml(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> 
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
-    sources: dict[str, str] = {}
-    for text in overrides:
-        _override(tree, cls, text, sources)
-    return _build(cls, tree, "", str(path), sources)
+    return with_overrides(cls, tree, overrides, str(path))
 
 
 def with_overrides(
     cls: type[T], tree: dict[str, Any], overrides: Sequence[str], where: str = "settings"
 ) -> T:
-    """As `load_toml`, from a dict instead of a file."""
+    """Builds a dataclass from a dict and overrides, like `load_toml`.
+
+    Args:
+        cls: the dataclass.
+        tree: values by key. Overrides are written into it.
+        overrides: texts like "a.b=value".
+        where: the source of the dict, for error messages.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        UserError: as `load_toml`.
+    """
     sources: dict[str, str] = {}
     for text in overrides:
         _override(tree, cls, text, sources)
     return _build(cls, tree, "", where, sources)
 
 
-def _override(tree: dict[str, Any], cls: type, text: str, sources: dict[str, str]) -> None:
-    """Puts "a.b=value" into the tree, and notes that the value of a.b came from there."""
+def _override(
+    tree: dict[str, Any], cls: type[_Dataclass], text: str, sources: dict[str, str]
+) -> None:
+    """Writes "a.b=value" into the tree and records its source."""
     dotted, equals, value = text.partition("=")
     *parents, last = dotted.strip().split(".")
-    require(bool(equals and last), f"override {text!r}: it must look like key=value")
+    where = f"override {text!r}"
+    require(bool(equals and last), f"{where}: it must look like key=value")
     for parent in parents:
-        hint = _field_hint(cls, parent, dotted, f"override {text!r}")
-        require(
-            dataclasses.is_dataclass(hint),
-            f"override {text!r}: {parent} is a value and has no parts",
-        )
-        cls, tree = hint, tree.setdefault(parent, {})
-        require(isinstance(tree, dict), f"override {text!r}: {parent} is not a table in the file")
-    hint = _field_hint(cls, last, dotted, f"override {text!r}")
+        hint = _field_hint(cls, parent, dotted, where)
+        nested = _as_dataclass(hint)
+        if nested is None:
+            raise UserError(f"{where}: {parent} is a value and has no parts")
+        cls, tree = nested, tree.setdefault(parent, {})
+        require(isinstance(tree, dict), f"{where}: {parent} is not a table in the file")
+    hint = _field_hint(cls, last, dotted, where)
     tree[last] = _override_value(value.strip(), hint)
-    sources[dotted.strip()] = f"override {text!r}"
+    sources[dotted.strip()] = where
 
 
-def _override_value(value: str, hint: Any) -> Any:
-    """A command line has no quotes to spare: what is no TOML value, or is wanted as a string, is a string."""
-    arms = (
-        typing.get_args(hint)
-        if typing.get_origin(hint) in (types.UnionType, typing.Union)
-        else (hint,)
-    )
-    if value == "none" and type(None) in arms:
+def _as_dataclass(hint: object) -> type[_Dataclass] | None:
+    """Returns the annotation if it is a dataclass."""
+    return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
+
+
+def _override_value(value: str, hint: object) -> Any:
+    """Parses the value of an override.
+
+    Quotes are awkward on a command line. So a text that is not a TOML value stays a string, and so
+    does any text if the field is a string.
+    """
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    members = typing.get_args(hint) if is_union else (hint,)
+    if value == "none" and type(None) in members:
         return None
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
@@ -181,35 +270,38 @@ def _override_value(value: str, hint: Any) -> Any:
     try:
         coerce(parsed, hint)
     except TypeError:
-        return value if str in arms or Path in arms else parsed
+        return value if str in members or Path in members else parsed
     return parsed
 
 
-def _field_hint(cls: type, name: str, dotted: str, where: str) -> Any:
-    """The type of a dataclass's field; UserError with the nearest name where there is no such field."""
+def _field_hint(cls: type[_Dataclass], name: str, dotted: str, where: str) -> object:
+    """Returns the type of a field. Raises UserError without one."""
     hints = {f.name: typing.get_type_hints(cls)[f.name] for f in dataclasses.fields(cls) if f.init}
     if name not in hints:
         near = difflib.get_close_matches(name, hints, n=1, cutoff=0.5)
         prefix = dotted.strip()[: -len(name)] if dotted.strip().endswith(name) else ""
-        help_ = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(hints)}"
-        raise UserError(f"{where}: there is no key {dotted}; {help_}")
+        known = f"Known keys are {', '.join(hints)}."
+        hint = f"Did you mean {prefix}{near[0]}?" if near else known
+        raise UserError(f"{where}: there is no key {dotted}. {hint}")
     return hints[name]
 
 
 def _build(
     cls: type[T], tree: dict[str, Any], prefix: str, path: str, sources: dict[str, str]
 ) -> T:
+    """Builds a dataclass and its nested ones from a tree of values."""
     values = {}
     for key, value in tree.items():
         dotted = prefix + key
         where = sources.get(dotted, path)
         hint = _field_hint(cls, key, dotted, where)
-        if dataclasses.is_dataclass(hint):
+        nested = _as_dataclass(hint)
+        if nested is not None:
             require(
                 isinstance(value, dict),
                 f"{where}: {dotted} is {format_value(value)}, but it must be a table",
             )
-            values[key] = _build(hint, value, dotted + ".", path, sources)
+            values[key] = _build(nested, value, dotted + ".", path, sources)
             continue
         try:
             values[key] = coerce(value, hint)
