@@ -1,4 +1,4 @@
-"""Any mesh, of one process or several, is one device; and compiled programs are kept where a user expects them."""
+"""Equal results on any mesh, in one process or several, and the compilation cache."""
 
 from __future__ import annotations
 
@@ -35,7 +35,11 @@ ROOT = Path(__file__).parents[2]
 
 @functools.cache
 def results(mesh: str | None):
-    """(tokens of a flow, tokens of a random draw, parameters after three updates) of a toy with eight heads."""
+    """Runs a model with eight heads.
+
+    Returns:
+        (tokens of Flow, tokens of random sampling, parameters after three updates).
+    """
     lm = toy(mesh, n_heads=8)
     prompts = random_prompts([5, 3, 7, 2, 4, 6, 1, 5])
     rules = (Flow(), MaskPrediction(order="random", temperature=0.7))
@@ -73,7 +77,7 @@ def test_every_mesh_of_eight_is_one_device(mesh):
 
 
 def run_processes(count: int, *argv: str) -> list[subprocess.CompletedProcess]:
-    """The command, in so many processes of eight devices together."""
+    """Runs the command in `count` processes with eight devices together."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -81,12 +85,12 @@ def run_processes(count: int, *argv: str) -> list[subprocess.CompletedProcess]:
     env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     started = []
     for rank in range(count):
-        told = {
+        variables = {
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
             "JAX_NUM_PROCESSES": count,
             "JAX_PROCESS_ID": rank,
         }
-        mine = env | ({name: str(value) for name, value in told.items()} if count > 1 else {})
+        mine = env | ({name: str(value) for name, value in variables.items()} if count > 1 else {})
         pipe = subprocess.PIPE
         command = [sys.executable, "-m", "xflow_jax", *argv]
         started.append(
@@ -111,33 +115,33 @@ def test_two_processes_of_four_devices_are_one_of_eight():
         "--json",
         *prompts,
     )
-    (whole,), (first, second) = (run_processes(count, *argv, "--rule=flow") for count in (1, 2))
-    assert whole.returncode == first.returncode == second.returncode == 0, (
+    (single,), (first, second) = (run_processes(count, *argv, "--rule=flow") for count in (1, 2))
+    assert single.returncode == first.returncode == second.returncode == 0, (
         first.stderr + second.stderr
     )
-    # CPUs' own transport says on stdout, too, that it is connected.
+    # The transport of CPUs also prints on stdout.
     one, two, none = (
         [json.loads(x) for x in p.stdout.splitlines() if x[0] == "{"]
-        for p in (whole, first, second)
+        for p in (single, first, second)
     )
     assert len(one) == 2 and two == one and none == []
 
 
-def test_one_process_joins_nobody(monkeypatch):
+def test_a_single_process_connects_to_no_others(monkeypatch):
     monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
     monkeypatch.delenv("XFLOW_DISTRIBUTED", raising=False)
     initialize_processes()
     assert jax.process_count() == 1
 
 
-def test_a_process_without_a_place_is_told(monkeypatch):
+def test_a_process_with_a_bad_count_is_an_error(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(UserError, match="the processes cannot find each other: invalid literal"):
         initialize_processes()
 
 
-def test_compiled_programs_are_kept_unless_jax_is_told_where(monkeypatch, tmp_path):
+def test_the_compilation_cache_respects_the_variables_of_jax(monkeypatch, tmp_path):
     before = jax.config.jax_compilation_cache_dir
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Several processes: what each knows, told to all, and an evaluation that they share."""
+"""Multi-process broadcast, gather and sharding, and an evaluation in two processes."""
 
 from __future__ import annotations
 
@@ -9,23 +9,35 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers import eight
 from xflow_jax.errors import UserError
-from xflow_jax.parallel import multihost
+from xflow_jax.parallel import batch_sharding, make_mesh, multihost
 
 
-def test_one_process_keeps_to_itself():
-    assert (
-        multihost.is_first_process()
-        and multihost.gather_objects({"a": 1}) == [{"a": 1}]
-        and multihost.broadcast_from_first(lambda: 3) == 3
-    )
+def test_a_single_process_needs_no_transfer():
+    assert multihost.is_first_process()
+    assert multihost.gather_objects({"a": 1}) == [{"a": 1}]
+    assert multihost.broadcast_from_first(lambda: 3) == 3
     np.testing.assert_array_equal(multihost.fetch_to_host({"x": jnp.arange(3)})["x"], [0, 1, 2])
     with pytest.raises(UserError, match="no"):
         multihost.broadcast_from_first(lambda: (_ for _ in ()).throw(UserError("no")))
+
+
+@eight
+@pytest.mark.parametrize("spec", ["2,4,1", "1,2,2"])
+def test_arrays_and_keys_are_sharded_and_fetched(spec):
+    sharding = batch_sharding(make_mesh(spec))
+    tree = {"x": np.arange(24).reshape(8, 3), "keys": jax.random.split(jax.random.key(0), 8)}
+    sharded = multihost.put_sharded(tree, sharding)
+    assert sharded["x"].sharding == sharded["keys"].sharding == sharding
+    np.testing.assert_array_equal(multihost.fetch_to_host(sharded["x"]), tree["x"])
+    data = jax.random.key_data(sharded["keys"])
+    np.testing.assert_array_equal(data, jax.random.key_data(tree["keys"]))
 
 
 PROCESS = """
@@ -34,25 +46,36 @@ import jax
 
 rank, port, out = sys.argv[1:]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
-from xflow_jax import hosts
-from xflow_jax.strict import UserError
+import numpy as np
+from xflow_jax.errors import UserError
+from xflow_jax.parallel import batch_sharding, make_mesh, multihost
 
-assert hosts.gather({"rank": int(rank), "long": "x" * 100 * int(rank)})[1]["long"] == "x" * 100
-assert hosts.of_first(lambda: int(rank)) == 0
+gathered = multihost.gather_objects({"rank": int(rank), "long": "x" * 100 * int(rank)})
+assert gathered[1]["long"] == "x" * 100
+assert multihost.broadcast_from_first(lambda: int(rank)) == 0
 
 def fail():
     raise UserError("only the first one fails")
 
 try:
-    hosts.of_first(fail)
+    multihost.broadcast_from_first(fail)
     raise SystemExit("no error")
 except UserError as error:
     assert str(error) == "only the first one fails"
 
-from xflow_jax.cli import main
+sharding = batch_sharding(make_mesh("1,2,1"))
+tree = (np.arange(8).reshape(4, 2), jax.random.split(jax.random.key(0), 4))
+x, keys = multihost.put_sharded(tree, sharding)
+assert x.sharding == keys.sharding == sharding and not x.is_fully_addressable
+np.testing.assert_array_equal(multihost.fetch_to_host(x), tree[0])
+data = multihost.fetch_to_host(jax.random.key_data(keys))
+np.testing.assert_array_equal(data, jax.random.key_data(tree[1]))
 
-common = ["evaluate", "--model", "tiny", "--task", "microcode", "--rules", "mask,flow:power=8", "--budgets", "1/8"]
-assert main([*common, "--limit", "6", "--batch-size", "4", "--mesh", "1,2,1", "--out", out]) == 0
+from xflow_jax.cli.main import main
+
+common = ["evaluate", "--model", "tiny", "--task", "microcode", "--rules", "mask,flow:power=8"]
+common += ["--budgets", "1/8", "--limit", "6"]
+assert main([*common, "--batch-size", "4", "--mesh", "1,2,1", "--out", out]) == 0
 print("done")
 """
 
@@ -71,11 +94,10 @@ def test_two_processes_evaluate_as_one_does(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    said = [run.communicate(timeout=500)[0] for run in [start(0), start(1)]]
-    assert all("done" in text.splitlines() for text in said)
-    assert (
-        "microcode: 0-shot" in said[0] and "microcode: 0-shot" not in said[1]
-    )  # one of them prints
+    outputs = [run.communicate(timeout=500)[0] for run in [start(0), start(1)]]
+    assert all("done" in text.splitlines() for text in outputs)
+    # Only the first process prints.
+    assert "microcode: 0-shot" in outputs[0] and "microcode: 0-shot" not in outputs[1]
     from xflow_jax.cli.main import main
 
     common = [
@@ -91,9 +113,9 @@ def test_two_processes_evaluate_as_one_does(tmp_path):
     ]
     assert main([*common, "--limit", "6", "--mesh", "1,1,1", "--out", str(tmp_path / "one")]) == 0
 
-    def kept(folder: str) -> list[tuple]:
+    def answers(folder: str) -> list[tuple]:
         lines = (tmp_path / folder / "answers.jsonl").read_text().splitlines()
         keys = ("rule", "task_id", "text", "passed", "forward_passes")
         return sorted(tuple(json.loads(line)[key] for key in keys) for line in lines)
 
-    assert kept("two") == kept("one") and len(kept("one")) == 12
+    assert answers("two") == answers("one") and len(answers("one")) == 12

@@ -1,4 +1,4 @@
-"""The mesh, the table of axes, and that a sharded model computes what an unsharded one does."""
+"""Mesh, logical axes, and equal results of sharded and unsharded models."""
 
 import dataclasses
 import re
@@ -6,6 +6,7 @@ import re
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType
@@ -17,8 +18,21 @@ from xflow_jax.models.config import LLaDAConfig
 from xflow_jax.models.factory import abstract_params, build, init_params
 from xflow_jax.models.logical_axes import AXES, check_heads, shardings, state_shardings
 from xflow_jax.models.presets import PRESETS
-from xflow_jax.parallel.mesh import make_mesh, over_slices, platform
-from xflow_jax.parallel.partitioning import LOGICAL, batch_sharding, path_name, replicated
+from xflow_jax.parallel.mesh import (
+    arrange_slices,
+    computation_scope,
+    default_mesh,
+    make_mesh,
+    platform,
+)
+from xflow_jax.parallel.partitioning import (
+    BATCH,
+    LOGICAL,
+    batch_sharding,
+    divides,
+    path_name,
+    replicated,
+)
 
 CONFIG = LLaDAConfig(
     d_model=32,
@@ -37,7 +51,7 @@ def paths(tree):
 
 
 def test_the_table_is_the_tree():
-    """With every bias and an untied head, the table and the parameters name the same paths."""
+    """Compares the paths of a model with every bias and an untied head."""
     tree = abstract_params(build(dataclasses.replace(CONFIG, include_bias=True)))
     assert paths(tree) == set(AXES["llada"])
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -110,8 +124,8 @@ def test_a_mesh_that_does_not_divide():
             "llada",
         )
     assert str(error.value) == (
-        "the mesh axis tensor of 8 does not divide the vocab dimension of ff_out/kernel, which is 42; "
-        "the nearest size that does is 7"
+        "the mesh axis tensor of 8 does not divide the vocab dimension of ff_out/kernel, "
+        "which is 42. The nearest size that does is 7."
     )
 
 
@@ -151,7 +165,7 @@ def test_a_batch_that_the_mesh_does_not_divide_still_runs():
 
 @eight
 def test_layers_gather_weights_not_activations():
-    """Under fsdp the batch stays where it is; each layer's weights travel, never [B, L, E]."""
+    """Under fsdp the weights of each layer are gathered, and never activations [B, L, E]."""
     model = build(dataclasses.replace(CONFIG, n_layers=3))
     mesh = make_mesh("1,8,1")
     abstract = jax.tree.map(
@@ -177,7 +191,8 @@ def test_optimiser_state_is_sharded_like_its_parameters():
     tree = state_shardings(jax.eval_shape(optax.adam(1e-3).init, abstract), mesh, "llada")
     assert tree[0].mu == tree[0].nu == shardings(abstract, mesh, "llada")
     assert tree[0].count.is_fully_replicated
-    # Adafactor's sums over a stack of matrices: blocks/ff_out/kernel's must not pass for ff_out/kernel.
+    # Adafactor keeps sums over a stack of matrices. Those of blocks/ff_out/kernel must not be
+    # taken for ff_out/kernel.
     sums = optax.adafactor(1e-3, min_dim_size_to_factor=2)
     tree = state_shardings(jax.eval_shape(sums.init, abstract), make_mesh("1,8,1"), "llada")
     assert all(x.is_fully_replicated for x in jax.tree.leaves(tree[0].v_row))
@@ -192,7 +207,7 @@ def test_the_preset_divides_over_a_pod_slice():
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What is asked of a device of several slices."""
+    """Fake device of several slices."""
 
     id: int
     slice_index: int
@@ -203,13 +218,13 @@ class Chip:
 
 def test_only_data_crosses_slices():
     devices = [Chip(n, n // 4) for n in range(8)]
-    array = over_slices((4, 1, 2), devices, 2)
+    array = arrange_slices((4, 1, 2), devices, 2)
     assert array.shape == (4, 1, 2)
     assert [[d.slice_index for d in row] for row in array[:, 0]] == [[0, 0], [0, 0], [1, 1], [1, 1]]
     with pytest.raises(
-        UserError, match="data of 1 does not divide over 2 slices; the nearest is 2"
+        UserError, match="data of 1 does not divide over 2 slices. The nearest size that does is 2"
     ):
-        over_slices((1, 4, 2), devices, 2)
+        arrange_slices((1, 4, 2), devices, 2)
 
 
 @eight
@@ -217,7 +232,8 @@ def test_a_mesh_that_cuts_through_heads():
     with pytest.raises(UserError) as error:
         check_heads(CONFIG, make_mesh("1,1,8"))
     assert str(error.value) == (
-        "the mesh axis tensor of 8 does not divide the model's 4 heads; the nearest size that does is 4"
+        "the mesh axis tensor of 8 does not divide the model's 4 heads. "
+        "The nearest size that does is 4."
     )
     check_heads(CONFIG, make_mesh("2,1,4"))
 
@@ -226,12 +242,55 @@ def test_a_mesh_that_cuts_through_heads():
 @eight
 def test_more_devices_than_there_are(spec, near):
     with pytest.raises(
-        UserError, match=f"mesh {spec} needs 16 devices, but there are 8; use {near}"
+        UserError, match=f"mesh {spec} needs 16 devices, but there are 8. Use {near}"
     ):
         make_mesh(spec)
 
 
-def test_programs_know_what_they_are_for():
+def test_platform():
     assert platform() == "cpu"
     with jax.set_mesh(make_mesh("1,1,1")):
         assert platform() == "cpu"
+
+
+@eight
+def test_the_default_mesh_is_all_devices_on_fsdp():
+    assert default_mesh() == make_mesh() and default_mesh().shape["fsdp"] == jax.device_count()
+    assert default_mesh("2,2,1") == make_mesh("2,2,1")
+    with pytest.raises(UserError, match="must be three positive sizes"):
+        default_mesh("8")
+
+
+def test_a_single_device_has_no_default_mesh(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert default_mesh() is None
+    assert default_mesh("1,1,1") == make_mesh("1,1,1")
+
+
+def traced_product():
+    """Returns the program of a matrix product, traced here."""
+    return str(jax.make_jaxpr(lambda x: x @ x)(jnp.ones((2, 2))))
+
+
+@pytest.mark.parametrize("dtype", ["float32", jnp.float32, np.dtype("float32")])
+def test_float32_programs_have_exact_products(dtype):
+    with jax.default_matmul_precision("bfloat16"):
+        with computation_scope(None, dtype):
+            assert "Precision.HIGHEST" in traced_product()
+            assert jax.sharding.get_abstract_mesh().empty
+        assert "Precision.HIGHEST" not in traced_product()
+
+
+def test_bfloat16_programs_keep_the_precision_of_the_caller():
+    with jax.default_matmul_precision("bfloat16"), computation_scope(None, jnp.bfloat16):
+        assert "Precision.HIGHEST" not in traced_product()
+
+
+@eight
+def test_the_scope_sets_the_mesh_and_restores_it():
+    mesh = make_mesh("1,4,2")
+    with pytest.raises(ZeroDivisionError), computation_scope(mesh, jnp.bfloat16):
+        assert dict(jax.sharding.get_abstract_mesh().shape) == dict(mesh.shape)
+        assert divides(8, BATCH) and not divides(6, BATCH)
+        raise ZeroDivisionError
+    assert jax.sharding.get_abstract_mesh().empty and not divides(8, BATCH)

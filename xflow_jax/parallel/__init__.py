@@ -7,6 +7,7 @@ from xflow_jax.parallel.mesh import (
     default_mesh,
     make_mesh,
     nearest_divisor,
+    parse_mesh,
     platform,
 )
 from xflow_jax.parallel.multihost import fetch_to_host, put_sharded
@@ -23,20 +24,21 @@ from xflow_jax.parallel.partitioning import (
 )
 
 __all__ = [
-    "computation_scope",
-    "default_mesh",
     "BATCH",
     "LOGICAL",
     "MESH_AXES",
     "batch_sharding",
+    "computation_scope",
     "constrain_batch",
     "constrain_lookup",
+    "default_mesh",
     "divides",
     "fetch_to_host",
     "leaf_sharding",
     "make_mesh",
     "multihost",
     "nearest_divisor",
+    "parse_mesh",
     "path_name",
     "platform",
     "put_sharded",

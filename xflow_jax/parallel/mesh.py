@@ -1,14 +1,13 @@
-"""The mesh, the table of logical axes of every parameter, and shardings of a tree from the two.
+"""Device mesh: its construction, and the scope in which programs are traced.
 
-Nothing here is needed on one device: a program that makes no mesh makes no call of this module.
+On one device no mesh is needed, and no function of this module has to be called.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -21,42 +20,65 @@ from xflow_jax.errors import UserError
 MESH_AXES = ("data", "fsdp", "tensor")
 
 
-def make_mesh(spec: str | None = None, devices: list[Any] | None = None) -> Mesh:
-    """The mesh of axes data, fsdp and tensor, all of type Auto; the only place where a mesh is made.
+def make_mesh(spec: str | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Makes a mesh with the axes data, fsdp and tensor.
 
-    spec: their sizes, like "1,8,1"; None = all devices on fsdp. Fewer devices than there are may be asked for by a
-    single process. Of several TPU slices only `data` crosses the network between them. Raises UserError for anything
-    but three positive integers, for more devices than there are, and for slices that do not divide `data`.
+    This is the only function that makes a mesh. All axes are of type Auto. With several TPU slices
+    only the axis `data` crosses the network between them.
+
+    Args:
+        spec: sizes of the three axes, like "1,8,1", or None for all devices on fsdp. A single
+            process may use fewer devices than there are.
+        devices: devices to use, or None for all.
+
+    Returns:
+        The mesh.
+
+    Raises:
+        UserError: if `spec` is not three positive integers, if it needs more devices than there
+            are, or if the number of slices does not divide `data`.
     """
     devices = list(jax.devices() if devices is None else devices)
-    try:
-        shape = (
-            (1, len(devices), 1) if spec is None else tuple(int(size) for size in spec.split(","))
-        )
-    except ValueError:
-        shape = ()
-    if len(shape) != len(MESH_AXES) or min(shape) < 1:
-        raise UserError(
-            f"mesh {spec!r} must be three positive sizes, of {', '.join(MESH_AXES)}, like 1,8,1"
-        )
-    wanted = math.prod(shape)
-    if wanted > len(devices) or (wanted < len(devices) and jax.process_count() > 1):
+    shape = (1, len(devices), 1) if spec is None else parse_mesh(spec)
+    count = math.prod(shape)
+    if count > len(devices) or (count < len(devices) and jax.process_count() > 1):
         near = f"{shape[0]},{max(len(devices) // (shape[0] * shape[2]), 1)},{shape[2]}"
         fits = math.prod(int(n) for n in near.split(",")) == len(devices)
-        hint = f"use {near if fits else f'1,{len(devices)},1'}"
-        raise UserError(f"mesh {spec} needs {wanted} devices, but there are {len(devices)}; {hint}")
-    # Stated, since Explicit axes may become the default, under which a gather from a sharded vocabulary fails.
+        hint = f"Use {near if fits else f'1,{len(devices)},1'}."
+        raise UserError(f"mesh {spec} needs {count} devices, but there are {len(devices)}. {hint}")
+    # The type is explicit because JAX may default to Explicit axes. Under these a gather from a
+    # sharded vocabulary fails.
     types = (AxisType.Auto,) * len(shape)
-    slices = {getattr(device, "slice_index", None) for device in devices[:wanted]} - {None}
+    slices = {getattr(device, "slice_index", None) for device in devices[:count]} - {None}
     if len(slices) > 1:
-        return Mesh(over_slices(shape, devices[:wanted], len(slices)), MESH_AXES, axis_types=types)
-    # An axis of the mesh may need half of one of the torus, which jax.make_mesh does not cut.
-    array = mesh_utils.create_device_mesh(shape, devices[:wanted], allow_split_physical_axes=True)
+        array = arrange_slices(shape, devices[:count], len(slices))
+    else:
+        # An axis of the mesh may need half an axis of the torus. jax.make_mesh does not split one.
+        array = mesh_utils.create_device_mesh(
+            shape, devices[:count], allow_split_physical_axes=True
+        )
     return Mesh(array, MESH_AXES, axis_types=types)
 
 
+def parse_mesh(spec: str) -> tuple[int, int, int]:
+    """Parses the sizes of data, fsdp and tensor, like "1,8,1".
+
+    Raises:
+        UserError: if `spec` is not three positive integers.
+    """
+    try:
+        data, fsdp, tensor = map(int, spec.split(","))
+    except ValueError:
+        data = fsdp = tensor = 0
+    if min(data, fsdp, tensor) < 1:
+        raise UserError(
+            f"mesh {spec!r} must be three positive sizes, of {', '.join(MESH_AXES)}, like 1,8,1"
+        )
+    return data, fsdp, tensor
+
+
 def default_mesh(spec: str | None = None) -> Mesh | None:
-    """Makes the mesh that a command uses: the given sizes, or all devices on fsdp.
+    """Makes the mesh of a command, by default all devices on fsdp.
 
     Args:
         spec: sizes of data, fsdp and tensor, like "1,8,1", or None.
@@ -72,7 +94,9 @@ def default_mesh(spec: str | None = None) -> Mesh | None:
 
 @contextlib.contextmanager
 def computation_scope(mesh: Mesh | None, dtype: DTypeLike) -> Iterator[None]:
-    """Sets the mesh and the matmul precision for programs that are traced inside.
+    """Sets the mesh and the matmul precision inside the context.
+
+    Both apply to programs that are traced there.
 
     Args:
         mesh: the mesh to set, or None for one device.
@@ -87,26 +111,44 @@ def computation_scope(mesh: Mesh | None, dtype: DTypeLike) -> Iterator[None]:
         yield
 
 
-def over_slices(shape: tuple[int, int, int], devices: list[Any], slices: int) -> np.ndarray:
-    """The devices of several slices as an array of the mesh's shape: only `data` crosses the network between them.
+def arrange_slices(
+    shape: tuple[int, ...], devices: Sequence[jax.Device], slice_count: int
+) -> np.ndarray:
+    """Arranges the devices of several slices for a mesh.
 
-    Raises UserError where the slices do not divide `data`.
+    Args:
+        shape: sizes of data, fsdp and tensor. Only `data` crosses the network between slices.
+        devices: the devices of all slices.
+        slice_count: number of slices.
+
+    Returns:
+        Devices, an object array of `shape`.
+
+    Raises:
+        UserError: if the number of slices does not divide `data`.
     """
     data, *rest = shape
-    if data % slices:
-        near = max(data // slices, 1) * slices
+    if data % slice_count:
+        near = max(data // slice_count, 1) * slice_count
         raise UserError(
-            f"the mesh axis data of {data} does not divide over {slices} slices; the nearest is {near}"
+            f"the mesh axis data of {data} does not divide over {slice_count} slices. "
+            f"The nearest size that does is {near}."
         )
-    return mesh_utils.create_hybrid_device_mesh((data // slices, *rest), (slices, 1, 1), devices)
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slice_count, *rest), (slice_count, 1, 1), devices
+    )
 
 
 def nearest_divisor(size: int, parts: int) -> int:
+    """Returns the divisor of `size` that is nearest to `parts`."""
     return min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: (abs(n - parts), n))
 
 
 def platform() -> str:
-    """What programs are being made for: the platform of the mesh that is set, whose devices need not be here, or else
-    the default backend: cpu, gpu or tpu."""
+    """Returns the platform that programs are compiled for: cpu, gpu or tpu.
+
+    It is the platform of the mesh that is set, whose devices need not be present. Without a mesh it
+    is JAX's default backend.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None or not device.platform else device.platform

@@ -1,4 +1,7 @@
-"""Several processes that run one program: what one of them knows, told to all. With one process all of it is free."""
+"""Multi-process broadcast, gather and sharding. No-ops in a single process.
+
+`initialize_processes` and `enable_compilation_cache` configure JAX. Only commands call them.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,35 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
 
 from xflow_jax.errors import UserError
+from xflow_jax.types import PyTree
+
+T = TypeVar("T")
 
 
 def initialize_processes() -> None:
-    """Makes this process one of several, where the environment says so; all but the first then print nothing.
+    """Connects the processes of a run, if the environment names them.
 
-    JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, or XFLOW_DISTRIBUTED=1 alone where JAX finds out
-    by itself: on TPU pods, under Slurm, under Open MPI. Raises UserError where the processes do not find each other.
+    This configures JAX for the complete process, so only a command may call it, before the first
+    computation. The environment names either JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID, or XFLOW_DISTRIBUTED=1 alone if JAX can detect the processes: on TPU pods,
+    under Slurm and under Open MPI. All processes but the first then print nothing.
+
+    Raises:
+        UserError: if the processes do not find each other.
     """
-    told = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
     if "JAX_COORDINATOR_ADDRESS" not in os.environ and os.environ.get("XFLOW_DISTRIBUTED") != "1":
         return
+    count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
     try:
-        jax.distributed.initialize(**{name: int(value) for name, value in told.items() if value})
+        jax.distributed.initialize(
+            num_processes=int(count) if count else None, process_id=int(index) if index else None
+        )
     except (ValueError, RuntimeError) as error:
         raise UserError(f"the processes cannot find each other: {error}") from None
     if jax.process_index():
@@ -33,53 +46,81 @@ def initialize_processes() -> None:
 
 
 def enable_compilation_cache() -> None:
-    """Turns JAX's persistent cache of compiled programs on, in the user's cache folder.
+    """Enables JAX's persistent compilation cache in the user's cache directory.
 
-    JAX's own variables go first: JAX_COMPILATION_CACHE_DIR says where, JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    This configures JAX for the complete process, so only a command may call it. JAX's own variables
+    have precedence: JAX_COMPILATION_CACHE_DIR sets the directory, and
+    JAX_ENABLE_COMPILATION_CACHE=false disables the cache.
     """
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR") or jax.config.jax_compilation_cache_dir:
+    configured = jax.config.values["jax_compilation_cache_dir"]
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR") or configured:
         return
-    folder = (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xflow_jax" / "programs"
-    )
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(cache / "xflow_jax" / "programs"))
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that writes files and prints."""
+    """Returns True in the process that writes files and prints."""
     return jax.process_index() == 0
 
 
-def put_sharded(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    """A tree of arrays (keys, too) that every process has whole, as arrays of that sharding."""
+def put_sharded(tree: T, sharding: jax.sharding.Sharding) -> T:
+    """Moves arrays to the devices of all processes.
+
+    Args:
+        tree: tree of arrays or random keys, complete and equal in every process.
+        sharding: the sharding of each of them.
+
+    Returns:
+        The tree with global arrays.
+    """
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
 
-    def put(x: Any) -> jax.Array:
+    def put(x: jax.Array | np.ndarray) -> jax.Array:
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(
                 put(jax.random.key_data(x)), impl=jax.random.key_impl(x)
             )
-        whole = np.asarray(x)
-        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+        data = np.asarray(x)
+        # For complete arrays this is faster than jax.make_array_from_process_local_data.
+        return jax.make_array_from_callback(data.shape, sharding, lambda index: data[index])
 
     return jax.tree.map(put, tree)
 
 
-def fetch_to_host(tree: Any) -> Any:
-    """A tree of device arrays as NumPy arrays, whole on every process, however they are sharded."""
+def fetch_to_host(tree: PyTree) -> PyTree:
+    """Copies arrays to the host, complete in every process.
+
+    All processes must call this.
+
+    Args:
+        tree: tree of jax.Array of any sharding.
+
+    Returns:
+        The tree with NumPy arrays.
+    """
     if jax.process_count() == 1:
         return jax.device_get(tree)
     from jax.experimental.multihost_utils import process_allgather
 
-    def whole(x: jax.Array) -> np.ndarray:
+    def fetch(x: jax.Array) -> np.ndarray:
         return np.asarray(x if x.is_fully_addressable else process_allgather(x, tiled=True))
 
-    return jax.tree.map(whole, tree)
+    return jax.tree.map(fetch, tree)
 
 
-def gather_objects(item: Any) -> list[Any]:
-    """What every process has, in their order; `item` is of JSON's types. All processes must call this."""
+def gather_objects(item: T) -> list[T]:
+    """Gathers an object of every process.
+
+    All processes must call this.
+
+    Args:
+        item: an object of JSON types.
+
+    Returns:
+        The objects of all processes, in the order of the processes.
+    """
     if jax.process_count() == 1:
         return [item]
     from jax.experimental.multihost_utils import process_allgather
@@ -92,17 +133,30 @@ def gather_objects(item: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def broadcast_from_first(make: Callable[[], Any]) -> Any:
-    """What `make` returns on the first process, of JSON's types, on all of them; its UserError is raised on all."""
+def broadcast_from_first(make: Callable[[], T]) -> T:
+    """Calls a function in the first process for all of them.
+
+    All processes must call this.
+
+    Args:
+        make: the function. It returns an object of JSON types.
+
+    Returns:
+        The result, in every process.
+
+    Raises:
+        UserError: in all processes, if `make` raises it.
+    """
     if jax.process_count() == 1:
         return make()
-    said: dict[str, Any] = {}
+    outcome: dict[str, T] = {}
+    message: str | None = None
     if is_first_process():
         try:
-            said["value"] = make()
+            outcome["value"] = make()
         except UserError as error:
-            said["error"] = str(error)
-    said = gather_objects(said)[0]
-    if "error" in said:
-        raise UserError(said["error"])
-    return said["value"]
+            message = str(error)
+    outcome, message = gather_objects((outcome, message))[0]
+    if message is not None:
+        raise UserError(message)
+    return outcome["value"]

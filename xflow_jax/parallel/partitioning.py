@@ -1,12 +1,11 @@
-"""The mesh, the table of logical axes of every parameter, and shardings of a tree from the two.
+"""Sharding of arrays: logical axes, and constraints inside programs.
 
-Nothing here is needed on one device: a program that makes no mesh makes no call of this module.
+The logical axes of each parameter are in models/logical_axes.py.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -15,10 +14,10 @@ from jax.sharding import PartitionSpec as P
 from xflow_jax.errors import UserError
 from xflow_jax.parallel.mesh import nearest_divisor
 
-BATCH = ("data", "fsdp")
+BATCH = ("data", "fsdp")  # axes of the mesh that share the batch
 
 
-# logical axis -> axis of the mesh, None = not sharded
+# logical axis -> axis of the mesh, or None if it is not sharded
 LOGICAL: dict[str, str | None] = {
     "layer": None,
     "norm": None,
@@ -33,36 +32,54 @@ LOGICAL: dict[str, str | None] = {
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of arrays [B, ...]: the batch over data and fsdp, all else whole."""
+    """Returns the sharding of arrays [B, ...] over data and fsdp."""
     return NamedSharding(mesh, P(BATCH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Of what every device holds whole."""
+    """Returns the sharding of an array that every device holds completely."""
     return NamedSharding(mesh, P())
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
-    """Keeps activations [B, ...] sharded over the batch where a mesh is set (`jax.set_mesh`) that divides it.
+    """Keeps activations sharded over the batch.
 
-    Without it the compiler follows the parameters' sharding instead, and every device computes the whole batch.
+    Without the constraint the compiler follows the sharding of the parameters, and every device
+    computes the complete batch.
+
+    Args:
+        x: activations [B, ...].
+
+    Returns:
+        x, constrained if a mesh is set (`jax.set_mesh`) that divides B.
     """
     return jax.lax.with_sharding_constraint(x, P(BATCH)) if divides(x.shape[0], BATCH) else x
 
 
 def constrain_lookup(x: jax.Array) -> jax.Array:
-    """Activations [B, L, E] just read from the embedding table, moved to the batch's sharding in a cheap way.
+    """Moves activations of an embedding lookup to the sharding of the batch.
 
-    The rows come out sharded over E, as the table is; saying so makes the step from there one all-to-all. Left alone,
-    the compiler replicates the activations or gathers the whole table.
+    A lookup returns rows that are sharded over E, as the embedding table is. A constraint to that
+    sharding makes the move one all-to-all. Without it the compiler replicates the activations or
+    gathers the complete table.
+
+    Args:
+        x: activations [B, L, E].
+
+    Returns:
+        x, constrained if a mesh is set (`jax.set_mesh`) that divides B.
     """
-    if divides(x.shape[0], BATCH) and divides(x.shape[-1], (LOGICAL["embed"],)):
-        x = jax.lax.with_sharding_constraint(x, P("data", None, LOGICAL["embed"]))
+    embed = LOGICAL["embed"]
+    if embed and divides(x.shape[0], BATCH) and divides(x.shape[-1], (embed,)):
+        x = jax.lax.with_sharding_constraint(x, P("data", None, embed))
     return constrain_batch(x)
 
 
 def divides(size: int, axes: tuple[str, ...]) -> bool:
-    """Whether there is a mesh set (`jax.set_mesh`) whose axes of these names divide a dimension of `size`."""
+    """Returns True if axes of the current mesh divide `size`.
+
+    Without a mesh (`jax.set_mesh`) it is False.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return (
         not mesh.empty
@@ -71,14 +88,29 @@ def divides(size: int, axes: tuple[str, ...]) -> bool:
     )
 
 
-def path_name(path: tuple[Any, ...]) -> str:
-    """A key path of jax.tree_util as "a/b/c"."""
+def path_name(path: jax.tree_util.KeyPath) -> str:
+    """Returns a key path of jax.tree_util as "a/b/c"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def leaf_sharding(
     name: str, shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh
 ) -> NamedSharding:
+    """Returns the sharding of a parameter with the given logical axes.
+
+    Args:
+        name: path of the parameter, for error messages.
+        shape: its shape.
+        axes: the logical axis of each dimension.
+        mesh: the mesh.
+
+    Returns:
+        The sharding.
+
+    Raises:
+        ValueError: if `axes` and `shape` have different lengths.
+        UserError: if the mesh does not divide a dimension.
+    """
     if len(axes) != len(shape):
         raise ValueError(f"{name} has {len(shape)} dimensions, but the table has the axes {axes}")
     spec = []
@@ -86,10 +118,10 @@ def leaf_sharding(
         target = LOGICAL[axis]
         parts = 1 if target is None else mesh.shape[target]
         if size % parts:
-            near = nearest_divisor(size, parts)
             raise UserError(
-                f"the mesh axis {target} of {parts} does not divide the {axis} dimension of {name}, which is {size}; "
-                f"the nearest size that does is {near}"
+                f"the mesh axis {target} of {parts} does not divide the {axis} dimension of "
+                f"{name}, which is {size}. "
+                f"The nearest size that does is {nearest_divisor(size, parts)}."
             )
         spec.append(target)
     return NamedSharding(mesh, P(*spec))
