@@ -12,15 +12,20 @@ from xflow_jax.errors import UserError
 def run_program(
     main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser
 ) -> None:
-    """`main(arguments)` from the command line; a user's mistake is one sentence and exit status 2."""
+    """Runs a program with the arguments of the command line.
+
+    A UserError ends the program with a message on stderr and status 2, an interrupt with status
+    130.
+
+    Args:
+        main: function of the parsed arguments.
+        parser: parser of the command line.
+    """
     try:
         main(parser.parse_args())
     except UserError as error:
-        sys.exit(_say(f"error: {error}", 2))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(_say("interrupted", 130))
-
-
-def _say(sentence: str, status: int) -> int:
-    print(sentence, file=sys.stderr)
-    return status
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,7 +1,7 @@
-"""A Hugging Face checkpoint into one that loads in shards: `python -m convert.from_hf SRC DST`.
+"""Conversion from Hugging Face to Orbax: `python -m convert.from_hf SRC DST`.
 
-Parameter after parameter goes from the safetensors files into Orbax, so that memory holds one at a time. A conversion
-that was stopped goes on where it was, once the source is seen to be the same.
+The result loads in shards. Parameters are converted one by one, so that memory holds one at a time.
+A conversion that was stopped continues, after a check that the source is the same.
 """
 
 from __future__ import annotations
@@ -15,142 +15,157 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 from convert import run_program
 from xflow_jax.checkpoints import (
+    CONFIG_FILE,
     PartialCheckpoint,
+    SafetensorsSource,
     WeightMapping,
-    huggingface,
+    find_hf_directory,
     is_checkpoint,
     make_record,
     map_weights,
+    read_hf_config,
+    read_hf_leaf,
     refuse_existing,
     release_memory,
-    safetensors_reader,
 )
 from xflow_jax.errors import UserError
 from xflow_jax.models import abstract_params, build, shardings
 from xflow_jax.parallel import make_mesh
 
 DTYPES = ("keep", "bfloat16", "float32")
-BLOCK = 2**24
+HASH_BLOCK = 2**24  # bytes read at a time
 
 
 def convert(src: str | Path, dst: str | Path, dtype: str = "keep", mesh: str | None = None) -> None:
-    """Converts a Hugging Face directory, or a model of the hub, into the new directory `dst`, atomically.
+    """Converts a Hugging Face model to an Orbax checkpoint, atomically.
 
-    dtype: of the parameters; keep = each as it is in the source. mesh: sizes of data, fsdp and tensor like "1,8,1" over
-    which the parameters pass, and which then are the pieces of the files; None = one device. Raises UserError for bad
-    input, before anything is written, and for what the disk refuses.
+    Args:
+        src: directory with config.json and safetensors, or name of a model on the hub.
+        dst: directory to make.
+        dtype: dtype of the parameters: bfloat16, float32, or keep for the dtypes of the source.
+        mesh: sizes of data, fsdp and tensor like "1,8,1". The parameters pass through the devices
+            of this mesh, and their shards are the pieces of the files. None uses one device.
+
+    Raises:
+        UserError: for unsuitable input, before anything is written, and for errors of the disk.
     """
     refuse_existing(Path(dst))
-    directory = huggingface.find_hf_directory(src)
+    directory = find_hf_directory(src)
     if is_checkpoint(directory):
         raise UserError(
-            f"{directory}: already converted; load it, or go back with python -m convert.to_hf"
+            f"{directory}: already converted. Load it, or convert it back with "
+            "python -m convert.to_hf."
         )
-    config = huggingface.read_hf_config(directory)
-    source = safetensors_reader.SafetensorsSource(directory)
+    config = read_hf_config(directory)
+    source = SafetensorsSource(directory)
     abstract = abstract_params(build(config))
-    plan = map_weights(config, abstract, source.entries)
-    source.check(plan)
+    mapping = map_weights(config, abstract, source.entries)
+    source.check(mapping)
     if dtype != "keep":
         abstract = abstract_params(build(config, param_dtype=np.dtype(jax.numpy.dtype(dtype))))
     leaves = {
         path: jax.ShapeDtypeStruct(
-            x.shape, source.dtype_of(plan.leaves[path]) if dtype == "keep" else x.dtype
+            x.shape, source.dtype_of(mapping.slices[path]) if dtype == "keep" else x.dtype
         )
-        for path, x in huggingface.flatten(abstract)
+        for path, x in flatten_dict(abstract, sep="/").items()
     }
-    where: dict[str, Any] = {}
+    placement: dict[str, jax.sharding.Sharding] = {}
     if mesh is not None:
-        where = dict(huggingface.flatten(shardings(abstract, make_mesh(mesh), config.family)))
-    files = [*source.files, directory / safetensors_reader.CONFIG]
+        placement = flatten_dict(shardings(abstract, make_mesh(mesh), config.family), sep="/")
+    files = [*source.files, directory / CONFIG_FILE]
     provenance = {"source": _source_name(src), "files": _hashes(files), "dtype": dtype}
-    record = make_record(
-        config, provenance, leaves, variant=plan.variant, dtypes=_dtypes(source, plan)
-    )
-    kept = "; what is done so far is kept, and the same command goes on from there"
-    draft = PartialCheckpoint(dst, record, kept)
-    with _bar("converting", sum(map(_size, leaves.values()))) as bar:
+    record = make_record(config, provenance, leaves, mapping.variant, _dtypes(source, mapping))
+    note = ". The parameters written so far are kept, and the same command continues from there."
+    checkpoint = PartialCheckpoint(dst, record, note)
+    with _progress_bar("converting", sum(map(_nbytes, leaves.values()))) as bar:
         for path, x in leaves.items():
             bar.set_postfix_str(path)
-            if not draft.has(path):
-                with _on_the_host():
-                    leaf = safetensors_reader.read_leaf(
-                        source, plan.leaves[path], x.shape, x.dtype, where.get(path)
+            if not checkpoint.has(path):
+                with _on_cpu():
+                    leaf = read_hf_leaf(
+                        source, mapping.slices[path], x.shape, x.dtype, placement.get(path)
                     )
-                draft.write(path, leaf)
+                checkpoint.write(path, leaf)
                 del leaf
-                release_memory(_size(x))
-            bar.update(_size(x))
-    draft.finish(directory)
+                release_memory(_nbytes(x))
+            bar.update(_nbytes(x))
+    checkpoint.finish(directory)
 
 
-def _on_the_host() -> contextlib.AbstractContextManager[Any]:
-    """Without a mesh a parameter need not fit on an accelerator, and has nothing to do there."""
+def _on_cpu() -> contextlib.AbstractContextManager[Any]:
+    """Makes a CPU the default device."""
+    # A parameter may exceed the memory of an accelerator.
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:  # JAX was told to leave CPUs alone
+    except RuntimeError:  # JAX is configured without CPUs
         return contextlib.nullcontext()
 
 
 def _source_name(src: str | Path) -> str:
-    """The hub's name, or the directory's own, without the way there, which means nothing elsewhere."""
-    return Path(src).expanduser().resolve().name if Path(src).expanduser().exists() else str(src)
+    """Returns the name on the hub, or a path's last part."""
+    path = Path(src).expanduser()
+    return path.resolve().name if path.exists() else str(src)
 
 
-def _dtypes(source: safetensors_reader.SafetensorsSource, plan: WeightMapping) -> dict[str, str]:
-    """The dtype of each tensor, the most common one once, under the empty name."""
-    dtypes = {name: str(source.entries[name].dtype) for name in plan.tensors}
+def _dtypes(source: SafetensorsSource, mapping: WeightMapping) -> dict[str, str]:
+    """Returns the dtype of each tensor, and as "" the usual one."""
+    dtypes = {name: str(source.entries[name].dtype) for name in mapping.tensors}
     usual = Counter(dtypes.values()).most_common(1)[0][0]
     return {"": usual} | {name: dtype for name, dtype in dtypes.items() if dtype != usual}
 
 
 def _hashes(files: list[Path]) -> dict[str, str]:
-    """The sha256 of each file, by its name."""
+    """Returns the sha256 of each file, by its name."""
     digests = {}
-    with _bar("hashing", sum(file.stat().st_size for file in files)) as bar:
+    with _progress_bar("hashing", sum(file.stat().st_size for file in files)) as bar:
         for file in files:
             digest = hashlib.sha256()
             with file.open("rb") as f:
-                while block := f.read(BLOCK):
+                while block := f.read(HASH_BLOCK):
                     digest.update(block)
                     bar.update(len(block))
             digests[file.name] = digest.hexdigest()
     return digests
 
 
-def _size(x: Any) -> int:
+def _nbytes(x: jax.ShapeDtypeStruct) -> int:
     return x.dtype.itemsize * int(np.prod(x.shape))
 
 
-def _bar(what: str, total: int) -> tqdm:
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True)
+def _progress_bar(description: str, total: int) -> tqdm:
+    return tqdm(total=total, desc=description, unit="B", unit_scale=True, dynamic_ncols=True)
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """The command."""
+    """Converts, and prints source and destination."""
     convert(arguments.src, arguments.dst, arguments.dtype, arguments.mesh)
     print(f"{arguments.src} -> {arguments.dst}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        prog="python -m convert.from_hf", description="Hugging Face checkpoint -> Orbax"
+        prog="python -m convert.from_hf",
+        description="Convert a Hugging Face checkpoint to an Orbax one that loads in shards.",
     )
     parser.add_argument(
-        "src", help="directory with config.json and safetensors, or a model's name on the hub"
+        "src", help="directory with config.json and safetensors, or name of a model on the hub"
     )
     parser.add_argument("dst", help="directory to make")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="keep",
-        help="of the parameters (default: as in the source)",
+        help="dtype of the parameters (default: keep, as in the source)",
     )
     parser.add_argument(
-        "--mesh", metavar="DATA,FSDP,TENSOR", help="sizes like 1,8,1 (default: one device)"
+        "--mesh",
+        metavar="DATA,FSDP,TENSOR",
+        help="mesh sizes like 1,8,1, whose shards become the pieces of the files "
+        "(default: one device)",
     )
     run_program(main, parser)

@@ -1,6 +1,6 @@
-"""Our logits beside the original PyTorch code's: `python -m convert.verify HF_DIR --trust-remote-code`.
+"""Comparison with the original PyTorch code: `python -m convert.verify HF_DIR --trust-remote-code`.
 
-Both compute in float32, the original first and then ours, so memory holds one of the two models at a time.
+Both models compute logits in float32, the original first, so that memory holds one at a time.
 """
 
 from __future__ import annotations
@@ -17,35 +17,55 @@ from typing import Any
 import numpy as np
 
 from convert import run_program
-from xflow_jax.checkpoints import huggingface, safetensors_reader
+from xflow_jax.checkpoints import (
+    CONFIG_FILE,
+    SafetensorsSource,
+    find_hf_directory,
+    read_hf_config,
+)
 from xflow_jax.errors import UserError
 from xflow_jax.lm import load
+from xflow_jax.types import ModelConfig
 
-CASES = ((1, 32), (2, 17))  # batch and length
+CASES = ((1, 32), (2, 17))  # B, L
 TOLERANCE = 1e-3
-AUTO = ("AutoModelForCausalLM", "AutoModel")
+MODEL_CLASSES = ("AutoModelForCausalLM", "AutoModel")  # keys of auto_map, the first one wins
+
+LogitsFunction = Callable[[list[np.ndarray]], list[np.ndarray]]  # ids [B, L] -> logits [B, L, V]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two logits [B, L, V] are apart: at most, in units of the original's standard deviation, and in argmax."""
+    """Difference between two arrays of logits.
+
+    Attributes:
+        largest: largest absolute difference.
+        relative: the same in standard deviations of the original's logits.
+        agreement: share of positions with the same argmax, 0 to 1.
+    """
 
     largest: float
     relative: float
     agreement: float
 
 
-def compare(ours: np.ndarray, theirs: np.ndarray) -> Difference:
-    """The difference of logits [B, L, V]."""
-    if ours.shape != theirs.shape:
-        raise UserError(f"the original's logits are {list(theirs.shape)}, ours {list(ours.shape)}")
-    largest = float(np.abs(ours - theirs).max())
-    agreement = float(np.mean(ours.argmax(-1) == theirs.argmax(-1)))
-    return Difference(largest, largest / float(theirs.std()), agreement)
+def compare(ours: np.ndarray, original: np.ndarray) -> Difference:
+    """Compares two arrays of logits [B, L, V].
+
+    Raises:
+        UserError: if their shapes differ.
+    """
+    if ours.shape != original.shape:
+        raise UserError(
+            f"the original's logits are {list(original.shape)}, ours {list(ours.shape)}"
+        )
+    largest = float(np.abs(ours - original).max())
+    agreement = float(np.mean(ours.argmax(-1) == original.argmax(-1)))
+    return Difference(largest, largest / float(original.std()), agreement)
 
 
-def inputs(config: Any, seed: int = 0) -> list[np.ndarray]:
-    """Random ids int [B, L], half of them the mask."""
+def inputs(config: ModelConfig, seed: int = 0) -> list[np.ndarray]:
+    """Draws token ids, int [B, L], half of them the mask."""
     rng = np.random.default_rng(seed)
     cases = []
     for shape in CASES:
@@ -54,83 +74,109 @@ def inputs(config: Any, seed: int = 0) -> list[np.ndarray]:
     return cases
 
 
-def verify(
-    directory: Path, original: Callable[[list[np.ndarray]], list[np.ndarray]]
-) -> list[Difference]:
-    """Our logits of the model in `directory` against those that `original` computes for the same ids, case by case."""
-    cases = inputs(huggingface.read_hf_config(directory))
-    theirs = original(cases)
+def verify(directory: Path, original: LogitsFunction) -> list[Difference]:
+    """Compares our logits with those of the original.
+
+    Args:
+        directory: Hugging Face directory of the model.
+        original: function that computes the original's logits for a list of token ids.
+
+    Returns:
+        The difference for each of CASES.
+
+    Raises:
+        UserError: if the model cannot be loaded, or the shapes of the logits differ.
+    """
+    cases = inputs(read_hf_config(directory))
+    expected = original(cases)
     gc.collect()
     lm = load(directory)
     return [
         compare(np.asarray(lm.logits(ids)), logits)
-        for ids, logits in zip(cases, theirs, strict=True)
+        for ids, logits in zip(cases, expected, strict=True)
     ]
 
 
-def torch_logits(directory: Path, trust: bool) -> Callable[[list[np.ndarray]], list[np.ndarray]]:
-    """A function from ids to the logits of the directory's own modelling code, which runs only if `trust` is set.
+def torch_logits(directory: Path, trust: bool) -> LogitsFunction:
+    """Makes a function that computes logits with the directory's own modelling code.
 
-    The weights are put in here instead of by `from_pretrained`, which newer versions of transformers refuse for code as
-    old as LLaDA's. Raises UserError without torch, without trust, and where that code cannot be loaded.
+    Args:
+        directory: Hugging Face directory with modelling code.
+        trust: True allows that code to run.
+
+    Returns:
+        The function. It loads the model when it is called.
+
+    Raises:
+        UserError: without torch, without modelling code, or without trust.
     """
     try:
         import torch
     except ImportError:
         raise UserError(
-            "convert.verify runs the original PyTorch code, but torch is not installed: pip install -e '.[convert]'"
+            "convert.verify runs the original PyTorch code, but torch is not installed: "
+            "pip install -e '.[convert]'"
         ) from None
-    named = json.loads((directory / safetensors_reader.CONFIG).read_text()).get("auto_map") or {}
-    if not any(key in named for key in AUTO):
+    config_file = directory / CONFIG_FILE
+    auto_map = json.loads(config_file.read_text()).get("auto_map") or {}
+    if not any(key in auto_map for key in MODEL_CLASSES):
         raise UserError(
-            f"{directory / safetensors_reader.CONFIG}: no auto_map names the original's code, so there is nothing to run"
+            f"{config_file}: no auto_map names the original's code, so there is nothing to run"
         )
     if not trust:
         raise UserError(
-            f"{directory}: its modelling code would be run; read it, and pass --trust-remote-code if you trust it"
+            f"{directory}: its modelling code would be run. Read it, and pass --trust-remote-code "
+            "if you trust it."
         )
 
     def logits(cases: list[np.ndarray]) -> list[np.ndarray]:
-        model = _torch_model(directory, named)
+        model = _torch_model(directory, auto_map)
         with torch.no_grad():
             return [model(input_ids=torch.from_numpy(ids)).logits.float().numpy() for ids in cases]
 
     return logits
 
 
-def _torch_model(directory: Path, named: dict[str, str]) -> Any:
+def _torch_model(directory: Path, auto_map: dict[str, str]) -> Any:
+    """Loads the original model.
+
+    The weights are set here and not by `from_pretrained`, because newer versions of transformers
+    reject code as old as LLaDA's.
+    """
     import torch
     import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     try:
-        where = str(directory.absolute())
-        config = get_class_from_dynamic_module(named["AutoConfig"], where).from_pretrained(where)
-        kind = get_class_from_dynamic_module(
-            next(named[key] for key in AUTO if key in named), where
+        location = str(directory.absolute())
+        config_class = get_class_from_dynamic_module(auto_map["AutoConfig"], location)
+        model_class = get_class_from_dynamic_module(
+            next(auto_map[key] for key in MODEL_CLASSES if key in auto_map), location
         )
-        model = kind(config)
-        source = safetensors_reader.SafetensorsSource(directory)
+        model = model_class(config_class.from_pretrained(location))
+        source = SafetensorsSource(directory)
         state = {
             name: torch.from_numpy(source.read(name).astype(np.float32)) for name in source.entries
         }
         model.load_state_dict(state, assign=True)
-    except Exception as error:  # whatever somebody's code raises
+    except Exception as error:  # the modelling code may raise anything
+        reason = str(error).splitlines()[0] if str(error) else ""
         raise UserError(
-            f"{directory}: its modelling code cannot be loaded under transformers {transformers.__version__}: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            f"{directory}: its modelling code cannot be loaded under transformers "
+            f"{transformers.__version__}: {type(error).__name__}: {reason}"
         ) from error
     return model.float().eval()
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """The command: a line per case, and exit status 1 where the two differ."""
-    directory = huggingface.find_hf_directory(arguments.hf_dir)
+    """Prints the differences. Exits with status 1 if too large."""
+    directory = find_hf_directory(arguments.hf_dir)
     original = torch_logits(directory, arguments.trust_remote_code)
     differences = verify(directory, original)
     for shape, d in zip(CASES, differences, strict=True):
         print(
-            f"ids {list(shape)}: largest difference {d.largest:.2e} ({d.relative:.1e} standard deviations), "
+            f"ids {list(shape)}: largest difference {d.largest:.2e} "
+            f"({d.relative:.1e} standard deviations), "
             f"same argmax at {d.agreement:.2%} of positions"
         )
     worst = max(d.relative for d in differences)
@@ -144,11 +190,12 @@ def main(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        prog="python -m convert.verify", description="our logits beside the original's"
+        prog="python -m convert.verify",
+        description="Compare our logits with those of the original PyTorch code.",
     )
     parser.add_argument(
         "hf_dir",
-        help="Hugging Face directory with the modelling code, or a model's name on the hub",
+        help="Hugging Face directory with modelling code, or name of a model on the hub",
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code that comes with the model"
@@ -157,6 +204,6 @@ if __name__ == "__main__":
         "--tolerance",
         type=float,
         default=TOLERANCE,
-        help="in standard deviations of the logits (default: %(default)s)",
+        help="largest difference in standard deviations of the logits (default: %(default)s)",
     )
     run_program(main, parser)

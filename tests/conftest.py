@@ -1,4 +1,4 @@
-"""Every test runs on eight fake CPU devices, in true float32, and without a network."""
+"""Configuration of all tests: eight fake CPU devices, exact float32, no network."""
 
 import gc
 import os
@@ -8,9 +8,8 @@ _DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = (
-    "false"  # commands turn it on, in the user's own folder
-)
+# Commands enable the cache in the user's own directory.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -26,7 +25,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_compiled_programs():
-    """Thousands of programs in one process use up the memory mappings that Linux allows it."""
+    """Clears programs: thousands of them exceed the memory mappings that Linux allows."""
     yield
     jax.clear_caches()
     gc.collect()

@@ -1,4 +1,4 @@
-"""What several tests share: the golden model, a random one that compiles fast, and a stub whose numbers are ours."""
+"""Shared models of the tests: golden ones, a random one that compiles fast, and a stub."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ TOY = LLaDAConfig(
     mask_token_id=20,
     eos_token_id=21,
     max_sequence_length=128,
-    rope_theta=4.0,  # of four frequencies per head all should tell neighbours apart
+    rope_theta=4.0,  # all four frequencies of a head then distinguish neighbours
 )
-# What random weights are multiplied with, so that positions and prompts matter and every rule has something to decide.
+# Factors of random weights, which make positions and prompts matter and the rules differ.
 _SCALES = {
     "wte": 20,
     "blocks/q_proj": 24,
@@ -52,13 +52,13 @@ _SCALES |= {"blocks/ff_proj": 16, "blocks/up_proj": 16, "blocks/ff_out": 32, "ff
 
 @functools.cache
 def llada_tiny() -> LM:
-    """The golden checkpoint in float32, with its tokenizer."""
+    """Loads the golden checkpoint in float32, with its tokenizer."""
     return load(GOLDENS / "llada_tiny")
 
 
 @functools.cache
 def toy(mesh: str | None = None, **changes: Any) -> LM:
-    """A random model of two layers and 24 rows, opinionated enough that every rule has something to decide."""
+    """Makes a random model of two layers and 24 rows, whose logits make the rules differ."""
     config = dataclasses.replace(TOY, **changes)
     model = build(config)
 
@@ -68,28 +68,30 @@ def toy(mesh: str | None = None, **changes: Any) -> LM:
     params = jax.tree_util.tree_map_with_path(scaled, init_params(model, jax.random.key(1)))
     if mesh is None:
         return LM(model, config, params, None)
-    made = make_mesh(mesh)
-    return LM(model, config, jax.device_put(params, shardings(params, made, "llada")), None, made)
+    devices = make_mesh(mesh)
+    params = jax.device_put(params, shardings(params, devices, "llada"))
+    return LM(model, config, params, None, devices)
 
 
 def random_prompts(lengths: list[int], seed: int = 0, top: int = 20) -> list[list[int]]:
-    """Prompts of these lengths, of ids below `top`."""
+    """Draws prompts of these lengths, of ids below `top`."""
     rng = np.random.default_rng(seed)
     return [rng.integers(0, top, n).tolist() for n in lengths]
 
 
 @functools.cache
 def decode_golden() -> dict[str, list[dict[str, Any]]]:
-    """kind -> cases of decode_golden.json."""
+    """Reads the cases of decode_golden.json, by kind."""
     groups = json.loads((GOLDENS / "decode_golden.json").read_text())["groups"]
     return {group["kind"]: group["cases"] for group in groups}
 
 
 @dataclasses.dataclass(frozen=True)
 class Stub:
-    """A model small enough to compute by hand or in NumPy: hidden = tanh(x A + mean of the real rows B + position C).
+    """Model that is small enough to compute by hand or in NumPy.
 
-    It has the interface that decode.py uses, no more.
+    hidden = tanh(x A + mean of the real rows B + position C). It has only the interface that
+    decode.py uses.
     """
 
     config: LLaDAConfig
@@ -103,9 +105,21 @@ class Stub:
             return p["wte"]["embedding"][x]
         return stub_hidden(jnp, p, x, mask)
 
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def clone(self, **updates: Any) -> Stub:
+        return dataclasses.replace(self, **updates)
+
+    def empty_cache(self, batch: int, positions: int) -> Any:
+        raise NotImplementedError
+
 
 def stub_hidden(np_: Any, p: Any, x: Any, mask: Any) -> Any:
-    """x [B, L, E] -> [B, L, E], in the array library np_; positions count from the right, so padding moves nothing."""
+    """Computes hidden states [B, L, E] of x [B, L, E] with the array library np_.
+
+    Positions count from the right, so that padding has no effect.
+    """
     weight = mask[..., None].astype(x.dtype)
     mean = (x * weight).sum(1, keepdims=True) / weight.sum(1, keepdims=True)
     place = np_.arange(x.shape[1])[::-1, None] * p["place"][None, :]
@@ -116,14 +130,14 @@ STUB = dataclasses.replace(TOY, vocab_size=10, embedding_size=11, mask_token_id=
 
 
 def stub(seed: int = 0, sharpness: float = 1.5, eos: float = 1.0) -> LM:
-    """A language model around a `Stub` of ids 0 ... 9; eos: how much it likes to end."""
+    """Makes a model around a `Stub` with ids 0 to 9. `eos` scales the logit of EOS."""
     params = stub_params(seed, 6, STUB.vocab_rows, sharpness)
     params["ff_out"]["kernel"][:, STUB.eos_id] *= eos
     return LM(Stub(STUB), STUB, jax.tree.map(jnp.asarray, params), None)
 
 
 def stub_params(seed: int, width: int, rows: int, sharpness: float) -> dict[str, Any]:
-    """Random float32 parameters of a `Stub`, as NumPy arrays."""
+    """Draws float32 parameters of a `Stub`, as NumPy arrays."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> np.ndarray:
@@ -139,7 +153,7 @@ def stub_params(seed: int, width: int, rows: int, sharpness: float) -> dict[str,
 
 
 def tiny_lm(mesh: str | None = None):
-    """A random model with microcode's tokenizer."""
+    """Makes a random model with the tokenizer of microcode."""
     ids = {
         "mask_token_id": TOKENIZER.convert_tokens_to_ids("<|mdm_mask|>"),
         "eos_token_id": TOKENIZER.eos_token_id,

@@ -1,4 +1,4 @@
-"""What the tests of checkpoints share: the golden one, broken copies of it, and the bits in a directory."""
+"""Shared helpers of the checkpoint tests: golden directories, edited copies, raw tensors."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,11 @@ TOY = LLaDAConfig(
 
 
 def tensors_of(directory):
-    """name -> (dtype, shape, bytes) of all tensors of a Hugging Face directory, read by the format's own library."""
+    """Reads all tensors of a directory with the format's own library.
+
+    Returns:
+        name -> (dtype, shape, bytes).
+    """
     found = {}
     for file in Path(directory).glob("*.safetensors"):
         for name, x in load_file(file).items():
@@ -36,7 +40,7 @@ def tensors_of(directory):
 
 
 def edited(folder, change=None, config=None, drop=(), golden=GOLDEN):
-    """A copy of a golden checkpoint in one file, after `change(tensors)` and with other keys in its config.json."""
+    """Copies a golden checkpoint to one file, after `change(tensors)` and with another config."""
     folder.mkdir()
     tensors = {
         name: x
@@ -46,15 +50,15 @@ def edited(folder, change=None, config=None, drop=(), golden=GOLDEN):
     if change is not None:
         change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    told = json.loads((golden / "config.json").read_text()) | (config or {})
+    keys = json.loads((golden / "config.json").read_text()) | (config or {})
     (folder / "config.json").write_text(
-        json.dumps({key: value for key, value in told.items() if key not in drop})
+        json.dumps({key: value for key, value in keys.items() if key not in drop})
     )
     return folder
 
 
 def random_params(config, seed=0):
-    """Random parameters of a configuration; drawn by NumPy, since JAX would compile something for every shape."""
+    """Draws random parameters with NumPy, as JAX would compile a program for every shape."""
     rng = np.random.default_rng(seed)
     return jax.device_put(
         jax.tree.map(

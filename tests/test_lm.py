@@ -1,7 +1,9 @@
-"""The loaded model: the golden logits from either form of a checkpoint, on any mesh, compiled once per shape."""
+"""Loaded models: golden logits from both formats, on any mesh, compiled once per shape."""
 
 import dataclasses
 import re
+import subprocess
+import sys
 
 import chex
 import jax
@@ -93,7 +95,7 @@ def test_bfloat16(converted, golden):
 
 
 def test_one_compilation_per_shape(lm):
-    """Whatever holds the ids, and on later loads of the same model too."""
+    """Holds for ids of any array type, and for later loads of the same model."""
     programs = (lm_module._logits, lm_module._embed, lm_module._logits_from_embeddings)
     for program in programs:
         program.clear_cache()
@@ -110,7 +112,7 @@ def test_one_compilation_per_shape(lm):
 
 @pytest.mark.slow
 def test_within_other_programs(lm, golden):
-    """Under jit and grad like any function of JAX."""
+    """Works under jit and grad like any function of JAX."""
     ids = golden["ids_0"]
     chex.assert_trees_all_close(jax.jit(lm.logits)(ids), lm.logits(ids), atol=1e-5)
     grad = jax.grad(lambda x: lm.logits_from_embeddings(x).sum())(lm.embed(ids))
@@ -132,10 +134,21 @@ def test_the_parts(lm):
 
 def test_public_names():
     assert xf.load is load and xf.LM is LM
+    with pytest.raises(AttributeError, match="has no attribute 'Flwo'"):
+        xf.Flwo  # noqa: B018
+
+
+def test_public_names_are_imported_on_first_use():
+    program = (
+        "import sys, xflow_jax\n"
+        "assert 'Flow' in dir(xflow_jax) and 'jax' not in sys.modules\n"
+        "assert xflow_jax.Flow.__name__ == 'Flow' and 'jax' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_float32_is_true_float32(lm):
-    """Where a device would rather multiply in something shorter, as TPUs and newer GPUs do."""
+    """Holds on devices that multiply at lower precision by default, as TPUs and newer GPUs do."""
     with jax.default_matmul_precision("bfloat16"), lm.scope():
         assert "Precision.HIGHEST" in str(jax.make_jaxpr(lambda x: x @ x)(jnp.ones((2, 2))))
 
@@ -145,8 +158,8 @@ def test_float32_is_true_float32(lm):
     [
         ({"tokens": [1, 2]}, "tokens must be integers [B, L], not int64 [2]"),
         ({"tokens": [[0.5]]}, "tokens must be integers [B, L], not float64 [1, 1]"),
-        ({"tokens": [[3, 520]]}, "tokens hold the id 520; the vocabulary has ids 0 to 519"),
-        ({"tokens": [[-1]]}, "tokens hold the id -1; the vocabulary has ids 0 to 519"),
+        ({"tokens": [[3, 520]]}, "tokens hold the id 520, but the vocabulary has ids 0 to 519"),
+        ({"tokens": [[-1]]}, "tokens hold the id -1, but the vocabulary has ids 0 to 519"),
         (
             {"tokens": [[3, 4]], "mask": [[True]]},
             "the mask must be [1, 2] like the tokens, not [1, 1]",
@@ -176,7 +189,7 @@ def test_the_bundled_model_without_its_weights(monkeypatch, tmp_path):
     monkeypatch.setitem(lm_module.BUNDLED, "tiny", tmp_path)
     with pytest.raises(
         UserError,
-        match=f"^{tmp_path}: the bundled model's weights are not there; install the package",
+        match=f"^{tmp_path}: the weights of the bundled model are missing. Install the package",
     ):
         load("tiny")
 

@@ -1,6 +1,6 @@
 """Continuous-flow decoding of masked diffusion language models, in JAX.
 
-The public names are imported when they are first used, so `import xflow_jax` costs nothing.
+The public names are imported on first use (PEP 562), so `import xflow_jax` is fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""python -m xflow_jax: the same as the command xflow."""
+"""Entry point of `python -m xflow_jax`, which is the command xflow."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A language model ready for use: its module, parameters and tokenizer, loaded from wherever they are."""
+"""Language models: loading, and a class for model, parameters and tokenizer."""
 
 from __future__ import annotations
 
@@ -6,43 +6,54 @@ import contextlib
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from xflow_jax.checkpoints import huggingface, orbax_checkpoint
+from xflow_jax.checkpoints import (
+    abstract_model,
+    find_hf_directory,
+    is_checkpoint,
+    load_params,
+    read_hf_config,
+    read_hf_params,
+    read_record,
+)
 from xflow_jax.errors import UserError
 from xflow_jax.models import build, check_heads
 from xflow_jax.parallel import batch_sharding, computation_scope, make_mesh, replicated
 from xflow_jax.tokenizer import load_tokenizer
-from xflow_jax.types import Backbone
+from xflow_jax.types import Backbone, ModelConfig, Params, Tokenizer
 
-TINY = Path(__file__).parent / "tiny"
-
-
-# The bundled models: the one to use, and the one it was aligned from.
-BUNDLED = {"tiny": TINY, "tiny-base": TINY.with_name("tiny_base")}
-
-
+# Bundled models: "tiny" is the aligned one, "tiny-base" the one before alignment.
+BUNDLED = {
+    "tiny": Path(__file__).parent / "tiny",
+    "tiny-base": Path(__file__).parent / "tiny_base",
+}
 DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, eq=False)
 class LM:
-    """A model with its parameters. tokenizer: None where its directory has none; mesh: None = one device.
+    """A language model with its parameters and tokenizer.
 
-    The three methods are jitted and compile once per shape. tokens: int [B, L]; mask: bool [B, L], True = real token,
-    padding on the left; block_length: block-causal attention, the grid counting from each row's first real token.
+    `logits`, `embed` and `logits_from_embeddings` are jitted and compile once per shape.
+
+    Attributes:
+        model: the backbone.
+        config: its configuration.
+        params: its parameters, a nested dict of arrays.
+        tokenizer: the tokenizer, or None if the directory has none.
+        mesh: mesh of the parameters, or None for one device.
     """
 
     model: Backbone
-    config: Any
-    params: dict[str, Any] = field(repr=False)
-    tokenizer: Any = field(repr=False)
+    config: ModelConfig
+    params: Params = field(repr=False)
+    tokenizer: Tokenizer | None = field(repr=False)
     mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
@@ -51,61 +62,97 @@ class LM:
 
     @property
     def family(self) -> str:
+        """Name of the model's family."""
         return self.config.family
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the computation and of the parameters."""
+        """Dtype of the computation and of the parameters."""
         return np.dtype(self.model.dtype)
 
     def logits(
         self, tokens: ArrayLike, mask: ArrayLike | None = None, block_length: int | None = None
     ) -> jax.Array:
-        """tokens int [B, L] -> logits float32 [B, L, V], V = config.vocab_rows; UserError for an id out of range."""
-        tokens = self._tokens(tokens)
-        mask = self._mask(mask, tokens.shape)
+        """Computes the logits of token ids.
+
+        Args:
+            tokens: token ids, int [B, L].
+            mask: bool [B, L], True at real tokens, with padding on the left. None means no padding.
+            block_length: positions of a block for block-causal attention, counted from the first
+                real token of each row. None means full attention.
+
+        Returns:
+            Logits, float32 [B, L, V] with V = config.vocab_rows.
+
+        Raises:
+            UserError: for a wrong shape or dtype, or an id out of range.
+        """
+        tokens = self._check_tokens(tokens)
+        mask = self._check_mask(mask, tokens.shape)
         with self.scope():
-            return _logits(self.model, self.params, tokens, mask, _checked(block_length))
+            return _logits(self.model, self.params, tokens, mask, _check_block_length(block_length))
 
     def embed(self, tokens: ArrayLike) -> jax.Array:
-        """tokens int [B, L] -> their rows of the embedding table, [B, L, E] in the model's dtype."""
-        tokens = self._tokens(tokens)
+        """Looks up the embeddings of token ids.
+
+        Args:
+            tokens: token ids, int [B, L].
+
+        Returns:
+            Embeddings [B, L, E] in the dtype of the model.
+
+        Raises:
+            UserError: for a wrong shape or dtype, or an id out of range.
+        """
+        tokens = self._check_tokens(tokens)
         with self.scope():
             return _embed(self.model, self.params, tokens)
 
     def logits_from_embeddings(
         self, x: ArrayLike, mask: ArrayLike | None = None, block_length: int | None = None
     ) -> jax.Array:
-        """x [B, L, E], cast to the model's dtype -> logits float32 [B, L, V]."""
+        """Computes the logits of input embeddings.
+
+        Args:
+            x: embeddings [B, L, E]. They are cast to the dtype of the model.
+            mask: as in `logits`.
+            block_length: as in `logits`.
+
+        Returns:
+            Logits, float32 [B, L, V].
+
+        Raises:
+            UserError: for a wrong shape.
+        """
         x = x if isinstance(x, jax.Array) else np.asarray(x)
         if x.ndim != 3 or x.shape[-1] != self.config.hidden_size:
             raise UserError(
                 f"embeddings must be [B, L, {self.config.hidden_size}], not {list(x.shape)}"
             )
-        x, mask = self._place(x), self._mask(mask, x.shape[:2])
+        x, mask = self._place(x), self._check_mask(mask, x.shape[:2])
         with self.scope():
-            return _logits_from_embeddings(self.model, self.params, x, mask, _checked(block_length))
+            return _logits_from_embeddings(
+                self.model, self.params, x, mask, _check_block_length(block_length)
+            )
 
     def scope(self) -> contextlib.AbstractContextManager[None]:
         """Returns the context in which programs of this model run (`computation_scope`)."""
         return computation_scope(self.mesh, self.dtype)
 
-    def _tokens(self, tokens: ArrayLike) -> jax.Array:
-        # Ids that are on a device already are not fetched back for their range.
-        host = not isinstance(tokens, jax.Array)
-        tokens = np.asarray(tokens) if host else tokens
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise UserError(
-                f"tokens must be integers [B, L], not {tokens.dtype} {list(tokens.shape)}"
-            )
-        if host and tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_rows:
-            bad = tokens[(tokens < 0) | (tokens >= self.config.vocab_rows)][0]
-            raise UserError(
-                f"tokens hold the id {bad}; the vocabulary has ids 0 to {self.config.vocab_rows - 1}"
-            )
-        return self._place(tokens)
+    def _check_tokens(self, tokens: ArrayLike) -> jax.Array:
+        """Checks token ids and moves them to the mesh."""
+        # Ids on a device are not fetched only to check their range.
+        ids = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
+        if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise UserError(f"tokens must be integers [B, L], not {ids.dtype} {list(ids.shape)}")
+        rows = self.config.vocab_rows
+        if isinstance(ids, np.ndarray) and ids.size and not 0 <= ids.min() <= ids.max() < rows:
+            bad = ids[(ids < 0) | (ids >= rows)][0]
+            raise UserError(f"tokens hold the id {bad}, but the vocabulary has ids 0 to {rows - 1}")
+        return self._place(ids)
 
-    def _mask(self, mask: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
+    def _check_mask(self, mask: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
+        """Checks a mask and moves it to the mesh."""
         if mask is None:
             return None
         mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
@@ -115,83 +162,103 @@ class LM:
             )
         return self._place(mask.astype(bool))
 
-    def _place(self, x: Any) -> jax.Array:
+    def _place(self, x: jax.Array | np.ndarray) -> jax.Array:
+        """Moves an array [B, ...] to the mesh, sharded if possible."""
         if self.mesh is None or isinstance(x, jax.core.Tracer):
             return jnp.asarray(x)
-        sharding = batch_sharding(self.mesh)
         divides = x.shape[0] % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) == 0
-        return jax.device_put(x, sharding if divides else replicated(self.mesh))
+        return jax.device_put(x, batch_sharding(self.mesh) if divides else replicated(self.mesh))
 
 
 @partial(jax.jit, static_argnames=("model", "block_length"))
 def _logits(
-    model: Backbone, params: Any, tokens: jax.Array, mask: Any, block_length: int | None
+    model: Backbone,
+    params: Params,
+    tokens: jax.Array,
+    mask: jax.Array | None,
+    block_length: int | None,
 ) -> jax.Array:
     return model.apply({"params": params}, tokens, mask, block_length).astype(jnp.float32)
 
 
 @partial(jax.jit, static_argnames="model")
-def _embed(model: Backbone, params: Any, tokens: jax.Array) -> jax.Array:
+def _embed(model: Backbone, params: Params, tokens: jax.Array) -> jax.Array:
     return model.apply({"params": params}, tokens, method="embed")
 
 
 @partial(jax.jit, static_argnames=("model", "block_length"))
 def _logits_from_embeddings(
-    model: Backbone, params: Any, x: jax.Array, mask: Any, block_length: int | None
+    model: Backbone,
+    params: Params,
+    x: jax.Array,
+    mask: jax.Array | None,
+    block_length: int | None,
 ) -> jax.Array:
     hidden = model.apply({"params": params}, x, mask, block_length, method="hidden")
     return model.apply({"params": params}, hidden, method="head").astype(jnp.float32)
 
 
-def _checked(block_length: int | None) -> int | None:
+def _check_block_length(block_length: int | None) -> int | None:
     if block_length is not None and block_length < 1:
         raise UserError(f"block_length must be at least 1, not {block_length}")
     return block_length
 
 
-def find_model(path: str | Path) -> Path:
-    """The directory of a model that `load` is given by this path or name."""
-    return BUNDLED.get(str(path)) or huggingface.find_hf_directory(path)
+def _find_model(path: str | Path) -> Path:
+    """Returns the directory of a bundled, local or hub model."""
+    return BUNDLED.get(str(path)) or find_hf_directory(path)
 
 
-def read_model_config(path: str | Path) -> tuple[Path, Any]:
-    """(directory, configuration) of a model, without its parameters; UserError as `load`'s."""
-    directory = find_model(path)
-    if orbax_checkpoint.is_checkpoint(directory):
-        return directory, orbax_checkpoint.abstract_model(
-            directory, orbax_checkpoint.read_record(directory)
-        )[0]
-    return directory, huggingface.read_hf_config(directory)
+def read_model_config(path: str | Path) -> tuple[Path, ModelConfig]:
+    """Reads the configuration of a model without its parameters.
+
+    Args:
+        path: as in `load`.
+
+    Returns:
+        (directory, configuration).
+
+    Raises:
+        UserError: as `load`.
+    """
+    directory = _find_model(path)
+    if is_checkpoint(directory):
+        return directory, abstract_model(directory, read_record(directory))[0]
+    return directory, read_hf_config(directory)
 
 
-def load(path: str | Path, dtype: Any = "float32", mesh: Mesh | str | None = None) -> LM:
-    """The model in a directory of the Hugging Face format or a converted one, a bundled one by name ("tiny", or
-    "tiny-base", before its alignment), or of the hub.
+def load(path: str | Path, dtype: DTypeLike = "float32", mesh: Mesh | str | None = None) -> LM:
+    """Loads a model.
 
-    dtype: float32 or bfloat16, of the computation and the parameters. mesh: of `sharding.make_mesh`, or its sizes like
-    "1,8,1": each process reads its own shards; None = everything on the default device. Raises UserError for whatever
-    is wrong with the directory, and where there is neither a directory nor a model of the hub that can be had.
+    Args:
+        path: a directory in the Hugging Face format, a directory made by `convert.from_hf`, the
+            name of a bundled model ("tiny", or "tiny-base" before its alignment), or the name of a
+            model on the hub.
+        dtype: float32 or bfloat16, for the computation and the parameters.
+        mesh: a mesh made by `make_mesh`, or its sizes like "1,8,1". Each process reads its own
+            shards. None places everything on the default device.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: if the model is not found, damaged or not supported, or for another dtype.
     """
     try:
         name = np.dtype(dtype).name
     except TypeError:
-        name = dtype
+        name = str(dtype)
     if name not in DTYPES:
         raise UserError(f"dtype is {name!r}, but it must be {' or '.join(DTYPES)}")
     dtype = jnp.dtype(name)
     mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
-    directory = find_model(path)
+    directory = _find_model(path)
     if directory in BUNDLED.values() and not any(directory.glob("*.safetensors")):
         raise UserError(
-            f"{directory}: the bundled model's weights are not there; install the package again, "
-            "or make them with python -m train.pretrain configs/pretrain_tiny.toml"
+            f"{directory}: the weights of the bundled model are missing. Install the package "
+            "again, or make them with python -m train.pretrain configs/pretrain_tiny.toml."
         )
-    read = (
-        orbax_checkpoint.load_params
-        if orbax_checkpoint.is_checkpoint(directory)
-        else huggingface.read_hf_params
-    )
+    read = load_params if is_checkpoint(directory) else read_hf_params
     config, params = read(directory, dtype, mesh)
-    return LM(
-        build(config, dtype, param_dtype=dtype), config, params, load_tokenizer(directory), mesh
-    )
+    model = build(config, dtype, param_dtype=dtype)
+    return LM(model, config, params, load_tokenizer(directory), mesh)

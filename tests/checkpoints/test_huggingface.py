@@ -1,4 +1,4 @@
-"""The Hugging Face format: the tables both ways, lazy reading in shards, and a sentence for every damage."""
+"""Hugging Face format: weight tables in both directions, lazy reading in shards, bad input."""
 
 import dataclasses
 import json
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from convert import from_hf
@@ -25,15 +26,15 @@ from xflow_jax.parallel.mesh import make_mesh
 
 
 @pytest.mark.parametrize("family", weight_map.WEIGHT_TABLES)
-def test_the_tables_know_the_parameters_that_the_shardings_know(family):
+def test_the_tables_list_the_parameters_of_the_shardings(family):
     for variant in weight_map.WEIGHT_TABLES[family].values():
         assert set(variant({"llada": TOY, "llada2": TINY2}[family])) == set(AXES[family])
 
 
-def test_the_plan_names_every_tensor_of_the_golden_checkpoint():
+def test_the_mapping_names_every_tensor_of_the_golden_checkpoint():
     config = huggingface.read_hf_config(GOLDEN)
-    plan = weight_map.map_weights(config, abstract_params(build(config)))
-    assert plan.tensors == {name: shape for name, (_, shape, _) in tensors_of(GOLDEN).items()}
+    mapping = weight_map.map_weights(config, abstract_params(build(config)))
+    assert mapping.tensors == {name: shape for name, (_, shape, _) in tensors_of(GOLDEN).items()}
 
 
 def test_biases_and_a_tied_head_have_their_tensors():
@@ -76,7 +77,7 @@ def _stacked(config):
 
 @pytest.fixture
 def family(monkeypatch):
-    """A made-up family: a fused matrix, and experts in tensors of their own or stacked in one."""
+    """Makes a family with a fused matrix, and experts in separate tensors or stacked in one."""
     monkeypatch.setitem(
         weight_map.WEIGHT_TABLES, "made_up", {"single": _single, "stacked": _stacked}
     )
@@ -95,19 +96,20 @@ def test_fused_and_expert_tensors_split_and_stack(family, tmp_path):
     config, abstract = family
     rng = np.random.default_rng(0)
     for variant in ("single", "stacked"):
-        plan = weight_map.map_weights(config, abstract, variant=variant)
+        mapping = weight_map.map_weights(config, abstract, variant=variant)
         tensors = {
-            name: rng.normal(size=shape).astype(np.float32) for name, shape in plan.tensors.items()
+            name: rng.normal(size=shape).astype(np.float32)
+            for name, shape in mapping.tensors.items()
         }
-        assert plan.tensors["layers.1.qkv.weight"] == (9, 5)
+        assert mapping.tensors["layers.1.qkv.weight"] == (9, 5)
         assert weight_map.map_weights(config, abstract, names=tensors).variant == variant
         folder = tmp_path / variant
         folder.mkdir()
         save_file(tensors, folder / "model.safetensors")
         source = safetensors_reader.SafetensorsSource(folder)
-        source.check(plan)
+        source.check(mapping)
         leaves = {
-            name: safetensors_reader.read_leaf(source, plan.leaves[name], x.shape, x.dtype)
+            name: safetensors_reader.read_hf_leaf(source, mapping.slices[name], x.shape, x.dtype)
             for name, x in abstract.items()
         }
         np.testing.assert_array_equal(leaves["q"][1], tensors["layers.1.qkv.weight"][:6].T)
@@ -118,11 +120,11 @@ def test_fused_and_expert_tensors_split_and_stack(family, tmp_path):
             else tensors["layers.2.up"][3]
         )
         np.testing.assert_array_equal(leaves["up"][1, 3], expert.T)
-        # And back: the groups say which parameters are needed at one time.
-        assert sorted(sorted(group) for group in plan.groups()) == [["b"], ["k", "q"], ["up"]]
-        for name, shape in plan.tensors.items():
+        # Back again: a group holds the parameters that are needed at one time.
+        assert sorted(sorted(group) for group in mapping.groups()) == [["b"], ["k", "q"], ["up"]]
+        for name, shape in mapping.tensors.items():
             again = np.full(shape, np.nan, np.float32)
-            for path, pieces in plan.leaves.items():
+            for path, pieces in mapping.slices.items():
                 for piece in pieces:
                     if piece.tensor == name:
                         safetensors_reader.copy_cast(
@@ -133,10 +135,10 @@ def test_fused_and_expert_tensors_split_and_stack(family, tmp_path):
 
 @eight
 @pytest.mark.parametrize("spec", ["1,8,1", "1,1,4", "2,2,2"])
-def test_shards_are_read_without_the_whole(spec, monkeypatch):
+def test_shards_are_read_without_the_complete_parameter(spec, monkeypatch):
     config = huggingface.read_hf_config(GOLDEN)
     abstract = abstract_params(build(config))
-    source, plan = (
+    source, mapping = (
         safetensors_reader.SafetensorsSource(GOLDEN),
         weight_map.map_weights(config, abstract),
     )
@@ -147,20 +149,22 @@ def test_shards_are_read_without_the_whole(spec, monkeypatch):
         "read",
         lambda self, name: reads.append(name) or plain(self, name),
     )
-    where = dict(huggingface.flatten(shardings(abstract, make_mesh(spec), "llada")))
-    for path, x in huggingface.flatten(abstract):
-        leaf = safetensors_reader.read_leaf(
-            source, plan.leaves[path], x.shape, jnp.bfloat16, where[path]
+    where = flatten_dict(shardings(abstract, make_mesh(spec), "llada"), sep="/")
+    for path, x in flatten_dict(abstract, sep="/").items():
+        leaf = safetensors_reader.read_hf_leaf(
+            source, mapping.slices[path], x.shape, jnp.bfloat16, where[path]
         )
         assert leaf.sharding == where[path]
-        whole = safetensors_reader.read_leaf(source, plan.leaves[path], x.shape, jnp.bfloat16)
-        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(whole))
-    assert sorted(reads) == sorted([*plan.tensors] * 2), (
-        "each tensor once for the shards, once for the whole"
+        complete = safetensors_reader.read_hf_leaf(
+            source, mapping.slices[path], x.shape, jnp.bfloat16
+        )
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(complete))
+    assert sorted(reads) == sorted([*mapping.tensors] * 2), (
+        "each tensor once for the shards, once for the complete parameter"
     )
 
 
-# What is wrong, each with its sentence, and nothing written
+# Bad input: one message each, and nothing written
 
 
 def remove(name):
@@ -189,16 +193,16 @@ def tensors(edit):
 
 def config(drop=(), **keys):
     def change(folder):
-        told = json.loads((folder / "config.json").read_text()) | keys
+        changed = json.loads((folder / "config.json").read_text()) | keys
         (folder / "config.json").write_text(
-            json.dumps({key: x for key, x in told.items() if key not in drop})
+            json.dumps({key: x for key, x in changed.items() if key not in drop})
         )
 
     return change
 
 
 def double(folder):
-    """A second file that tells a tensor of the first again."""
+    """Adds a tensor of the first file to the second one."""
     first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     name = PREFIX + "blocks.0.ff_norm.weight"
     save_file(load_file(folder / second) | {name: load_file(folder / first)[name]}, folder / second)
@@ -217,7 +221,7 @@ BAD = {
     ),
     "unknown model_type": (
         config(model_type="bert"),
-        '{dir}/config.json: model_type is "bert", which is not implemented; it must be "llada"',
+        '{dir}/config.json: model_type is "bert", which is not implemented. It must be "llada"',
     ),
     "no mask id": (
         config(drop=["mask_token_id"]),
@@ -236,45 +240,49 @@ BAD = {
             (folder / "pytorch_model.bin").touch(),
             *(file.unlink() for file in folder.glob("model*")),
         ],
-        "{dir}: there is neither model.safetensors nor model.safetensors.index.json; "
-        "pytorch_model.bin must be saved as safetensors first",
+        "{dir}: there is neither model.safetensors nor model.safetensors.index.json. "
+        "pytorch_model.bin must be saved as safetensors first.",
     ),
     "index not JSON": (
         write("model.safetensors.index.json", b"[]"),
-        "{dir}/model.safetensors.index.json: not a JSON object with a weight_map of tensors to files",
+        "{dir}/model.safetensors.index.json: not a JSON object with a weight_map of tensors "
+        "to files",
     ),
     "index outside": (
         write("model.safetensors.index.json", b'{"weight_map": {"x": "../x.safetensors"}}'),
-        "{dir}/model.safetensors.index.json: '../x.safetensors' is not the name of a file beside it",
+        "{dir}/model.safetensors.index.json: '../x.safetensors' is not the name of a file "
+        "beside it",
     ),
     "truncated": (
         cut(TWO, 100_000),
-        "{dir}/" + TWO + ": truncated: it has 100000 bytes of 241168; fetch it again",
+        "{dir}/" + TWO + ": truncated: it has 100000 bytes of 241168. Fetch it again.",
     ),
     "truncated in the header": (
         cut(TWO, 50),
-        "{dir}/" + TWO + ": truncated inside its header: 50 bytes; fetch it again",
+        "{dir}/" + TWO + ": truncated inside its header: 50 bytes. Fetch it again.",
     ),
-    "empty": (cut(TWO, 0), "{dir}/" + TWO + ": not a safetensors file, or damaged; fetch it again"),
+    "empty": (
+        cut(TWO, 0),
+        "{dir}/" + TWO + ": not a safetensors file, or damaged. Fetch it again.",
+    ),
     "noise": (
         write(TWO, b"noise" * 99),
-        "{dir}/" + TWO + ": not a safetensors file, or damaged; fetch it again",
+        "{dir}/" + TWO + ": not a safetensors file, or damaged. Fetch it again.",
     ),
     "bad header": (
         write(TWO, (9).to_bytes(8, "little") + b'{"a": {} }'),
-        "{dir}/" + TWO + ": not a safetensors file, or damaged; fetch it again",
+        "{dir}/" + TWO + ": not a safetensors file, or damaged. Fetch it again.",
     ),
     "pointer": (
         write(TWO, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
         "{dir}/"
         + TWO
-        + ": a Git LFS pointer, not the weights themselves; fetch them with git lfs pull",
+        + ": a Git LFS pointer, not the weights themselves. Fetch them with git lfs pull.",
     ),
-    "told twice": (
+    "a tensor twice": (
         double,
-        "{dir}/"
-        + TWO
-        + f": the tensor {PREFIX}blocks.0.ff_norm.weight is already in model-00001-of-00002.safetensors",
+        "{dir}/" + TWO + f": the tensor {PREFIX}blocks.0.ff_norm.weight is already in "
+        "model-00001-of-00002.safetensors",
     ),
     "tensor missing": (
         tensors(lambda t: t.pop(Q2)),
@@ -287,7 +295,8 @@ BAD = {
     ),
     "tensor extra": (
         tensors(lambda t: t.update({PREFIX + "wpe.weight": t[Q2]})),
-        f"{{dir}}/model.safetensors: the tensor {PREFIX}wpe.weight is no part of a llada model of this config.json",
+        f"{{dir}}/model.safetensors: the tensor {PREFIX}wpe.weight is no part of "
+        "a llada model of this config.json",
     ),
     "tensor of a wrong shape": (
         tensors(lambda t: t.update({Q2: t[Q2][:63].copy()})),
@@ -296,7 +305,8 @@ BAD = {
     ),
     "tensor of a wrong dtype": (
         tensors(lambda t: t.update({Q2: np.zeros((64, 64), np.int8)})),
-        f"{{dir}}/model.safetensors: the tensor {Q2} has the dtype I8, but it must be one of F32, F16, BF16",
+        f"{{dir}}/model.safetensors: the tensor {Q2} has the dtype I8, "
+        "but it must be one of F32, F16, BF16",
     ),
 }
 
@@ -316,12 +326,13 @@ def test_bad_input(tmp_path, case):
 def test_no_such_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
+    unreachable = "there is no such directory here, and the hub cannot be reached"
     cases = {
         str(tmp_path / "nowhere"): "nowhere: there is no such directory",
         "./nowhere": "nowhere: there is no such directory",
-        "file": "file: a file; name the directory that holds config.json",
-        "nobody/nothing": "nobody/nothing: there is no such directory here, and the hub cannot be reached",
-        "nothing": "nothing: there is no such directory here, and the hub cannot be reached",
+        "file": "file: this is a file. Name the directory that holds config.json.",
+        "nobody/nothing": f"nobody/nothing: {unreachable}",
+        "nothing": f"nothing: {unreachable}",
     }
     for path, sentence in cases.items():
         for read in (load, lambda path: from_hf.convert(path, "orbax")):
@@ -331,7 +342,7 @@ def test_no_such_place(tmp_path, monkeypatch):
 
 
 def test_a_name_of_the_hub(monkeypatch, tmp_path):
-    """What the hub's library returns is a directory like any other; what it raises is one sentence."""
+    """The directory that the hub's library returns is read, and its errors become messages."""
     from huggingface_hub import errors
 
     asked = []
@@ -349,7 +360,7 @@ def test_a_name_of_the_hub(monkeypatch, tmp_path):
         ): "the hub has no public model of this name",
         errors.GatedRepoError(
             "403", response=response
-        ): "the hub wants you to log in and accept its terms",
+        ): "the hub requires a login and acceptance of its terms",
         errors.LocalEntryNotFoundError("offline"): "the hub cannot be reached",
         TimeoutError("late"): "the hub's answer was TimeoutError",
     }.items():

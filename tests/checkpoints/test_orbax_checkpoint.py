@@ -1,4 +1,4 @@
-"""Converted checkpoints: the same parameters on any mesh and in any dtype, whole or refused."""
+"""Converted checkpoints: equal parameters on any mesh and in any dtype, complete or refused."""
 
 import dataclasses
 import errno
@@ -88,7 +88,7 @@ def test_what_is_not_the_configurations_is_not_saved(tmp_path, params):
 def test_nothing_is_written_over(saved, params):
     before = {file: file.stat().st_mtime_ns for file in saved.rglob("*")}
     with pytest.raises(
-        UserError, match=f"^{saved}: the destination exists; choose another one, or delete it$"
+        UserError, match=f"^{saved}: the destination exists. Choose another one, or delete it.$"
     ):
         save_params(saved, params, TOY)
     assert {file: file.stat().st_mtime_ns for file in saved.rglob("*")} == before
@@ -117,7 +117,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, params, monkeypatch, error):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_save_left_is_begun_anew(saved, params):
+def test_the_partial_checkpoint_of_a_killed_save_is_replaced(saved, params):
     half = saved.with_name("again.partial")
     shutil.copytree(saved, half)
     (half / orbax_checkpoint.FILES).unlink()
@@ -127,7 +127,7 @@ def test_what_a_killed_save_left_is_begun_anew(saved, params):
     assert not half.exists()
 
 
-def test_a_folder_of_somebody_elses_is_not_deleted(tmp_path, params):
+def test_another_directory_of_the_partial_name_is_not_deleted(tmp_path, params):
     (tmp_path / "saved.partial").mkdir()
     (tmp_path / "saved.partial" / "diary").touch()
     with pytest.raises(
@@ -149,37 +149,37 @@ def test_a_damaged_checkpoint_is_refused(saved):
     content = file.read_bytes()
     file.write_bytes(content[:100])
     sentence = (
-        f"{file}: the file has 100 bytes, not {len(content)}; copy or convert the checkpoint again"
+        f"{file}: the file has 100 bytes, not {len(content)}. Copy or convert the checkpoint again."
     )
     with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
         load(saved)
     file.unlink()
     with pytest.raises(
-        UserError, match=f"^{file}: the file is missing; copy or convert the checkpoint again$"
+        UserError, match=f"^{file}: the file is missing. Copy or convert the checkpoint again.$"
     ):
         load(saved)
     file.write_bytes(bytes(len(content)))
     with pytest.raises(
-        UserError, match=f"^{item}: cannot be read .*; convert the checkpoint again$"
+        UserError, match=f"^{item}: cannot be read .*. Convert the checkpoint again.$"
     ):
         load(saved)
 
 
-def test_half_a_checkpoint_is_refused(saved):
+def test_an_incomplete_checkpoint_is_refused(saved):
     (saved / orbax_checkpoint.FILES).unlink()
     with pytest.raises(
         UserError,
-        match=f"^{saved}: a half-made checkpoint; run the program that makes it to its end$",
+        match=f"^{saved}: an incomplete checkpoint. Run the program that makes it to its end.$",
     ):
         load(saved)
 
 
 def changed(folder, **keys):
-    """The checkpoint with another record, of the same length as far as files.json can see."""
+    """Changes the record of a checkpoint, and its size in files.json."""
     file = folder / "_CHECKPOINT_METADATA"
-    told = json.loads(file.read_text())
-    told["custom_metadata"] |= keys
-    file.write_text(json.dumps(told))
+    metadata = json.loads(file.read_text())
+    metadata["custom_metadata"] |= keys
+    file.write_text(json.dumps(metadata))
     sizes = json.loads((folder / orbax_checkpoint.FILES).read_text())
     sizes["_CHECKPOINT_METADATA"] = file.stat().st_size
     (folder / orbax_checkpoint.FILES).write_text(json.dumps(sizes))
@@ -189,7 +189,7 @@ def test_a_record_that_is_not_ours_is_refused(saved):
     changed(saved, config=TOY.to_hf() | {"n_layers": 3})
     with pytest.raises(
         UserError,
-        match=f"^{saved}: not the parameters of this configuration: .*; convert the checkp",
+        match=f"^{saved}: not the parameters of this configuration: .*. Convert the checkp",
     ):
         load(saved)
     changed(saved, config=TOY.to_hf() | {"model_type": "bert"})
@@ -199,7 +199,8 @@ def test_a_record_that_is_not_ours_is_refused(saved):
         load(saved)
     changed(saved, format="something else")
     with pytest.raises(
-        UserError, match=f"^{saved}: not a converted checkpoint of this version; make one with conv"
+        UserError,
+        match=f"^{saved}: not a converted checkpoint of this version. Make one with python -m conv",
     ):
         load(saved)
 
@@ -211,7 +212,7 @@ import jax
 rank, port, source, target = sys.argv[1:]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
 import numpy as np
-from xflow_jax.checkpoint import save_params
+from xflow_jax.checkpoints import save_params
 from xflow_jax.lm import load
 
 lm = load(source, mesh="1,2,2")
@@ -258,13 +259,13 @@ def test_two_processes_read_and_write_their_own_shards(tmp_path, saved, params):
 
 def test_a_leaf_has_to_be_the_recorded_one(tmp_path, params):
     leaves = {"ln_f/scale": jnp.ones(32)}
-    draft = orbax_checkpoint.PartialCheckpoint(
+    partial = orbax_checkpoint.PartialCheckpoint(
         tmp_path / "saved", orbax_checkpoint.make_record(TOY, None, leaves)
     )
     with pytest.raises(ValueError, match="ln_f/scale is .*, but the record says"):
-        draft.write("ln_f/scale", jnp.ones(32, jnp.bfloat16))
+        partial.write("ln_f/scale", jnp.ones(32, jnp.bfloat16))
     with pytest.raises(ValueError, match="ln_f/scale was never written"):
-        draft.finish()
+        partial.finish()
     assert not (tmp_path / "saved").exists()
 
 

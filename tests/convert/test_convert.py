@@ -1,4 +1,4 @@
-"""Conversion there and back: every bit, little memory, whole or not at all."""
+"""Conversion in both directions: every bit, little memory, complete or not at all."""
 
 import dataclasses
 import errno
@@ -26,7 +26,7 @@ from xflow_jax.errors import UserError
 from xflow_jax.lm import load
 from xflow_jax.models.factory import abstract_params, build
 
-# There and back
+# Both directions
 
 
 @pytest.mark.parametrize("mesh", [None, pytest.param("1,8,1", marks=eight)])
@@ -148,21 +148,21 @@ def test_sizes_that_are_none(text):
         parse_size(text)
 
 
-# Stopped and gone on
+# Stopped and continued
 
 
 class Stop(BaseException):
-    """What a kill does to a program."""
+    """Stands for a kill of the program."""
 
 
 def stop_at(monkeypatch, count, error=Stop):
-    """The written parameters' paths; the one after `count` of them raises."""
+    """Makes the write after `count` ones raise. Returns the list of the written paths."""
     written = []
     plain = orbax_checkpoint.PartialCheckpoint.write
 
     def write(self, path, leaf):
         if len(written) == count:
-            # As Orbax leaves it when it is killed half-way.
+            # Orbax leaves such a directory when it is killed.
             (self.partial / "blocks.half.orbax-checkpoint-tmp").mkdir()
             raise error
         plain(self, path, leaf)
@@ -179,7 +179,7 @@ def test_a_stopped_conversion_goes_on(tmp_path, monkeypatch):
             from_hf.convert(GOLDEN, tmp_path / "orbax")
     assert [file.name for file in tmp_path.iterdir()] == ["orbax.partial"]
     with pytest.raises(
-        UserError, match="orbax: not there yet; orbax.partial beside it is half-made"
+        UserError, match="orbax: it is not complete yet. See orbax.partial beside it."
     ):
         load(tmp_path / "orbax")
     for half in (
@@ -187,7 +187,7 @@ def test_a_stopped_conversion_goes_on(tmp_path, monkeypatch):
         shutil.copytree(tmp_path / "orbax.partial", tmp_path / "renamed"),
     ):
         with pytest.raises(
-            UserError, match="a half-made checkpoint; run the program that makes it to its end"
+            UserError, match="an incomplete checkpoint. Run the program that makes it to its end."
         ):
             load(half)
     shutil.rmtree(tmp_path / "renamed")
@@ -209,8 +209,8 @@ def test_only_the_same_conversion_goes_on(tmp_path, monkeypatch):
             from_hf.convert(GOLDEN, tmp_path / "orbax")
     other = edited(tmp_path / "llada_tiny", lambda tensors: tensors[Q2].__imul__(2))
     sentence = (
-        f"{tmp_path}/orbax.partial: half-made from another source or with other options; delete it, "
-        f"or choose another destination than {tmp_path}/orbax"
+        f"{tmp_path}/orbax.partial: begun from another source or with other options. Delete it, "
+        f"or choose another destination than {tmp_path}/orbax."
     )
     for source, dtype in ((other, "keep"), (GOLDEN, "float32")):
         with pytest.raises(UserError, match=re.escape(sentence)):
@@ -223,7 +223,8 @@ def test_only_the_same_conversion_goes_on(tmp_path, monkeypatch):
     [
         OSError(errno.ENOSPC, "No space left on device"),
         ValueError(
-            "RESOURCE_EXHAUSTED: Failed to write 536 bytes to file 14: No space left [os_error_code='28']"
+            "RESOURCE_EXHAUSTED: Failed to write 536 bytes to file 14: No space left "
+            "[os_error_code='28']"
         ),
     ],
 )
@@ -240,8 +241,10 @@ def test_a_full_disk(tmp_path, monkeypatch, error):
     plain = orbax_checkpoint.ocp.Checkpointer.save
     with monkeypatch.context() as patch:
         patch.setattr(orbax_checkpoint.ocp.Checkpointer, "save", Full.save)
-        kept = "; what is done so far is kept, and the same command goes on from there"
-        with pytest.raises(UserError, match=f"^{tmp_path}/orbax: the disk is full{kept}$"):
+        note = (
+            ". The parameters written so far are kept, and the same command continues from there."
+        )
+        with pytest.raises(UserError, match=f"^{tmp_path}/orbax: the disk is full{note}$"):
             from_hf.convert(GOLDEN, tmp_path / "orbax")
     assert not (tmp_path / "orbax").exists()
     from_hf.convert(GOLDEN, tmp_path / "orbax")
@@ -259,7 +262,7 @@ def test_a_full_disk(tmp_path, monkeypatch, error):
 
 
 def program(monkeypatch, module, *arguments):
-    """Runs python -m `module` in this process; its exit status."""
+    """Runs `python -m module` in this process. Returns the exit status."""
     monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
     monkeypatch.delitem(sys.modules, module, raising=False)
     try:
@@ -283,20 +286,20 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
             "convert.from_hf",
             GOLDEN,
             orbax,
-        ): f"{orbax}: the destination exists; choose another one, or delete it",
+        ): f"{orbax}: the destination exists. Choose another one, or delete it.",
         ("convert.from_hf", orbax, tmp_path / "x"): (
-            f"{orbax}: already converted; load it, or go back with python -m convert.to_hf"
+            f"{orbax}: already converted. Load it, or convert it back with python -m convert.to_hf."
         ),
         (
             "convert.to_hf",
             orbax,
             back,
-        ): f"{back}: the destination exists; choose another one, or delete it",
+        ): f"{back}: the destination exists. Choose another one, or delete it.",
         ("convert.to_hf", GOLDEN, tmp_path / "x"): (
-            f"{GOLDEN}: not a converted checkpoint; make one with python -m convert.from_hf"
+            f"{GOLDEN}: not a converted checkpoint. Make one with python -m convert.from_hf."
         ),
         ("convert.to_hf", tmp_path / "no", tmp_path / "x"): (
-            f"{tmp_path}/no: there is no such directory; make one with python -m convert.from_hf"
+            f"{tmp_path}/no: there is no such directory. Make one with python -m convert.from_hf."
         ),
         ("convert.to_hf", orbax, tmp_path / "x", "--max-shard-size", "much"): (
             "size 'much' must be a positive number of bytes, like 5GB, 500MB or 4GiB"
@@ -317,18 +320,21 @@ def test_an_interrupted_command_says_so(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
 
 
-# Beside the original
+# Comparison with the original
 
 
 def test_verify_needs_torch_trust_and_code(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert program(monkeypatch, "convert.verify", GOLDEN) == 2
-    sentence = "convert.verify runs the original PyTorch code, but torch is not installed: pip install -e '.[convert]'"
+    sentence = (
+        "convert.verify runs the original PyTorch code, but torch is not installed: "
+        "pip install -e '.[convert]'"
+    )
     assert capsys.readouterr() == ("", f"error: {sentence}\n")
     monkeypatch.setitem(sys.modules, "torch", object())
     assert program(monkeypatch, "convert.verify", GOLDEN) == 2
     sentence = (
-        "its modelling code would be run; read it, and pass --trust-remote-code if you trust it"
+        "its modelling code would be run. Read it, and pass --trust-remote-code if you trust it."
     )
     assert capsys.readouterr() == ("", f"error: {GOLDEN}: {sentence}\n")
     plain = edited(tmp_path / "plain", drop=["auto_map"])
@@ -337,8 +343,8 @@ def test_verify_needs_torch_trust_and_code(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr() == ("", f"error: {plain}/config.json: {sentence}\n")
 
 
-def test_verify_tells_the_same_from_the_different():
-    """With our own model in the place of the original: torch is no part of the tests."""
+def test_verify_distinguishes_equal_from_different_models():
+    """Uses our own model as the original, because the tests have no torch."""
     lm = load(GOLDEN)
     same = verify.verify(GOLDEN, lambda cases: [np.asarray(lm.logits(ids)) for ids in cases])
     assert [d.agreement for d in same] == [1, 1] and max(d.largest for d in same) == 0
@@ -357,7 +363,7 @@ def test_verify_tells_the_same_from_the_different():
         )
 
 
-# How much memory
+# Memory
 
 MEASURE = """
 import sys
@@ -366,18 +372,19 @@ import jax
 jax.devices()
 from convert import from_hf, to_hf
 
-def told(key):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+def memory(key):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
-before = told("VmRSS")
+before = memory("VmRSS")
 program, *arguments = sys.argv[1:]
 {"from_hf": from_hf, "to_hf": to_hf}[program].convert(*arguments)
-print(told("VmHWM") - before)
+print(memory("VmHWM") - before)
 """
 
 
 def peak(*arguments):
-    """Bytes that a conversion needs beyond what is in memory before it."""
+    """Returns the bytes that a conversion adds to the memory in use before it."""
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, *map(str, arguments)],
         cwd=Path(__file__).parents[2],
@@ -391,7 +398,7 @@ def peak(*arguments):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_memory_of_a_gigabyte(tmp_path):
-    """At most three times the largest parameter from the Hugging Face format, and hardly more on the way back."""
+    """Needs at most three times the largest parameter, and 3.5 times on the way back."""
     config = dataclasses.replace(
         TOY, d_model=1024, n_layers=22, mlp_hidden_size=4096, vocab_size=65536
     )

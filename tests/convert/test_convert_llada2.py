@@ -1,4 +1,4 @@
-"""LLaDA2.0 in the Hugging Face format: experts one by one or stacked, every bit there and back, and what is refused."""
+"""LLaDA2.0 in the Hugging Face format: separate or stacked experts, round trips, bad input."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ BIAS = "model.layers.3.mlp.gate.expert_bias"
 
 
 def stack(tensors):
-    """Each layer's experts as one tensor, as some checkpoints have them."""
+    """Merges the experts of each layer into one tensor, as in some checkpoints."""
     for layer in range(1, 4):
         for name in ("gate", "up", "down"):
             where = f"model.layers.{layer}.mlp.experts"
@@ -35,13 +35,13 @@ def stack(tensors):
             tensors[f"{where}.{name}_proj"] = np.stack(parts)
 
 
-def test_the_plan_names_every_tensor():
+def test_the_mapping_names_every_tensor():
     config = huggingface.read_hf_config(GOLDEN2)
-    plan = weight_map.map_weights(config, abstract_params(build(config)))
-    assert plan.tensors == {name: shape for name, (_, shape, _) in tensors_of(GOLDEN2).items()}
-    # Where its parts are in a tensor, by hand.
-    assert [piece.rows for piece in plan.leaves["dense/k_proj/kernel"]] == [(128, 192)]
-    assert plan.leaves["blocks/experts/up"][16 + 5] == weight_map.TensorSlice(
+    mapping = weight_map.map_weights(config, abstract_params(build(config)))
+    assert mapping.tensors == {name: shape for name, (_, shape, _) in tensors_of(GOLDEN2).items()}
+    # The parts of a parameter, by hand.
+    assert [piece.rows for piece in mapping.slices["dense/k_proj/kernel"]] == [(128, 192)]
+    assert mapping.slices["blocks/experts/up"][16 + 5] == weight_map.TensorSlice(
         EXPERT, (1, 5), (0, 32), True
     )
 
@@ -53,10 +53,10 @@ def test_round_trip_bit_for_bit(tmp_path, change):
     to_hf.convert(tmp_path / "orbax", tmp_path / "hf")
     assert tensors_of(tmp_path / "hf") == tensors_of(source)
     assert (tensors_of(source) == tensors_of(GOLDEN2)) == (change is None)
-    told = [
+    configs = [
         json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "hf", GOLDEN2)
     ]
-    assert list(told[0].items()) == list(told[1].items())
+    assert list(configs[0].items()) == list(configs[1].items())
     ours, golden = load(source), load(tmp_path / "orbax")
     jax.tree.map(np.testing.assert_array_equal, ours.params, golden.params)
 
@@ -85,20 +85,20 @@ def test_logits_of_all_kinds():
 
 @eight
 @pytest.mark.slow
-def test_shards_are_the_whole(tmp_path):
+def test_sharded_parameters_are_the_same(tmp_path):
     from_hf.convert(GOLDEN2, tmp_path / "orbax", mesh="1,2,2")
-    whole = load(GOLDEN2).params
+    complete = load(GOLDEN2).params
     for source in (GOLDEN2, tmp_path / "orbax"):
         sharded = load(source, mesh="1,2,2").params
         assert sharded["blocks"]["experts"]["up"].sharding.spec == jax.P(
             None, "tensor", "fsdp", None
         )
-        jax.tree.map(np.testing.assert_array_equal, sharded, whole)
+        jax.tree.map(np.testing.assert_array_equal, sharded, complete)
 
 
 @pytest.mark.slow
 def test_the_bias_of_the_router_stays_float32(tmp_path):
-    """Whatever is asked for, and whatever dtype the checkpoint has it in; there it stays what it was."""
+    """Holds for every requested dtype. A checkpoint's own dtype is restored on export."""
     thirds = {}
 
     def change(tensors):
@@ -166,14 +166,14 @@ def test_fresh_parameters_are_written_as_their_code_reads_them(tmp_path):
 
 
 def test_the_preset_is_its_tensors():
-    """The parameters of LLaDA2.0-mini are 16 billion, however they are counted; nothing of it is in memory."""
+    """Both variants have the 16 billion parameters of LLaDA2.0-mini. None is in memory."""
     config = PRESETS["llada2-mini"]
     abstract = abstract_params(build(config))
     count = sum(x.size for x in jax.tree.leaves(abstract))
     for variant, tensors in (("experts", 14813), ("stacked", 278)):
-        plan = weight_map.map_weights(config, abstract, variant=variant)
-        assert sum(int(np.prod(shape)) for shape in plan.tensors.values()) == count
-        assert len(plan.tensors) == tensors
+        mapping = weight_map.map_weights(config, abstract, variant=variant)
+        assert sum(int(np.prod(shape)) for shape in mapping.tensors.values()) == count
+        assert len(mapping.tensors) == tensors
     assert count == 16_255_643_392
 
 
@@ -215,17 +215,20 @@ BAD = {
     "other heads": (
         None,
         {"num_attention_heads": 2, "num_key_value_heads": 1},
-        f"{{dir}}/model.safetensors: the tensor {QKV} has the shape [256, 64], but {{kind}} has [128, 64] there",
+        f"{{dir}}/model.safetensors: the tensor {QKV} has the shape [256, 64], "
+        "but {kind} has [128, 64] there",
     ),
     "unknown score function": (
         None,
         {"score_function": "softmax"},
-        '{dir}/config.json: score_function is "softmax", which is not implemented; it must be "sigmoid"',
+        '{dir}/config.json: score_function is "softmax", which is not implemented. '
+        'It must be "sigmoid"',
     ),
     "unknown rope scaling": (
         None,
         {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-        '{dir}/config.json: rope_scaling is {{"type": "yarn", "factor": 4.0}}, which is not implemented',
+        '{dir}/config.json: rope_scaling is {{"type": "yarn", "factor": 4.0}}, '
+        "which is not implemented",
     ),
 }
 

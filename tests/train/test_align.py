@@ -406,11 +406,12 @@ def test_two_processes_train_as_one(base, straight, tmp_path):
     ]
     assert [process.wait() for process in both] == [0, 0]
     assert_close(straight, out)
-    from xflow_jax.checkpoints.huggingface import flatten
+    from flax.traverse_util import flatten_dict
+
     from xflow_jax.lm import load
 
     wanted, ours = (
-        dict(flatten(load(folder).params)) for folder in (straight / "hf", out / "model")
+        flatten_dict(load(folder).params, sep="/") for folder in (straight / "hf", out / "model")
     )
     for name, value in wanted.items():
         np.testing.assert_allclose(ours[name], value, atol=1e-5, err_msg=name)

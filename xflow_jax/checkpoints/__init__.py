@@ -1,38 +1,47 @@
 """Checkpoints: Hugging Face safetensors and sharded Orbax directories, in both directions."""
 
-from xflow_jax.checkpoints import huggingface, orbax_checkpoint, safetensors_reader
 from xflow_jax.checkpoints.atomic_write import refuse_existing, release_memory, write_atomic
 from xflow_jax.checkpoints.hf_export import MAX_SHARD, parse_size, write_hf, write_tensors
-from xflow_jax.checkpoints.huggingface import download_from_hub, flatten
+from xflow_jax.checkpoints.huggingface import (
+    download_from_hub,
+    find_hf_directory,
+    read_hf_config,
+    read_hf_params,
+)
 from xflow_jax.checkpoints.orbax_checkpoint import (
     PartialCheckpoint,
     abstract_model,
     is_checkpoint,
+    load_params,
     make_record,
     read_leaf,
     read_record,
     save_params,
 )
+from xflow_jax.checkpoints.safetensors_reader import CONFIG_FILE, SafetensorsSource, read_hf_leaf
 from xflow_jax.checkpoints.weight_map import WeightMapping, map_weights
 
 __all__ = [
+    "CONFIG_FILE",
     "MAX_SHARD",
     "PartialCheckpoint",
+    "SafetensorsSource",
     "WeightMapping",
     "abstract_model",
     "download_from_hub",
-    "flatten",
-    "huggingface",
+    "find_hf_directory",
     "is_checkpoint",
+    "load_params",
     "make_record",
     "map_weights",
-    "orbax_checkpoint",
     "parse_size",
+    "read_hf_config",
+    "read_hf_leaf",
+    "read_hf_params",
     "read_leaf",
     "read_record",
     "refuse_existing",
     "release_memory",
-    "safetensors_reader",
     "save_params",
     "write_atomic",
     "write_hf",

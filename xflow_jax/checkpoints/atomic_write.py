@@ -1,4 +1,7 @@
-"""Where results are written: beside their destination first, with the disk's refusals told in one sentence."""
+"""Atomic writes: results are built beside their destination and renamed when complete.
+
+Errors of the disk become UserErrors.
+"""
 
 from __future__ import annotations
 
@@ -14,54 +17,68 @@ from pathlib import Path
 
 from xflow_jax.errors import UserError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-_WORTH_IT = 2**24
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_LARGE_ARRAY = 2**24  # bytes
 
 
 def refuse_existing(path: Path) -> None:
-    """UserError where the destination exists."""
+    """Raises UserError if the destination exists."""
     if path.exists() or path.is_symlink():
-        raise UserError(f"{path}: the destination exists; choose another one, or delete it")
+        raise UserError(f"{path}: the destination exists. Choose another one, or delete it.")
 
 
 def partial_path(path: Path) -> Path:
-    """Where a destination is made, to be renamed when it is whole."""
+    """Returns the place where a destination is built before it is renamed."""
     return path.with_name(path.name + ".partial")
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path, kept: str = "") -> Iterator[None]:
-    """Turns what the disk refuses while `path` is written into a UserError; `kept` says what is left of the work."""
+def disk_errors(path: Path, note: str = "") -> Iterator[None]:
+    """Converts errors of the disk into a UserError.
+
+    Args:
+        path: the destination, for the message.
+        note: a text to add to the message, about the state of the work.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        # tensorstore raises ValueErrors that carry the system's error in their text
-        inside = re.search(r"os_error_code='(\d+)'", str(error))
-        number = int(inside[1]) if inside else getattr(error, "errno", None)
+        # tensorstore raises ValueErrors that carry the system's error in their text.
+        match = re.search(r"os_error_code='(\d+)'", str(error))
+        number = int(match[1]) if match else getattr(error, "errno", None)
         if number is None:
             raise
-        what = (
-            "the disk is full" if number in _FULL else f"cannot be written: {os.strerror(number)}"
-        )
-        raise UserError(f"{path}: {what}{kept}") from error
+        if number in _DISK_FULL:
+            reason = "the disk is full"
+        else:
+            reason = f"cannot be written: {os.strerror(number)}"
+        raise UserError(f"{path}: {reason}{note}") from error
 
 
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill, which gets the name `path` at the end, or vanishes if anything goes wrong before.
+    """Builds a directory that gets its name when it is complete.
 
-    Raises UserError where the destination exists, and for what the disk refuses.
+    It is deleted if an error occurs.
+
+    Args:
+        path: the destination.
+
+    Yields:
+        The directory to fill.
+
+    Raises:
+        UserError: if the destination exists, or for errors of the disk.
     """
     refuse_existing(path)
     partial = partial_path(path)
     with disk_errors(path):
         if partial.exists():
             raise UserError(
-                f"{partial}: left behind by a program that was stopped, or in use; delete it first"
+                f"{partial}: it was left by a program that stopped, or it is in use. "
+                "Delete it first."
             )
         partial.mkdir(parents=True)
         try:
@@ -73,7 +90,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def copy_files(source: Path, target: Path, patterns: Sequence[str]) -> None:
-    """Copies the files in `source` that match a pattern."""
+    """Copies the files that match one of the patterns."""
     for pattern in patterns:
         for file in sorted(source.glob(pattern)):
             if file.is_file():
@@ -81,19 +98,32 @@ def copy_files(source: Path, target: Path, patterns: Sequence[str]) -> None:
 
 
 def release_memory(size: int) -> None:
-    """Gives back at once what Orbax and tensorstore are done with, if an array of `size` bytes was worth the trouble.
+    """Returns memory that Orbax and tensorstore no longer need to the system.
 
-    What they had hangs in cycles, and glibc keeps what is freed.
+    Their objects stay in reference cycles, and glibc keeps memory that was freed.
+
+    Args:
+        size: bytes of the array that was processed. Nothing happens for small ones.
     """
-    if size < _WORTH_IT:
+    if size < _LARGE_ARRAY:
         return
     gc.collect()
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc, no need
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # there is no glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Writes a text file in one move, so that it is never there by half; UserError where that cannot be done."""
+    """Writes a text file in one step.
+
+    No incomplete file is ever visible under its name.
+
+    Args:
+        path: the file.
+        text: its content.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_text(text)

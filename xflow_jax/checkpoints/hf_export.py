@@ -1,4 +1,4 @@
-"""Parameters out into the Hugging Face format, one parameter in memory at a time."""
+"""Export to the Hugging Face format, one parameter at a time."""
 
 from __future__ import annotations
 
@@ -7,112 +7,137 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from xflow_jax.checkpoints.atomic_write import atomic_directory, copy_files
-from xflow_jax.checkpoints.huggingface import COMPANIONS, flatten
-from xflow_jax.checkpoints.safetensors_reader import CONFIG, DTYPES, INDEX, SINGLE, copy_cast
+from xflow_jax.checkpoints.huggingface import COMPANIONS
+from xflow_jax.checkpoints.safetensors_reader import CONFIG_FILE, DTYPES, INDEX, SINGLE, copy_cast
 from xflow_jax.checkpoints.weight_map import TensorSlice, WeightMapping, map_weights
 from xflow_jax.errors import UserError
 from xflow_jax.models import abstract_params, build
+from xflow_jax.types import ModelConfig, Params
 
-MAX_SHARD = 5_000_000_000
-
-
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
-
-
+MAX_SHARD = 5_000_000_000  # bytes of a file
+_DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def write_hf(
     path: str | Path,
-    params: Any,
-    config: Any,
+    params: Params,
+    config: ModelConfig,
     tokenizer_dir: str | Path | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     max_shard_size: int = MAX_SHARD,
 ) -> None:
-    """Writes parameters (arrays, of this process) as a Hugging Face directory, atomically.
+    """Writes parameters as a Hugging Face directory, atomically.
 
-    dtype: of the tensors (None: the parameters' own), but for those that are float32 always. tokenizer_dir: where the
-    tokenizer's files are. max_shard_size: bytes; more become several files and an index. Raises UserError where `path`
-    exists or the disk is full, ValueError where the parameters are not those of the configuration.
+    Args:
+        path: the directory to make.
+        params: parameters, arrays that this process can read completely.
+        config: their configuration.
+        tokenizer_dir: directory whose tokenizer files are copied, or None.
+        dtype: dtype of the tensors, except of those that are always float32. None keeps the dtypes
+            of the parameters.
+        max_shard_size: bytes of a file. Larger models become several files and an index.
+
+    Raises:
+        UserError: if `path` exists or the disk is full.
+        ValueError: if the parameters do not belong to the configuration.
     """
-    leaves = dict(flatten(params))
+    leaves = flatten_dict(params, sep="/")
     abstract = abstract_params(build(config, param_dtype=dtype or np.float32))
     check_shapes(abstract, {name: x.shape for name, x in leaves.items()})
-    plan = map_weights(config, params)
-    kinds = {
-        name: np.dtype(x.dtype)
-        for name, x in (leaves.items() if dtype is None else flatten(abstract))
+    mapping = map_weights(config, params)
+    typed = leaves if dtype is None else flatten_dict(abstract, sep="/")
+    dtypes = {
+        part.tensor: np.dtype(typed[name].dtype)
+        for name, slices in mapping.slices.items()
+        for part in slices
     }
-    dtypes = {piece.tensor: kinds[name] for name, pieces in plan.leaves.items() for piece in pieces}
 
-    def leaf(name: str) -> np.ndarray:
+    def read(name: str) -> np.ndarray:
         return np.asarray(jax.device_get(leaves[name]))
 
-    write_tensors(Path(path), plan, dtypes, config.to_hf(), leaf, tokenizer_dir, max_shard_size)
+    write_tensors(Path(path), mapping, dtypes, config.to_hf(), read, tokenizer_dir, max_shard_size)
 
 
-def check_shapes(abstract: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """ValueError unless these are the paths and shapes of the leaves of a configuration's abstract tree."""
-    wanted = {name: tuple(x.shape) for name, x in flatten(abstract)}
-    if differ := sorted(
-        wanted.items() ^ {name: tuple(shape) for name, shape in shapes.items()}.items()
-    ):
-        name = differ[0][0]
+def check_shapes(abstract: Params, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compares parameters with those of a configuration.
+
+    Args:
+        abstract: the abstract tree of the configuration (`models.abstract_params`).
+        shapes: path -> shape of the parameters.
+
+    Raises:
+        ValueError: if paths or shapes differ.
+    """
+    expected = {name: tuple(x.shape) for name, x in flatten_dict(abstract, sep="/").items()}
+    actual = {name: tuple(shape) for name, shape in shapes.items()}
+    if differing := sorted(expected.items() ^ actual.items()):
         raise ValueError(
-            f"not the parameters of this configuration: {name} is missing, extra or of a wrong shape"
+            f"not the parameters of this configuration: {differing[0][0]} is missing, extra "
+            "or of a wrong shape"
         )
 
 
 def write_tensors(
     path: Path,
-    plan: WeightMapping,
+    mapping: WeightMapping,
     dtypes: Mapping[str, np.dtype],
     config: dict[str, Any],
-    leaf: Callable[[str], np.ndarray],
+    read: Callable[[str], np.ndarray],
     companions: str | Path | None = None,
     max_shard_size: int = MAX_SHARD,
     progress: bool = False,
 ) -> None:
-    """Writes a Hugging Face directory, atomically; a UserError tells what stands in the way.
+    """Writes a Hugging Face directory, atomically.
 
-    leaf: path of a parameter -> its values, asked for once each. dtypes: of each tensor. config: the dict of
-    config.json. companions: a directory whose tokenizer files are copied.
+    Parameters are read one by one.
+
+    Args:
+        path: the directory to make.
+        mapping: the tensors and the parameters that they come from.
+        dtypes: dtype of each tensor.
+        config: the dict of config.json.
+        read: function from the path of a parameter to its values. It is called once for each.
+        companions: directory whose tokenizer files are copied, or None.
+        max_shard_size: bytes of a file.
+        progress: True shows a progress bar.
+
+    Raises:
+        UserError: if `path` exists or the disk is full.
     """
-    shards = _shard_layout(plan, dtypes, max_shard_size)
-    places = {
+    shards = _shard_layout(mapping, dtypes, max_shard_size)
+    locations = {
         tensor: (shard.name, start) for shard in shards for tensor, start in shard.starts.items()
     }
     with atomic_directory(path) as folder:
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         if companions is not None:
             copy_files(Path(companions), folder, COMPANIONS)
         for shard in shards:
             (folder / shard.name).write_bytes(shard.header)
         if len(shards) > 1:
-            size = sum(
-                dtypes[name].itemsize * int(np.prod(shape)) for name, shape in plan.tensors.items()
-            )
             index = {
-                "metadata": {"total_size": size},
-                "weight_map": {name: places[name][0] for name in sorted(places)},
+                "metadata": {"total_size": sum(_tensor_sizes(mapping, dtypes).values())},
+                "weight_map": {name: locations[name][0] for name in sorted(locations)},
             }
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         with tqdm(
-            total=len(plan.tensors), desc="writing", unit="tensor", disable=not progress
+            total=len(mapping.tensors), desc="writing", unit="tensor", disable=not progress
         ) as bar:
-            for group in plan.groups():
-                for name, data in _tensors(
-                    plan, dtypes, {parameter: leaf(parameter) for parameter in group}
-                ):
-                    file, start = places[name]
+            for group in mapping.groups():
+                leaves = {name: read(name) for name in group}
+                for name, data in _tensors(mapping, dtypes, leaves):
+                    file, start = locations[name]
                     with (folder / file).open("r+b") as f:
                         f.seek(start)
                         f.write(data.reshape(-1).view(np.uint8).data)
@@ -120,23 +145,38 @@ def write_tensors(
 
 
 def _tensors(
-    plan: WeightMapping, dtypes: Mapping[str, np.dtype], leaves: dict[str, np.ndarray]
+    mapping: WeightMapping, dtypes: Mapping[str, np.dtype], leaves: dict[str, np.ndarray]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors that are made of these parameters, one at a time."""
+    """Yields (name, values) of the tensors of these parameters."""
     parts: dict[str, list[tuple[TensorSlice, np.ndarray]]] = {}
     for path, values in leaves.items():
-        for piece in plan.leaves[path]:
-            parts.setdefault(piece.tensor, []).append((piece, values[(*piece.index, ...)]))
-    for name, pieces in parts.items():
-        data = np.empty(plan.tensors[name], dtypes[name])
-        for piece, values in pieces:
-            copy_cast(values, piece.view(data))
+        for part in mapping.slices[path]:
+            # The ellipsis keeps a single number an array.
+            where: tuple[int | EllipsisType, ...] = (*part.index, ...)
+            parts.setdefault(part.tensor, []).append((part, values[where]))
+    for name, slices in parts.items():
+        data = np.empty(mapping.tensors[name], dtypes[name])
+        for part, values in slices:
+            copy_cast(values, part.view(data))
         yield name, data
+
+
+def _tensor_sizes(mapping: WeightMapping, dtypes: Mapping[str, np.dtype]) -> dict[str, int]:
+    """Returns the bytes of each tensor."""
+    return {
+        name: dtypes[name].itemsize * int(np.prod(shape)) for name, shape in mapping.tensors.items()
+    }
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file to be: its header, and where in it each tensor's bytes start."""
+    """Layout of a safetensors file.
+
+    Attributes:
+        name: name of the file.
+        header: its first bytes, up to those of the tensors.
+        starts: name of a tensor -> position of its first byte.
+    """
 
     name: str
     header: bytes
@@ -144,12 +184,13 @@ class Shard:
 
 
 def _shard_layout(
-    plan: WeightMapping, dtypes: Mapping[str, np.dtype], max_shard_size: int
+    mapping: WeightMapping, dtypes: Mapping[str, np.dtype], max_shard_size: int
 ) -> list[Shard]:
-    """The files, filled layer after layer up to `max_shard_size` bytes; a tensor larger than that has one to itself."""
-    sizes = {
-        name: dtypes[name].itemsize * int(np.prod(shape)) for name, shape in plan.tensors.items()
-    }
+    """Distributes the tensors over files, layer by layer.
+
+    A file has at most `max_shard_size` bytes. A larger tensor has a file of its own.
+    """
+    sizes = _tensor_sizes(mapping, dtypes)
     groups: list[list[str]] = [[]]
     room = max_shard_size
     for name in sorted(
@@ -164,14 +205,14 @@ def _shard_layout(
     for number, names in enumerate(groups, 1):
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         starts, end = {}, 0
-        # Wide dtypes first, so that every tensor begins at a multiple of its item size: torch maps them in place.
+        # Wide dtypes come first, so that every tensor begins at a multiple of its item size. torch
+        # then maps the tensors in place.
         for name in sorted(names, key=lambda name: -dtypes[name].itemsize):
             starts[name], end = end, end + sizes[name]
-            offsets = [starts[name], end]
             header[name] = {
-                "dtype": _CODES[dtypes[name]],
-                "shape": plan.tensors[name],
-                "data_offsets": offsets,
+                "dtype": _DTYPE_CODES[dtypes[name]],
+                "shape": mapping.tensors[name],
+                "data_offsets": [starts[name], end],
             }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -188,7 +229,14 @@ def _shard_layout(
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size like 5GB, 500MB or 4GiB; UserError for anything else."""
+    """Parses a size like 5GB, 500MB or 4GiB.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        UserError: for any other text.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", text.strip(), re.IGNORECASE)
     size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
     if size < 1:

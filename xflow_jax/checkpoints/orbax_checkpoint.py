@@ -1,8 +1,10 @@
-"""Converted checkpoints: parameters under Orbax, one item each, so that they are written one by one and read in shards.
+"""Converted checkpoints: parameters in Orbax, which load in shards.
 
-A directory of this kind is an Orbax composite checkpoint. Each parameter is an item named like its path with dots
-("blocks.q_proj.kernel"), a tree of the one leaf "value"; the record below is the checkpoint's custom metadata;
-files.json comes last and tells the sizes of all others. It is made as NAME.partial and renamed when it is whole.
+A converted checkpoint is an Orbax composite checkpoint. Each parameter is an item, so that they can
+be written one by one. The item is named like the path with dots ("blocks.q_proj.kernel") and is a
+tree of the one leaf "value". The record below is the checkpoint's custom metadata. files.json is
+written last and lists the sizes of all others. The directory is built as NAME.partial and renamed
+when it is complete.
 """
 
 from __future__ import annotations
@@ -18,14 +20,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, Sharding
+from jax.typing import DTypeLike
 
 from xflow_jax.checkpoints.atomic_write import (
     copy_files,
@@ -34,24 +38,39 @@ from xflow_jax.checkpoints.atomic_write import (
     refuse_existing,
 )
 from xflow_jax.checkpoints.hf_export import check_shapes
-from xflow_jax.checkpoints.huggingface import COMPANIONS, flatten, unflatten
+from xflow_jax.checkpoints.huggingface import COMPANIONS
 from xflow_jax.errors import UserError
 from xflow_jax.models import abstract_params, build, model_config, shardings
+from xflow_jax.types import ModelConfig, Params
 
 FORMAT, FILES = "xflow-jax parameters, version 1", "files.json"
-
-
-# A host that reads a slice of a parameter decodes whole chunks of it; Orbax alone would write one chunk per shard.
+# A host that reads a slice of a parameter decodes complete chunks of it. By default Orbax would
+# write one chunk per shard.
 CHUNK_BYTES = 2**24
+
+
+class ArrayLeaf(Protocol):
+    """Anything with a shape and a dtype."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> DTypeLike: ...
 
 
 @dataclass(frozen=True)
 class CheckpointRecord:
-    """What a converted checkpoint says of itself.
+    """Metadata of a converted checkpoint.
 
-    config: the dict of config.json. provenance: where the parameters come from. leaves: path -> dtype and shape.
-    variant and dtypes: which of the family's tables named the tensors of the source, and their dtypes ("" = of all that
-    have no entry of their own), empty where there was no source; `convert.to_hf` writes them as they were.
+    `convert.to_hf` uses the last two to write the tensors as they were in the source.
+
+    Attributes:
+        config: the dict of config.json.
+        provenance: origin of the parameters.
+        leaves: path of a parameter -> [dtype, *shape].
+        variant: variant of the weight table that the source used, or None without a source.
+        dtypes: name of a tensor in the source -> its dtype, or None without a source. "" stands for
+            all tensors without an entry.
     """
 
     config: dict[str, Any]
@@ -62,47 +81,64 @@ class CheckpointRecord:
 
 
 def make_record(
-    config: Any, provenance: Mapping[str, Any] | None, leaves: Mapping[str, Any], **more: Any
+    config: ModelConfig,
+    provenance: Mapping[str, object] | None,
+    leaves: Mapping[str, ArrayLeaf],
+    variant: str | None = None,
+    dtypes: dict[str, str] | None = None,
 ) -> CheckpointRecord:
-    """The record of parameters by path (anything with shape and dtype)."""
+    """Makes the record of parameters.
+
+    Args:
+        config: their configuration.
+        provenance: origin of the parameters, of JSON types.
+        leaves: path -> parameter. Only shapes and dtypes are read.
+        variant: as in CheckpointRecord.
+        dtypes: as in CheckpointRecord.
+
+    Returns:
+        The record.
+    """
     described = {path: [str(np.dtype(x.dtype)), *x.shape] for path, x in leaves.items()}
-    # Through JSON and back, so that it equals the one that is read.
-    return CheckpointRecord(
-        **json.loads(
-            json.dumps(
-                asdict(CheckpointRecord(config.to_hf(), dict(provenance or {}), described, **more))
-            )
-        )
-    )
+    record = CheckpointRecord(config.to_hf(), dict(provenance or {}), described, variant, dtypes)
+    # Converted to JSON and back, so that it equals the record that is read.
+    return CheckpointRecord(**json.loads(json.dumps(asdict(record))))
 
 
 class PartialCheckpoint:
-    """A checkpoint in the making, in `path`.partial; one that is there already from the same record is continued.
+    """A checkpoint that is being written, in `path`.partial.
 
-    Every call turns what the disk refuses into a UserError, and leaves the partial directory. All processes of a run
-    make the same calls.
+    If a partial checkpoint with the same record exists, it is continued. Errors of the disk become
+    UserErrors, and the partial directory then stays. All processes of a run make the same calls.
     """
 
-    def __init__(self, path: str | Path, record: CheckpointRecord, kept: str = ""):
-        """Opens the draft. kept: said to the user after "the disk is full", of what is in the partial directory."""
+    def __init__(self, path: str | Path, record: CheckpointRecord, note: str = ""):
+        """Opens the partial checkpoint.
+
+        Args:
+            path: the destination.
+            record: record of the checkpoint.
+            note: a text that is added to messages about the disk, about the state of the work.
+
+        Raises:
+            UserError: if the destination exists, or a partial checkpoint with another record.
+        """
         self.path, self.record = Path(path).absolute(), record
-        self.partial, self.kept = partial_path(self.path), kept
+        self.partial, self.note = partial_path(self.path), note
         refuse_existing(self.path)
-        with disk_errors(self.path, kept):
+        with disk_errors(self.path, note):
             self._open()
 
     def _open(self) -> None:
         if self.partial.exists():
             if _read_record(self.partial) != self.record:
                 raise UserError(
-                    f"{self.partial}: half-made from another source or with other options; delete it, "
-                    f"or choose another destination than {self.path}"
+                    f"{self.partial}: begun from another source or with other options. Delete it, "
+                    f"or choose another destination than {self.path}."
                 )
-            _alone(
-                lambda: [shutil.rmtree(old) for old in self.partial.glob("*.orbax-checkpoint-tmp*")]
-            )
+            _in_first_process(self._delete_incomplete)
             return
-        _alone(lambda: self.path.parent.mkdir(parents=True, exist_ok=True))
+        _in_first_process(lambda: self.path.parent.mkdir(parents=True, exist_ok=True))
         metadata = {"format": FORMAT, **asdict(self.record)}
         args = ocp.args.Composite(config=ocp.args.JsonSave(self.record.config))
         with _quiet():
@@ -110,12 +146,27 @@ class PartialCheckpoint:
                 self.partial, args, custom_metadata=metadata
             )
 
+    def _delete_incomplete(self) -> None:
+        """Deletes items that a stopped program did not complete."""
+        for item in self.partial.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(item)
+
     def has(self, path: str) -> bool:
-        """Whether a parameter is written already: Orbax gives an item its name when it is whole."""
-        return (self.partial / _item(path)).exists()
+        """Returns True if a parameter is already written."""
+        # Orbax gives an item its name when it is complete.
+        return (self.partial / _item_name(path)).exists()
 
     def write(self, path: str, leaf: jax.Array | np.ndarray) -> None:
-        """Writes one parameter, each process its own shards."""
+        """Writes one parameter. Each process writes its own shards.
+
+        Args:
+            path: path of the parameter.
+            leaf: the parameter.
+
+        Raises:
+            ValueError: if its dtype or shape is not that of the record.
+            UserError: for errors of the disk.
+        """
         described = [str(np.dtype(leaf.dtype)), *leaf.shape]
         if described != self.record.leaves[path]:
             raise ValueError(
@@ -124,11 +175,20 @@ class PartialCheckpoint:
         args = ocp.args.PyTreeSave(
             {"value": leaf}, save_args={"value": ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)}
         )
-        with disk_errors(self.path, self.kept), _quiet():
-            ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).save(self.partial / _item(path), args)
+        item = self.partial / _item_name(path)
+        with disk_errors(self.path, self.note), _quiet():
+            ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).save(item, args)
 
     def finish(self, companions: str | Path | None = None) -> None:
-        """Copies the tokenizer's files from `companions`, and gives the checkpoint its name."""
+        """Renames the checkpoint to its destination.
+
+        Args:
+            companions: directory whose tokenizer files are copied, or None.
+
+        Raises:
+            ValueError: if a parameter is missing.
+            UserError: for errors of the disk.
+        """
         if missing := [path for path in self.record.leaves if not self.has(path)]:
             raise ValueError(f"{missing[0]} was never written")
 
@@ -144,37 +204,46 @@ class PartialCheckpoint:
             refuse_existing(self.path)
             self.partial.rename(self.path)
 
-        with disk_errors(self.path, self.kept):
-            _alone(close)
+        with disk_errors(self.path, self.note):
+            _in_first_process(close)
 
 
 def save_params(
     path: str | Path,
-    params: Any,
-    config: Any,
+    params: Params,
+    config: ModelConfig,
     tokenizer_dir: str | Path | None = None,
-    provenance: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, object] | None = None,
 ) -> None:
-    """Writes parameters (arrays, sharded or not) as a converted checkpoint that `xf.load` reads, atomically.
+    """Writes parameters as a converted checkpoint that `xflow_jax.load` reads, atomically.
 
-    tokenizer_dir: where the tokenizer's files are; provenance: JSON, whatever tells where the parameters come from. A
-    half-made checkpoint at the same place is begun anew. Raises UserError where `path` exists or the disk is full,
-    ValueError where the parameters are not those of the configuration.
+    A partial checkpoint at the same place is deleted first.
+
+    Args:
+        path: the directory to make.
+        params: parameters, sharded or not.
+        config: their configuration.
+        tokenizer_dir: directory whose tokenizer files are copied, or None.
+        provenance: origin of the parameters, of JSON types.
+
+    Raises:
+        UserError: if `path` exists or the disk is full.
+        ValueError: if the parameters do not belong to the configuration.
     """
-    leaves = dict(flatten(params))
+    leaves = flatten_dict(params, sep="/")
     check_shapes(abstract_params(build(config)), {name: x.shape for name, x in leaves.items()})
     record, partial = make_record(config, provenance, leaves), partial_path(Path(path).absolute())
     refuse_existing(Path(path))
     stale = partial.exists()
-    _alone(lambda: None)  # everybody has looked before one of them deletes
+    _in_first_process(lambda: None)  # all processes check before the first one deletes
     if stale:
-        _read_record(partial)  # nothing but a checkpoint of ours is deleted
-        _alone(lambda: shutil.rmtree(partial))
+        _read_record(partial)  # deletes nothing that is not a converted checkpoint
+        _in_first_process(lambda: shutil.rmtree(partial))
     try:
-        draft = PartialCheckpoint(path, record)
+        checkpoint = PartialCheckpoint(path, record)
         for name, leaf in leaves.items():
-            draft.write(name, leaf)
-        draft.finish(tokenizer_dir)
+            checkpoint.write(name, leaf)
+        checkpoint.finish(tokenizer_dir)
     except BaseException:
         if jax.process_index() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -182,19 +251,25 @@ def save_params(
 
 
 def is_checkpoint(directory: str | Path) -> bool:
-    """Whether a directory is a converted checkpoint, whole or half-made."""
+    """Returns True for a converted checkpoint, complete or not."""
     return (Path(directory) / "_CHECKPOINT_METADATA").exists()
 
 
 def read_record(directory: str | Path) -> CheckpointRecord:
-    """The record of a whole checkpoint; UserError for one that is half-made, damaged or not ours."""
+    """Reads the record of a complete checkpoint.
+
+    The sizes of all files are checked.
+
+    Raises:
+        UserError: if the checkpoint is incomplete, damaged or of another format.
+    """
     directory = Path(directory).absolute()
     record = _read_record(directory)
     try:
         sizes = json.loads((directory / FILES).read_text())
     except (OSError, ValueError):
         raise UserError(
-            f"{directory}: a half-made checkpoint; run the program that makes it to its end"
+            f"{directory}: an incomplete checkpoint. Run the program that makes it to its end."
         ) from None
     for name, size in sizes.items():
         file = directory / name
@@ -202,7 +277,7 @@ def read_record(directory: str | Path) -> CheckpointRecord:
             state = (
                 f"has {file.stat().st_size} bytes, not {size}" if file.exists() else "is missing"
             )
-            raise UserError(f"{file}: the file {state}; copy or convert the checkpoint again")
+            raise UserError(f"{file}: the file {state}. Copy or convert the checkpoint again.")
     return record
 
 
@@ -210,53 +285,94 @@ def read_leaf(
     directory: str | Path,
     record: CheckpointRecord,
     path: str,
-    dtype: Any,
+    dtype: DTypeLike,
     sharding: Sharding | None = None,
-) -> Any:
-    """One parameter, cast to `dtype`: NumPy, or with a sharding a jax.Array of which each process reads its shards."""
+) -> jax.Array | np.ndarray:
+    """Reads one parameter of a converted checkpoint.
+
+    Args:
+        directory: the checkpoint.
+        record: its record.
+        path: path of the parameter.
+        dtype: dtype to cast it to.
+        sharding: its sharding, or None for a NumPy array.
+
+    Returns:
+        The parameter. With a sharding, each process reads its own shards.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
     if sharding is None:
-        how = ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
+        restore_args = ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
     else:
         shape = tuple(record.leaves[path][1:])
-        how = ocp.ArrayRestoreArgs(dtype=dtype, sharding=sharding, global_shape=shape)
-    item = Path(directory).absolute() / _item(path)
-    args = ocp.args.PyTreeRestore({"value": 0}, restore_args={"value": how})
+        restore_args = ocp.ArrayRestoreArgs(dtype=dtype, sharding=sharding, global_shape=shape)
+    item = Path(directory).absolute() / _item_name(path)
+    args = ocp.args.PyTreeRestore({"value": 0}, restore_args={"value": restore_args})
     try:
         with _quiet():
             return ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(item, args)["value"]
     except Exception as error:  # Orbax and tensorstore raise bare Exceptions
         raise UserError(
-            f"{item}: cannot be read ({type(error).__name__}); convert the checkpoint again"
+            f"{item}: cannot be read ({type(error).__name__}). Convert the checkpoint again."
         ) from error
 
 
 def load_params(
-    directory: str | Path, dtype: Any, mesh: Mesh | None = None
-) -> tuple[Any, dict[str, Any]]:
-    """(config, parameters in `dtype`) of a converted checkpoint, sharded over the mesh where there is one."""
+    directory: str | Path, dtype: DTypeLike, mesh: Mesh | None = None
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Reads the parameters of a converted checkpoint.
+
+    Args:
+        directory: the checkpoint.
+        dtype: dtype of the parameters.
+        mesh: mesh to shard them over, or None for the default device.
+
+    Returns:
+        (configuration, parameters).
+
+    Raises:
+        UserError: if the checkpoint is incomplete, damaged or not supported.
+    """
     record = read_record(directory)
     config, abstract = abstract_model(directory, record, dtype)
-    where = {} if mesh is None else dict(flatten(shardings(abstract, mesh, config.family)))
+    placement = {}
+    if mesh is not None:
+        placement = flatten_dict(shardings(abstract, mesh, config.family), sep="/")
     leaves = {}
-    for path, x in flatten(abstract):
-        leaves[path] = jnp.asarray(read_leaf(directory, record, path, x.dtype, where.get(path)))
-    return config, unflatten(leaves)
+    for path, x in flatten_dict(abstract, sep="/").items():
+        leaves[path] = jnp.asarray(read_leaf(directory, record, path, x.dtype, placement.get(path)))
+    return config, unflatten_dict(leaves, sep="/")
 
 
 def abstract_model(
-    directory: str | Path, record: CheckpointRecord, dtype: Any = jnp.float32
-) -> tuple[Any, Any]:
-    """(config, abstract tree in `dtype`) of a record; UserError where its parameters are not this configuration's."""
+    directory: str | Path, record: CheckpointRecord, dtype: DTypeLike = jnp.float32
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Builds the configuration and the abstract parameters of a record.
+
+    Args:
+        directory: the checkpoint, for messages.
+        record: its record.
+        dtype: dtype of the parameters.
+
+    Returns:
+        (configuration, tree of jax.ShapeDtypeStruct).
+
+    Raises:
+        UserError: if the parameters in the record do not belong to its configuration.
+    """
     config = model_config(record.config, str(directory))
     abstract = abstract_params(build(config, dtype, param_dtype=dtype))
     try:
         check_shapes(abstract, {path: tuple(shape) for path, (_, *shape) in record.leaves.items()})
     except ValueError as error:
-        raise UserError(f"{directory}: {error}; convert the checkpoint again") from None
+        raise UserError(f"{directory}: {error}. Convert the checkpoint again.") from None
     return config, abstract
 
 
 def _read_record(directory: Path) -> CheckpointRecord:
+    """Reads the record of a checkpoint that may be incomplete."""
     try:
         with _quiet():
             metadata = (
@@ -268,23 +384,26 @@ def _read_record(directory: Path) -> CheckpointRecord:
         metadata = None
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise UserError(
-            f"{directory}: not a converted checkpoint of this version; make one with convert.from_hf"
+            f"{directory}: not a converted checkpoint of this version. "
+            "Make one with python -m convert.from_hf."
         )
     return CheckpointRecord(**{name: value for name, value in metadata.items() if name != "format"})
 
 
-def _item(path: str) -> str:
+def _item_name(path: str) -> str:
+    """Returns the name of a parameter's item."""
     return path.replace("/", ".")
 
 
 def _files(directory: Path) -> Iterator[Path]:
+    """Yields all files below a directory."""
     return (
         Path(folder) / name for folder, _, names in os.walk(directory) for name in sorted(names)
     )
 
 
-def _alone(action: Callable[[], Any]) -> None:
-    """Runs an action on files in one process, while the others wait."""
+def _in_first_process(action: Callable[[], object]) -> None:
+    """Runs an action in the first process while the others wait."""
     if jax.process_index() == 0:
         action()
     if jax.process_count() > 1:
@@ -293,7 +412,7 @@ def _alone(action: Callable[[], Any]) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax logs whole tracebacks of what it raises anyway, and warnings of what is meant so."""
+    """Silences Orbax, which logs tracebacks of errors that it also raises."""
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -301,7 +420,8 @@ def _quiet() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        # Reads and writes that were under way beside the one that failed find their event loop closed, and say so late.
+        # After a failure, other pending reads and writes find their event loop closed. They report
+        # it with a delay, so wait before the hook is restored.
         time.sleep(0.2)
         gc.collect()
         raise

@@ -1,7 +1,8 @@
-"""Checkpoints in the Hugging Face format, config.json and safetensors, read tensor by tensor.
+"""Lazy reader of Hugging Face safetensors, tensor by tensor.
 
-A safetensors file is an 8-byte length, a JSON header of that length, and the tensors' bytes. It is read here without
-its library, so that only what is asked for is ever in memory, and a damaged file is told from a wrong one.
+A safetensors file is an 8-byte length, a JSON header of that length, and the bytes of the tensors.
+This module reads it without the library of the format. So only the requested tensors are in memory,
+and a damaged file is distinguished from an unsuitable one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import jax
@@ -18,26 +20,32 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.sharding import Sharding
+from jax.typing import DTypeLike
 
 from xflow_jax.checkpoints.weight_map import TensorSlice, WeightMapping
 from xflow_jax.errors import UserError
 
-CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-
-
+CONFIG_FILE, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
     "F32": np.dtype("float32"),
     "F16": np.dtype("float16"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+MAX_HEADER = 100_000_000  # bytes, as in the library of the format
 
-
-MAX_HEADER = 100_000_000
+Region = tuple[tuple[int, int], ...]  # (start, stop) in each dimension of an array
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor's bytes are."""
+    """Location of a tensor.
+
+    Attributes:
+        file: the file.
+        dtype: dtype of the tensor.
+        shape: shape of the tensor.
+        start: position of the first byte in the file.
+    """
 
     file: Path
     dtype: np.dtype
@@ -50,12 +58,24 @@ class TensorEntry:
 
 
 class SafetensorsSource:
-    """The tensors of a Hugging Face directory: their shapes at once, their values when asked for.
+    """Tensors of a Hugging Face directory, read on request.
 
-    Raises UserError for a directory without weights, a missing, truncated or damaged file, and a tensor told twice.
+    Attributes:
+        directory: the directory.
+        entries: name of a tensor -> its location.
+        files: the safetensors files.
     """
 
     def __init__(self, directory: Path):
+        """Reads the headers of all files.
+
+        Args:
+            directory: the directory.
+
+        Raises:
+            UserError: if there are no weights, if a file is missing, truncated or damaged, or if
+                two files hold the same tensor.
+        """
         self.directory = directory
         self.entries: dict[str, TensorEntry] = {}
         self.files = [directory / name for name in _weight_files(directory)]
@@ -68,51 +88,61 @@ class SafetensorsSource:
                 self.entries[name] = entry
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor's values, as they are stored."""
+        """Reads the values of a tensor, in their dtype."""
         entry = self.entries[name]
         data = np.empty(entry.shape, entry.dtype)
         with entry.file.open("rb") as f:
             f.seek(entry.start)
-            if f.readinto(data.reshape(-1).view(np.uint8)) != entry.nbytes:
+            if f.readinto(data.reshape(-1).view(np.uint8).data) != entry.nbytes:
                 raise UserError(
-                    f"{entry.file}: the file ends inside the tensor {name}; fetch it again"
+                    f"{entry.file}: the file ends inside the tensor {name}. Fetch it again."
                 )
         return data
 
-    def check(self, plan: WeightMapping) -> None:
-        """Holds the tensors against a plan, both ways; UserError names what is missing, extra or of a wrong shape."""
-        kind = f"a {plan.family} model of this {CONFIG}"
-        ours = _experts({name: entry.shape for name, entry in self.entries.items()})
-        if ours != (wanted := _experts(plan.tensors)) and ours and wanted:
+    def check(self, mapping: WeightMapping) -> None:
+        """Compares the tensors with those of a mapping, in both directions.
+
+        Args:
+            mapping: the tensors that must be there.
+
+        Raises:
+            UserError: if a tensor is missing, extra or of a wrong shape.
+        """
+        model = f"a {mapping.family} model of this {CONFIG_FILE}"
+        found = _count_experts({name: entry.shape for name, entry in self.entries.items()})
+        expected = _count_experts(mapping.tensors)
+        if found != expected and found and expected:
             raise UserError(
-                f"{self.directory}: the layers have {ours} experts, but {kind} has {wanted}"
+                f"{self.directory}: the layers have {found} experts, but {model} has {expected}"
             )
-        if missing := [name for name in plan.tensors if name not in self.entries]:
+        if missing := [name for name in mapping.tensors if name not in self.entries]:
             raise UserError(
-                f"{self.directory}: the tensor {_first(missing)} is missing, but {kind} has it"
+                f"{self.directory}: the tensor {_first(missing)} is missing, but {model} has it"
             )
         extra = [
-            name for name in self.entries if name not in plan.tensors and not plan.ignores(name)
+            name
+            for name in self.entries
+            if name not in mapping.tensors and not mapping.ignores(name)
         ]
         if extra:
             raise UserError(
-                f"{self.entries[extra[0]].file}: the tensor {_first(extra)} is no part of {kind}"
+                f"{self.entries[extra[0]].file}: the tensor {_first(extra)} is no part of {model}"
             )
-        for name, shape in plan.tensors.items():
+        for name, shape in mapping.tensors.items():
             entry = self.entries[name]
             if entry.shape != shape:
                 raise UserError(
                     f"{entry.file}: the tensor {name} has the shape {list(entry.shape)}, "
-                    f"but {kind} has {list(shape)} there"
+                    f"but {model} has {list(shape)} there"
                 )
 
-    def dtype_of(self, pieces: Collection[TensorSlice]) -> np.dtype:
-        """The dtype that holds all these pieces without loss."""
-        return np.dtype(jnp.result_type(*{self.entries[piece.tensor].dtype for piece in pieces}))
+    def dtype_of(self, slices: Collection[TensorSlice]) -> np.dtype:
+        """Returns the dtype that holds all these parts without loss."""
+        return np.dtype(jnp.result_type(*{self.entries[part.tensor].dtype for part in slices}))
 
 
-def _experts(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """How many experts the layers have by the names of tensors, or by their shapes where a layer's are one tensor."""
+def _count_experts(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Counts the experts by the names of tensors or their shapes."""
     single = [
         int(match[1]) + 1 for name in shapes if (match := re.search(r"\.experts\.(\d+)\.", name))
     ]
@@ -127,7 +157,7 @@ def _first(names: list[str]) -> str:
 
 
 def _weight_files(directory: Path) -> list[str]:
-    """Names of the safetensors files: those that the index tells, or the single one."""
+    """Returns the names of the safetensors files."""
     index = directory / INDEX
     if not index.exists():
         if (directory / SINGLE).exists():
@@ -135,7 +165,7 @@ def _weight_files(directory: Path) -> list[str]:
         other = sorted(
             file.name for file in directory.iterdir() if file.suffix in (".bin", ".pt", ".pth")
         )
-        hint = f"; {other[0]} must be saved as safetensors first" if other else ""
+        hint = f". {other[0]} must be saved as safetensors first." if other else ""
         raise UserError(f"{directory}: there is neither {SINGLE} nor {INDEX}{hint}")
     try:
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -152,37 +182,43 @@ def _weight_files(directory: Path) -> list[str]:
 
 
 def _read_header(file: Path) -> dict[str, TensorEntry]:
+    """Reads a file's header and checks the file's size."""
     size = file.stat().st_size
     with file.open("rb") as f:
         start = f.read(8)
         if start == b"version ":
             raise UserError(
-                f"{file}: a Git LFS pointer, not the weights themselves; fetch them with git lfs pull"
+                f"{file}: a Git LFS pointer, not the weights themselves. "
+                "Fetch them with git lfs pull."
             )
         length = int.from_bytes(start, "little")
         if len(start) == 8 and length <= MAX_HEADER and size < 8 + length:
-            raise UserError(f"{file}: truncated inside its header: {size} bytes; fetch it again")
+            raise UserError(f"{file}: truncated inside its header: {size} bytes. Fetch it again.")
         try:
-            header = (
-                json.loads(f.read(length)) if len(start) == 8 and length <= MAX_HEADER else None
-            )
+            if len(start) < 8 or length > MAX_HEADER:
+                raise ValueError("no header")
+            header = json.loads(f.read(length))
             header.pop("__metadata__", None)
             entries = {
-                name: _entry(file, name, value, 8 + length) for name, value in header.items()
+                name: _tensor_entry(file, name, value, 8 + length) for name, value in header.items()
             }
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{file}: not a safetensors file, or damaged; fetch it again") from None
-    wanted = max((entry.start + entry.nbytes for entry in entries.values()), default=8 + length)
-    if size < wanted:
-        raise UserError(f"{file}: truncated: it has {size} bytes of {wanted}; fetch it again")
+            raise UserError(
+                f"{file}: not a safetensors file, or damaged. Fetch it again."
+            ) from None
+    expected = max((entry.start + entry.nbytes for entry in entries.values()), default=8 + length)
+    if size < expected:
+        raise UserError(f"{file}: truncated: it has {size} bytes of {expected}. Fetch it again.")
     return entries
 
 
-def _entry(file: Path, name: str, value: dict[str, Any], base: int) -> TensorEntry:
+def _tensor_entry(file: Path, name: str, value: dict[str, Any], base: int) -> TensorEntry:
+    """Converts an entry of a header. Raises ValueError if damaged."""
     if value["dtype"] not in DTYPES:
         right = ", ".join(DTYPES)
         raise UserError(
-            f"{file}: the tensor {name} has the dtype {value['dtype']}, but it must be one of {right}"
+            f"{file}: the tensor {name} has the dtype {value['dtype']}, "
+            f"but it must be one of {right}"
         )
     start, stop = value["data_offsets"]
     entry = TensorEntry(file, DTYPES[value["dtype"]], tuple(value["shape"]), base + start)
@@ -191,54 +227,72 @@ def _entry(file: Path, name: str, value: dict[str, Any], base: int) -> TensorEnt
     return entry
 
 
-def read_leaf(
+def read_hf_leaf(
     source: SafetensorsSource,
-    pieces: Collection[TensorSlice],
+    slices: Collection[TensorSlice],
     shape: tuple[int, ...],
-    dtype: Any,
+    dtype: DTypeLike,
     sharding: Sharding | None = None,
 ) -> jax.Array:
-    """One parameter, put together from its tensors and cast: on the default device, or into this process's shards.
+    """Reads one parameter from its tensors.
 
-    Each tensor is read once; in memory are one tensor and the shards.
+    Each tensor is read once. One tensor and the shards of this process are in memory.
+
+    Args:
+        source: the tensors.
+        slices: the parts of the parameter.
+        shape: its shape.
+        dtype: dtype to cast it to.
+        sharding: its sharding, or None for the default device.
+
+    Returns:
+        The parameter. With a sharding, this process reads only its own shards.
     """
-    whole = tuple((0, size) for size in shape)
-    regions = {None: whole}
+    complete = tuple((0, size) for size in shape)
+    regions: dict[jax.Device | None, Region] = {None: complete}
     if sharding is not None:
-        indices = sharding.addressable_devices_indices_map(shape)
         regions = {
             device: tuple(
-                index.indices(size)[:2] for index, size in zip(indices[device], shape, strict=True)
+                slice_.indices(size)[:2] for slice_, size in zip(index or (), shape, strict=True)
             )
-            for device in indices
+            for device, index in sharding.addressable_devices_indices_map(shape).items()
         }
     shards = {
-        region: _aligned([stop - start for start, stop in region], dtype)
+        region: _empty_aligned([stop - start for start, stop in region], dtype)
         for region in regions.values()
     }
-    for piece in pieces:
-        n = len(piece.index)
-        wanted = [
-            region
-            for region in shards
-            if all(a <= i < b for i, (a, b) in zip(piece.index, region[:n], strict=True))
-        ]
-        if not wanted:
-            continue
-        part = piece.view(source.read(piece.tensor))
-        for region in wanted:
-            at = tuple(i - start for i, (start, _) in zip(piece.index, region[:n], strict=True))
-            copy_cast(
-                part[tuple(slice(*bounds) for bounds in region[n:])], shards[region][(*at, ...)]
-            )
+    for part in slices:
+        _copy_part(source, part, shards)
     if sharding is None:
-        return jax.device_put(shards.pop(whole))
+        return jax.device_put(shards.pop(complete))
     placed = [jax.device_put(shards[region], device) for device, region in regions.items()]
     return jax.make_array_from_single_device_arrays(shape, sharding, placed)
 
 
-def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
-    """An empty array that JAX takes over on CPUs instead of copying it: its address is a multiple of 64."""
+def _copy_part(
+    source: SafetensorsSource, part: TensorSlice, shards: Mapping[Region, np.ndarray]
+) -> None:
+    """Copies one part of a parameter into the shards that contain it."""
+    n = len(part.index)
+    targets = [
+        region
+        for region in shards
+        if all(start <= i < stop for i, (start, stop) in zip(part.index, region[:n], strict=True))
+    ]
+    if not targets:
+        return
+    values = part.view(source.read(part.tensor))
+    for region in targets:
+        position = tuple(i - start for i, (start, _) in zip(part.index, region[:n], strict=True))
+        cut = tuple(slice(*bounds) for bounds in region[n:])
+        # The ellipsis keeps a single number an array, which can be written to.
+        where: tuple[int | EllipsisType, ...] = (*position, ...)
+        copy_cast(values[cut], shards[region][where])
+
+
+def _empty_aligned(shape: list[int], dtype: DTypeLike) -> np.ndarray:
+    """Allocates an array that JAX on CPUs adopts without a copy."""
+    # JAX requires an address that is a multiple of 64.
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -246,14 +300,19 @@ def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
 
 
 def copy_cast(source: np.ndarray, target: np.ndarray) -> None:
-    """target[...] = source, cast, in the order that memory likes: a transposed matrix goes over in narrow strips.
+    """Copies an array with a cast, in an order that suits memory.
 
-    Done in one go it takes five times as long; so does NumPy's handling of bfloat16, which is a type foreign to it.
+    A transposed matrix is copied in narrow strips: as a whole it takes five times as long. 16-bit
+    values are copied as integers, because NumPy is equally slow with bfloat16, an extension type.
+
+    Args:
+        source: array to read.
+        target: array of the same shape to write.
     """
     if target.strides[-1] != target.itemsize:
         source, target = source.swapaxes(-1, -2), target.swapaxes(-1, -2)
-    turned = source.ndim > 1 and source.strides[-1] != source.itemsize
-    width = 32 if turned else source.shape[-1]
+    transposed = source.ndim > 1 and source.strides[-1] != source.itemsize
+    width = 32 if transposed else source.shape[-1]
     for start in range(0, source.shape[-1], width):
         strip = (..., slice(start, start + width))
         values = source[strip].astype(target.dtype, copy=False)

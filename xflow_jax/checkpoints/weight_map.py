@@ -1,6 +1,7 @@
-"""Which tensors of a Hugging Face checkpoint make which parameter: a table per family, read in both directions.
+"""Mapping between Hugging Face tensors and parameters, with one table per family.
 
-The shapes are not here: they follow from the tree of parameters (`models.abstract_params`).
+The same table serves reading and writing. It holds no shapes: these follow from the tree of
+parameters (`models.abstract_params`).
 """
 
 from __future__ import annotations
@@ -9,21 +10,27 @@ import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
 
+from xflow_jax.models import LLaDA2Config
 from xflow_jax.parallel import path_name
+from xflow_jax.types import ModelConfig, Params
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorSource:
-    """What one parameter is made of.
+    """Tensors that make up one parameter.
 
-    tensor: the tensors' name; {layer} and {expert} in it count along the parameter's leading axes, in this order,
-    layers from `first_layer` on. transpose: matrices are [out, in] there, [in, out] here. Parameters with the same
-    `tensor` share it: its output rows are theirs, one after the other in the table's order.
+    Parameters with the same `tensor` share it. Its output rows belong to them one after the other,
+    in the order of the table.
+
+    Attributes:
+        tensor: name of the tensors. {layer} and {expert} in it count along the leading axes of the
+            parameter, in this order.
+        transpose: True if matrices are [out, in] in the tensor. Parameters are [in, out].
+        first_layer: number of the first layer.
     """
 
     tensor: str
@@ -31,27 +38,27 @@ class TensorSource:
     first_layer: int = 0
 
 
-WeightTable = dict[str, TensorSource]
+WeightTable = dict[str, TensorSource]  # path of a parameter -> its tensors
 
 
-def _llada(config: Any) -> WeightTable:
+def _llada(config: ModelConfig) -> WeightTable:
     top, block = "model.transformer.", "model.transformer.blocks.{layer}."
-    table = {"wte/embedding": TensorSource(top + "wte.weight")}
+    weights = {"wte/embedding": TensorSource(top + "wte.weight")}
     for norm in ("attn_norm", "ff_norm"):
-        table[f"blocks/{norm}/scale"] = TensorSource(f"{block}{norm}.weight")
+        weights[f"blocks/{norm}/scale"] = TensorSource(f"{block}{norm}.weight")
     for linear in ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"):
-        table[f"blocks/{linear}/kernel"] = TensorSource(f"{block}{linear}.weight", transpose=True)
-        table[f"blocks/{linear}/bias"] = TensorSource(f"{block}{linear}.bias")
-    table["ln_f/scale"] = TensorSource(top + "ln_f.weight")
-    table["ff_out/kernel"] = TensorSource(top + "ff_out.weight", transpose=True)
-    table["ff_out/bias"] = TensorSource(top + "ff_out.bias")
-    return table
+        weights[f"blocks/{linear}/kernel"] = TensorSource(f"{block}{linear}.weight", transpose=True)
+        weights[f"blocks/{linear}/bias"] = TensorSource(f"{block}{linear}.bias")
+    weights["ln_f/scale"] = TensorSource(top + "ln_f.weight")
+    weights["ff_out/kernel"] = TensorSource(top + "ff_out.weight", transpose=True)
+    weights["ff_out/bias"] = TensorSource(top + "ff_out.bias")
+    return weights
 
 
 _MLP = {"ff_proj": "gate_proj", "up_proj": "up_proj", "ff_out": "down_proj"}
 
 
-# Of LLaDA2.0, parameters of a layer -> tensors of a layer; q, k and v are one tensor, in this order.
+# LLaDA2.0: parameter of a layer -> tensor of a layer. q, k and v are one tensor, in this order.
 _LLADA2_ATTENTION = {
     "attn_norm/scale": "input_layernorm.weight",
     "ff_norm/scale": "post_attention_layernorm.weight",
@@ -81,27 +88,30 @@ _LLADA2_EXPERTS = {
 }
 
 
-# A layer's experts in one tensor [X, out, in], as inclusionAI/dFactory's moe_convertor.py merges them.
+# One tensor [X, out, in] for all experts of a layer, as inclusionAI/dFactory's moe_convertor.py
+# merges them.
 _LLADA2_STACKED = {f"experts/{name}": f"mlp.experts.{name}_proj" for name in ("gate", "up", "down")}
 
 
-def _llada2(config: Any, experts: dict[str, str] = _LLADA2_EXPERTS) -> WeightTable:
-    table = {"wte/embedding": TensorSource("model.word_embeddings.weight")}
+def _llada2(config: LLaDA2Config, experts: dict[str, str] = _LLADA2_EXPERTS) -> WeightTable:
+    weights = {"wte/embedding": TensorSource("model.word_embeddings.weight")}
     for stack, first, names in (
         ("dense", 0, _LLADA2_DENSE),
         ("blocks", config.num_dense_layers, experts),
     ):
         for path, tensor in (_LLADA2_ATTENTION | names).items():
-            matrix = path.endswith("/kernel") or path.startswith("experts/")
-            table[f"{stack}/{path}"] = TensorSource("model.layers.{layer}." + tensor, matrix, first)
-    table["ln_f/scale"] = TensorSource("model.norm.weight")
-    table["ff_out/kernel"] = TensorSource("lm_head.weight", transpose=True)
-    return table
+            is_matrix = path.endswith("/kernel") or path.startswith("experts/")
+            weights[f"{stack}/{path}"] = TensorSource(
+                "model.layers.{layer}." + tensor, is_matrix, first
+            )
+    weights["ln_f/scale"] = TensorSource("model.norm.weight")
+    weights["ff_out/kernel"] = TensorSource("lm_head.weight", transpose=True)
+    return weights
 
 
-# family -> variant -> configuration -> table: it may name more parameters than a configuration has (biases). Variants
-# are other tensors for the same parameters.
-WEIGHT_TABLES: dict[str, dict[str, Callable[[Any], WeightTable]]] = {
+# family -> variant -> function from the configuration to its table. Variants are different tensors
+# for the same parameters. A table may name parameters that a configuration lacks, such as biases.
+WEIGHT_TABLES: dict[str, dict[str, Callable[..., WeightTable]]] = {
     "llada": {"llada": _llada},
     "llada2": {
         "experts": _llada2,
@@ -110,12 +120,13 @@ WEIGHT_TABLES: dict[str, dict[str, Callable[[Any], WeightTable]]] = {
 }
 
 
-# model_type in a config.json -> the variant that its code reads; of all others it is the family's first.
-WRITTEN: dict[str, str] = {"llada2_moe_veomni": "stacked"}
+# model_type of a config.json -> the variant that its original code reads. For other model types it
+# is the first variant of the family.
+ORIGINAL_VARIANTS: dict[str, str] = {"llada2_moe_veomni": "stacked"}
 
 
-# family -> tensors that carry no parameters (buffers that the code computes by itself) and are passed over when read.
-IGNORED: dict[str, str] = {
+# family -> tensors that hold no parameters and are skipped: buffers that the code computes itself.
+IGNORED_TENSORS: dict[str, str] = {
     "llada": r"model\.transformer\.(blocks\.\d+\.)?rotary_emb\.inv_freq",
     "llada2": r"model\.(layers\.\d+\.attention\.)?rotary_emb\.inv_freq",
 }
@@ -123,7 +134,14 @@ IGNORED: dict[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class TensorSlice:
-    """A tensor, or some of its output rows, as the part at `index` of a parameter's leading axes."""
+    """A tensor, or some of its output rows, for a parameter.
+
+    Attributes:
+        tensor: name of the tensor.
+        index: position of the part along the leading axes of the parameter.
+        rows: (start, stop) of the output rows of the tensor.
+        transpose: True if the part is transposed.
+    """
 
     tensor: str
     index: tuple[int, ...]
@@ -131,7 +149,14 @@ class TensorSlice:
     transpose: bool
 
     def view(self, tensor: np.ndarray) -> np.ndarray:
-        """The view of the whole tensor that is this part of the parameter: to read from, or to write to."""
+        """Returns the tensor in the layout of the parameter's part.
+
+        Args:
+            tensor: the complete tensor.
+
+        Returns:
+            A view, to read from or to write to.
+        """
         rows = slice(*self.rows)
         part = tensor[rows] if tensor.ndim < 3 else tensor[:, rows]
         return part.swapaxes(-1, -2) if self.transpose else part
@@ -139,69 +164,95 @@ class TensorSlice:
 
 @dataclasses.dataclass(frozen=True)
 class WeightMapping:
-    """A table applied to a tree of parameters: each parameter's pieces, and the shape of each tensor."""
+    """A weight table applied to the parameters of one configuration.
+
+    Attributes:
+        family: name of the family.
+        variant: name of the variant.
+        slices: path of a parameter -> its parts.
+        tensors: name of a tensor -> its shape.
+    """
 
     family: str
     variant: str
-    leaves: dict[str, list[TensorSlice]]
+    slices: dict[str, list[TensorSlice]]
     tensors: dict[str, tuple[int, ...]]
 
     def ignores(self, tensor: str) -> bool:
-        """Whether a checkpoint may hold this tensor though no parameter is made of it."""
-        return re.fullmatch(IGNORED.get(self.family, r"(?!)"), tensor) is not None
+        """Returns True for a tensor that holds no parameter."""
+        return re.fullmatch(IGNORED_TENSORS.get(self.family, r"(?!)"), tensor) is not None
 
     def groups(self) -> Iterator[list[str]]:
-        """The parameters, those that share tensors together."""
+        """Yields the paths of parameters, those that share tensors together."""
         seen: set[str] = set()
-        for path, pieces in self.leaves.items():
+        for path, parts in self.slices.items():
             if path not in seen:
                 group = [
-                    p for p, other in self.leaves.items() if other[0].tensor == pieces[0].tensor
+                    p for p, other in self.slices.items() if other[0].tensor == parts[0].tensor
                 ]
                 seen.update(group)
                 yield group
 
 
 def map_weights(
-    config: Any, abstract: Any, names: Collection[str] = (), variant: str | None = None
+    config: ModelConfig,
+    abstract: Params,
+    names: Collection[str] = (),
+    variant: str | None = None,
 ) -> WeightMapping:
-    """The plan for a tree of parameters (anything with shapes) of a configuration's family.
+    """Maps the parameters of a configuration to tensors.
 
-    The variant, where it is not given, is the one that fits the names of the tensors at hand best, or without names the
-    one that the configuration's own code reads. Raises KeyError for a parameter that the table does not know.
+    Args:
+        config: configuration of the model.
+        abstract: tree of parameters. Only their shapes are read.
+        names: names of the tensors in a checkpoint, if there is one.
+        variant: variant of the family's table. None selects the one that fits `names` best, or
+            without names the one that the original code of the configuration reads.
+
+    Returns:
+        The mapping.
+
+    Raises:
+        KeyError: for a parameter that the table lacks.
     """
     variants = WEIGHT_TABLES[config.family]
     if variant is None and not names:
-        variant = WRITTEN.get(config.to_hf()["model_type"], next(iter(variants)))
+        variant = ORIGINAL_VARIANTS.get(config.to_hf()["model_type"], next(iter(variants)))
     if variant is not None:
         return _map_variant(config, variant, abstract)
-    plans = (_map_variant(config, name, abstract) for name in variants)
-    return max(plans, key=lambda plan: len(plan.tensors.keys() & set(names)))
+    mappings = (_map_variant(config, name, abstract) for name in variants)
+    return max(mappings, key=lambda mapping: len(mapping.tensors.keys() & set(names)))
 
 
-def _map_variant(config: Any, variant: str, abstract: Any) -> WeightMapping:
-    table = WEIGHT_TABLES[config.family][variant](config)
+def _map_variant(config: ModelConfig, variant: str, abstract: Params) -> WeightMapping:
+    weight_table = WEIGHT_TABLES[config.family][variant](config)
     shapes = {
         path_name(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(abstract)
     }
-    if unknown := shapes.keys() - table.keys():
+    if unknown := shapes.keys() - weight_table.keys():
         raise KeyError(f"no tensors for the {config.family} parameter {sorted(unknown)[0]}")
-    plan = WeightMapping(config.family, variant, {path: [] for path in shapes}, {})
-    for path, leaf in table.items():
-        if path not in shapes:
-            continue
-        stacked = [axis for axis in ("layer", "expert") if f"{{{axis}}}" in leaf.tensor]
-        leading, part = shapes[path][: len(stacked)], shapes[path][len(stacked) :]
-        if leaf.transpose:
-            part = (*part[:-2], part[-1], part[-2])
-        axis = max(len(part) - 2, 0)  # of the output rows
-        for index in np.ndindex(*leading):
-            counts = dict(zip(stacked, index, strict=True))
-            if "layer" in counts:
-                counts["layer"] += leaf.first_layer
-            name = leaf.tensor.format(**counts)
-            before = plan.tensors[name][axis] if name in plan.tensors else 0
-            rows = (before, before + part[axis])
-            plan.tensors[name] = (*part[:axis], rows[1], *part[axis + 1 :])
-            plan.leaves[path].append(TensorSlice(name, index, rows, leaf.transpose))
-    return plan
+    mapping = WeightMapping(config.family, variant, {path: [] for path in shapes}, {})
+    for path, source in weight_table.items():
+        if path in shapes:
+            _add_slices(mapping, path, source, shapes[path])
+    return mapping
+
+
+def _add_slices(
+    mapping: WeightMapping, path: str, source: TensorSource, shape: tuple[int, ...]
+) -> None:
+    """Adds the parts of one parameter to a mapping."""
+    counters = [axis for axis in ("layer", "expert") if f"{{{axis}}}" in source.tensor]
+    leading, part = shape[: len(counters)], shape[len(counters) :]
+    if source.transpose:
+        part = (*part[:-2], part[-1], part[-2])
+    axis = max(len(part) - 2, 0)  # of the output rows
+    for index in np.ndindex(*leading):
+        counts = dict(zip(counters, index, strict=True))
+        if "layer" in counts:
+            counts["layer"] += source.first_layer
+        name = source.tensor.format(**counts)
+        start = mapping.tensors[name][axis] if name in mapping.tensors else 0
+        rows = (start, start + part[axis])
+        mapping.tensors[name] = (*part[:axis], rows[1], *part[axis + 1 :])
+        mapping.slices[path].append(TensorSlice(name, index, rows, source.transpose))
