@@ -1,4 +1,4 @@
-"""x-prediction alignment (Eqs. 11, 12): the fused loss against the plain formula, and the step's promises."""
+"""Tests of x-prediction alignment: the fused loss against the plain formula, and the step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONFIG = LLaDAConfig(
 )
 
 
-SETTINGS = AlignmentConfig(
+ALIGNMENT = AlignmentConfig(
     prompt_length=5, gen_length=11, batch_size=4, steps=30, chunk=16, freeze_embedding=False
 )
 
@@ -57,7 +57,7 @@ def setting():
 
 
 def plain_errors(hidden, kernel, table, tokens, bias):
-    """Eqs. 11 and 12 as they are written, and the cross-entropy."""
+    """Computes Eqs. 11 and 12 as they are written, and the cross-entropy."""
     logits = hidden @ kernel + bias[None, None]
     table = jax.lax.stop_gradient(table)
     error = jnp.sum((jax.nn.softmax(logits) @ table - table[tokens]) ** 2, axis=-1)
@@ -65,7 +65,7 @@ def plain_errors(hidden, kernel, table, tokens, bias):
 
 
 def both(errors, hidden, kernel, table, tokens, bias):
-    """One number of both outputs, weighted differently at each position, so that each gradient has to be right."""
+    """Sums both outputs with different weights at each position, so every gradient counts."""
     error, nll = errors(hidden, kernel, table, tokens, bias)
     weight = jnp.linspace(0.5, 2.0, error.size).reshape(error.shape)
     return jnp.sum(error * weight + nll * weight[::-1])
@@ -98,8 +98,8 @@ def test_the_fused_loss_is_the_plain_formula_in_value_and_gradient(inputs, chunk
 @eight
 @pytest.mark.parametrize("mesh", ["1,8,1", "1,4,2", "2,2,2", "1,1,8"])
 def test_it_is_right_on_a_mesh_and_under_a_sharded_vocabulary(inputs, mesh):
-    hidden, kernel, table, tokens, bias = (jnp.tile(x, (2,) + (1,) * (x.ndim - 1)) if i in (0, 3) else x
-                                           for i, x in enumerate(inputs))  # fmt: skip
+    hidden, kernel, table, tokens, bias = inputs
+    hidden, tokens = (jnp.concatenate([x, x]) for x in (hidden, tokens))
     made = make_mesh(mesh)
     specs = (
         P(("data", "fsdp")),
@@ -116,14 +116,14 @@ def test_it_is_right_on_a_mesh_and_under_a_sharded_vocabulary(inputs, mesh):
     with jax.set_mesh(made):
         fused = partial(alignment_loss.alignment_errors, chunk=16)
         ours = jax.jit(jax.value_and_grad(partial(both, fused), (0, 1, 4)))(*placed)
-    of_kernel = ours[1][1]  # lies as the kernel does
+    of_kernel = ours[1][1]  # sharded like the kernel
     assert of_kernel.sharding.is_equivalent_to(placed[1].sharding, of_kernel.ndim)
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
         assert float(jnp.abs(x - y).max()) <= 1e-5 * float(jnp.abs(y).max())
 
 
-def test_no_logits_of_the_whole_response_stand_in_memory():
-    """LLaDA-8B's head at a batch of 8 responses of 256 tokens, in float32, with the gradients of head and hidden."""
+def test_the_logits_of_the_whole_response_are_never_in_memory():
+    """The head of LLaDA-8B in float32, with 8 responses of 256 tokens and two gradients."""
     b, n, e, v = 8, 256, 4096, 126464
     shapes = [(b, n, e), (e, v), (v, e), (v,)]
     hidden, kernel, table, bias = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
@@ -141,9 +141,9 @@ def test_no_logits_of_the_whole_response_stand_in_memory():
     assert 5 * temporary(alignment_loss.alignment_errors) < temporary(plain_errors)
 
 
-def test_metrics_tell_masked_and_clean_positions_apart(setting):
+def test_metrics_separate_masked_and_clean_positions(setting):
     model, params, batch = setting
-    loss, metrics = make_alignment_loss(model, SETTINGS)(params, batch, jax.random.key(3))
+    loss, metrics = make_alignment_loss(model, ALIGNMENT)(params, batch, jax.random.key(3))
     assert {"loss", "error_masked", "error_clean", "masked_nll"} <= set(metrics)
     low, high = sorted((float(metrics["error_masked"]), float(metrics["error_clean"])))
     assert low <= float(loss) <= high and low < high
@@ -152,11 +152,12 @@ def test_metrics_tell_masked_and_clean_positions_apart(setting):
 def test_the_cross_entropy_of_clean_positions_is_added_where_asked(setting):
     model, params, batch = setting
     key = jax.random.key(3)
-    weighted = dataclasses.replace(SETTINGS, clean_nll=0.5)
+    weighted = dataclasses.replace(ALIGNMENT, clean_nll=0.5)
     plain, added = (
-        make_alignment_loss(model, config)(params, batch, key)[0] for config in (SETTINGS, weighted)
+        make_alignment_loss(model, config)(params, batch, key)[0]
+        for config in (ALIGNMENT, weighted)
     )
-    masked, _ = alignment._noise(key, batch, 0)
+    masked, _ = alignment._draw_noise(key, batch, 0)
     tokens = jnp.concatenate([batch["prompt"], jnp.where(masked, 50, batch["response"])], axis=1)
     mask = jnp.concatenate([batch["prompt_mask"], jnp.ones_like(masked)], axis=1)
     nll = losses.cross_entropy(
@@ -174,8 +175,8 @@ def test_steps_lower_the_loss_and_leave_a_frozen_table_alone(setting):
         {"trained": optax.adam(1e-3), "frozen": optax.set_to_zero()}, labels
     )
     step, loss = (
-        jax.jit(make_align_step(model, optimizer, SETTINGS)),
-        jax.jit(make_alignment_loss(model, SETTINGS)),
+        jax.jit(make_align_step(model, optimizer, ALIGNMENT)),
+        jax.jit(make_alignment_loss(model, ALIGNMENT)),
     )
     state = TrainState.create(params, optimizer)
     before, _ = loss(params, batch, jax.random.key(7))
@@ -194,11 +195,11 @@ def test_accumulated_parts_average_their_gradients(setting):
     state = TrainState.create(params, optimizer)
     key = jax.random.fold_in(jax.random.key(0), 0)
     parts = [{k: v[i::2] for k, v in batch.items()} for i in range(2)]
-    grad = jax.jit(jax.grad(make_alignment_loss(model, SETTINGS), has_aux=True))
+    grad = jax.jit(jax.grad(make_alignment_loss(model, ALIGNMENT), has_aux=True))
     grads = [
         grad(params, part, k)[0] for part, k in zip(parts, jax.random.split(key, 2), strict=True)
     ]
-    step = jax.jit(make_align_step(model, optimizer, dataclasses.replace(SETTINGS, accumulate=2)))
+    step = jax.jit(make_align_step(model, optimizer, dataclasses.replace(ALIGNMENT, accumulate=2)))
     after, _ = step(state, batch, jax.random.key(0))
     wanted = jax.tree.map(lambda p, a, b: p - (a + b) / 2, params, *grads)
     for x, y in zip(jax.tree.leaves(after.params), jax.tree.leaves(wanted), strict=True):

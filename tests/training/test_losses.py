@@ -1,4 +1,4 @@
-"""Losses computed by hand."""
+"""Tests of the losses against values computed by hand and against plain formulas."""
 
 from __future__ import annotations
 
@@ -39,6 +39,26 @@ def test_cross_entropy():
     assert np.isfinite(cross_entropy(logits * 1e4, jnp.array([[1, 2]]))).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cross_entropy_equals_the_plain_formula_to_the_last_bit(dtype):
+    logits = (8 * jax.random.normal(jax.random.key(0), (3, 5, 1000))).astype(dtype)
+    tokens = jax.random.randint(jax.random.key(1), (3, 5), 0, 1000)
+    weight = jax.random.uniform(jax.random.key(2), (3, 5))
+
+    def plain(logits):
+        logits = logits.astype(jnp.float32)
+        chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+    def weighted(loss):
+        return jax.jit(jax.value_and_grad(lambda x: jnp.sum(loss(x) * weight)))(logits)
+
+    ours, wanted = weighted(lambda x: cross_entropy(x, tokens)), weighted(plain)
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
 def test_diffusion_loss():
     nll = jnp.array([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
     masked = jnp.array([[True, False, True, False], [False, False, False, True]])
@@ -47,7 +67,7 @@ def test_diffusion_loss():
 
 
 def test_diffusion_loss_is_unbiased():
-    """With every position masked with probability sigma, its expectation is the mean of the nll, whatever sigma is."""
+    """With masks drawn at the ratio sigma, the expectation is the mean nll for any sigma."""
     nll = jnp.linspace(0.5, 3.0, 12).reshape(2, 6)
     sigma = jnp.array([0.2, 0.9])
 
@@ -60,7 +80,7 @@ def test_diffusion_loss_is_unbiased():
 
 @pytest.mark.parametrize("largest", [1.0, 0.3])
 def test_mask_ratios(largest):
-    """Each is uniform on (0, largest]; together they are spread evenly, one in each of B equal parts."""
+    """Each ratio is uniform on (0, largest]. Each of B equal parts of the range holds one."""
     sigma = np.asarray(
         jax.vmap(lambda key: mask_ratios(key, 8, largest))(
             jax.random.split(jax.random.key(0), 4000)
@@ -70,9 +90,7 @@ def test_mask_ratios(largest):
     assert sigma.min() >= MIN_SIGMA * largest * 0.999 and sigma.max() <= largest
     low = MIN_SIGMA * largest
     part = np.floor((sigma - low) / (largest - low) * 8 - 1e-4).astype(int)
-    assert (
-        np.sort(part, axis=1) == np.arange(8)
-    ).mean() > 0.99  # but where rounding puts one on the border of two
+    assert (np.sort(part, axis=1) == np.arange(8)).mean() > 0.99  # rounding may put one on a border
     np.testing.assert_allclose(sigma.mean(axis=0), largest / 2, rtol=0.05)
     np.testing.assert_allclose(
         np.quantile(sigma[:, 0], [0.1, 0.5, 0.9]) / largest, [0.1, 0.5, 0.9], atol=0.03
@@ -89,7 +107,7 @@ def test_draw_masks():
 
 def test_group_advantages_by_hand():
     rewards = jnp.array([[[1.0, 1.0], [0.0, 0.0]], [[3.0, 3.0], [3.0, 3.0]]])
-    # The group's mean is 1/2 and its standard deviation 1/2; where all are equal nothing is better than anything.
+    # The first group has the mean 1/2 and the standard deviation 1/2. In the second all are equal.
     np.testing.assert_allclose(
         group_advantages(rewards, floor=0.5), [[[0.5] * 2, [-0.5] * 2], [[0, 0], [0, 0]]]
     )
@@ -100,14 +118,14 @@ def test_group_advantages_by_hand():
     np.testing.assert_allclose(
         group_advantages(mixed, per_position=True, floor=1.0)[..., 1], [[0, 0]]
     )
-    # Centred: 1/2, -1/2 and 0, 0, of which the standard deviation is 1 / sqrt(8).
+    # The centred rewards 1/2, -1/2, 0, 0 have the standard deviation 1 / sqrt(8).
     batch = group_advantages(rewards, scale="batch", floor=0.0)
     np.testing.assert_allclose(batch[..., 0], [[math.sqrt(2), -math.sqrt(2)], [0, 0]], rtol=1e-6)
     np.testing.assert_allclose(group_advantages(rewards, scale="none")[0, :, 0], [0.5, -0.5])
 
 
 def test_clipped_surrogate_by_hand():
-    """Four actions: ratio 2 with gain is cut to 1.2, with loss it counts in full; 1/2 the other way round."""
+    """A ratio of 2 is clipped only for a positive advantage, one of 1/2 for a negative one."""
     log_prob = jnp.log(jnp.array([[[2.0, 2.0, 0.5, 0.5, 9.0]]]))
     advantages = jnp.array([[1.0, -1.0, 1.0, -1.0, 1.0]])
     acted = jnp.array([[[True, True, True, True, False]]])
@@ -119,7 +137,7 @@ def test_clipped_surrogate_by_hand():
 
 
 def grpo_in_numpy(log_prob, old, rewards, acted, epsilon):
-    """The loss as the paper has it, action by action."""
+    """Computes the loss of Eq. 18 action by action."""
     gains = []
     for (step, row, i), counts in np.ndenumerate(acted):
         if not counts:
@@ -143,7 +161,7 @@ def test_grpo_against_its_numpy_twin_and_finite_differences():
         return clipped_surrogate(log_prob, jnp.asarray(old), advantages, jnp.asarray(acted), 0.2)[0]
 
     np.testing.assert_allclose(
-        loss(log_prob), grpo_in_numpy(log_prob, old, rewards, acted, 0.2), rtol=1e-5
+        loss(jnp.asarray(log_prob)), grpo_in_numpy(log_prob, old, rewards, acted, 0.2), rtol=1e-5
     )
     gradient = jax.grad(loss)(jnp.asarray(log_prob))
     for at in rng.integers(0, shape, (20, 3)):

@@ -1,4 +1,4 @@
-"""Optimisers by name, and bfloat16 parameters that lose no updates."""
+"""Tests of the optimisers, and of bfloat16 parameters that lose no updates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xflow_jax.training.optimizers import OptimizerConfig, compact, make_optimiz
 
 
 def test_stochastic_rounding_is_right_on_average():
-    x = jnp.float32(1 + 1 / 1024)  # bfloat16's neighbours are 1 and 1 + 1/128
+    x = jnp.float32(1 + 1 / 1024)  # its bfloat16 neighbours are 1 and 1 + 1/128
     rounded = stochastic_round(jnp.full(40_000, x), jax.random.key(0))
     assert rounded.dtype == jnp.bfloat16
     values, counts = np.unique(np.asarray(rounded, np.float32), return_counts=True)
@@ -29,7 +29,7 @@ def test_stochastic_rounding_leaves_exact_numbers_infinities_and_nan():
 
 
 def walk(optimizer: optax.GradientTransformation, steps: int, start: jax.Array) -> jax.Array:
-    """The parameters after steps along a constant gradient."""
+    """Returns the parameters after `steps` updates with a constant gradient."""
 
     def step(_, carry):
         params, state = carry
@@ -44,17 +44,17 @@ def walk(optimizer: optax.GradientTransformation, steps: int, start: jax.Array) 
     ]
 
 
-@pytest.mark.parametrize("how", ["stochastic", "kahan"])
-def test_updates_too_small_for_bfloat16_add_up(how):
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
+def test_updates_too_small_for_bfloat16_add_up(rounding):
     start = jnp.full(1000, 1.0, jnp.bfloat16)
-    small = optax.sgd(1e-4)  # bfloat16 has nothing between 1 and 0.996
+    small = optax.sgd(1e-4)  # bfloat16 has no number between 0.996 and 1
     np.testing.assert_array_equal(walk(small, 1000, start), start)
-    end = walk(compact(small, how), 1000, start).astype(jnp.float32)
-    assert abs(float(end.mean()) - 0.9) < 3e-3  # bfloat16 steps by 4e-3 there
-    assert end.std() < (0.03 if how == "stochastic" else 1e-6)
+    end = walk(compact(small, rounding), 1000, start).astype(jnp.float32)
+    assert abs(float(end.mean()) - 0.9) < 3e-3  # the distance of bfloat16 numbers there is 4e-3
+    assert end.std() < (0.03 if rounding == "stochastic" else 1e-6)
 
 
-def test_kahan_is_as_good_as_float32():
+def test_kahan_compensation_is_as_exact_as_float32():
     rng = np.random.default_rng(0)
     start = jnp.asarray(rng.normal(size=500), jnp.bfloat16)
     adam = optax.adam(1e-3)
@@ -63,7 +63,7 @@ def test_kahan_is_as_good_as_float32():
     assert float(jnp.abs(ours - exact).max()) < 2**-8 * float(jnp.abs(exact).max())
 
 
-def test_what_compact_keeps_in_which_dtype():
+def test_dtypes_of_the_state_of_compact():
     params = {"w": jnp.zeros((4, 4), jnp.bfloat16), "bias": jnp.zeros(4, jnp.float32)}
     state = compact(optax.adam(1e-3), "kahan").init(params)
     assert {x.dtype for x in jax.tree.leaves(state.inner[0].nu)} == {jnp.dtype("float32")}
@@ -73,22 +73,22 @@ def test_what_compact_keeps_in_which_dtype():
 
 def test_parameters_in_float32_are_left_to_the_optimiser():
     start = jnp.linspace(0.0, 1.0, 7)
-    for how in ("stochastic", "kahan"):
+    for rounding in ("stochastic", "kahan"):
         np.testing.assert_array_equal(
-            walk(compact(optax.sgd(1e-4), how), 10, start), walk(optax.sgd(1e-4), 10, start)
+            walk(compact(optax.sgd(1e-4), rounding), 10, start), walk(optax.sgd(1e-4), 10, start)
         )
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 4])
 def test_rates(schedule, warmup):
-    config = OptimizerConfig(rate=0.5, schedule=schedule, warmup_steps=warmup, clip=0)
+    config = OptimizerConfig(rate=0.5, schedule=schedule, warmup_steps=warmup, clip=0.0)
     optimizer = make_optimizer(config, steps=20)
     params = {"w": jnp.zeros(3)}
     state, sizes = optimizer.init(params), []
     for _ in range(20):
         updates, state = optimizer.update({"w": jnp.ones(3)}, state, params)
-        sizes.append(-float(updates["w"][0]))  # Adam's step on a constant gradient is the rate
+        sizes.append(-float(updates["w"][0]))  # with a constant gradient, Adam's update is the rate
     np.testing.assert_allclose(sizes[warmup], 0.5, rtol=1e-3)
     np.testing.assert_allclose(sizes[:warmup], 0.5 * np.arange(warmup) / 4, rtol=1e-4)
     assert sizes[-1] == pytest.approx(0.5, rel=1e-3) if schedule == "constant" else sizes[-1] < 0.01
@@ -102,7 +102,7 @@ def test_frozen_parameters_have_neither_updates_nor_state(name):
     updates, _ = optimizer.update(params, state, params)
     assert not np.any(updates["wte"]) and np.all(updates["blocks"])
     numbers = sum(x.size for x in jax.tree.leaves(state))
-    # Two moments of one matrix, or a sum over its rows and one over its columns.
+    # Either two moments of one matrix, or its sums over rows and columns.
     assert numbers < (2 * 256 * 128 + 10 if name == "adamw" else 256 + 128 + 10)
 
 

@@ -1,4 +1,4 @@
-"""Rollouts of the policy: what is kept of them is what happened, and nothing else in the batch matters."""
+"""Tests of rollouts: they record what happened, and the rest of the batch changes nothing."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from xflow_jax.training.rollout import (
 )
 from xflow_jax.training.state import TrainState
 
-SETTINGS = DecodeConfig(gen_length=8, block_length=4, steps=3)
+CONFIG = DecodeConfig(gen_length=8, block_length=4, steps=3)
 LENGTHS = [3, 5, 5, 2]
 POLICY = init_policy(jax.random.key(0))
 
 
 def sampled(
-    lm=None, seed: int = 0, prompts=None, settings: DecodeConfig = SETTINGS, **switches
+    lm=None, seed: int = 0, prompts=None, config: DecodeConfig = CONFIG, **switches
 ) -> Rollout:
     lm = lm or toy()
     prompts = prompts or [row for row in random_prompts(LENGTHS) for _ in range(2)]
@@ -42,9 +42,7 @@ def sampled(
     if lm.mesh is not None:
         arrays = jax.device_put(arrays, batch_sharding(lm.mesh))
     with lm.scope():
-        return jax.device_get(
-            rollout(lm.model, lm.params, Flow(policy=POLICY, **switches), settings, *arrays)
-        )
+        return rollout(lm.model, lm.params, Flow(policy=POLICY, **switches), config, *arrays)
 
 
 @pytest.fixture(scope="module")
@@ -86,26 +84,24 @@ def test_the_mesh_does_not_matter(made, mesh):
 
 
 def test_what_is_kept_makes_the_progress(made):
-    """The noted steps, applied by hand, lead to the progress of the next step, except where a reset or a commit did."""
+    """The recorded steps lead to the progress of the next step, without resets and commits."""
     a = np.asarray(POLICY.step_of(jnp.asarray(made.y)))
     t = made.features[..., PROGRESS]
     ahead = np.where(made.acted, t + a * (1 - t), t)[:-1]
-    active = (
-        made.acted[:-1] & made.acted[1:]
-    )  # still moving in the next step: neither committed nor in a new block
+    active = made.acted[:-1] & made.acted[1:]  # neither committed nor in a new block
     np.testing.assert_allclose(t[1:][active], ahead[active], atol=1e-6)
     assert active.sum() > 20
     np.testing.assert_allclose(made.log_prob, POLICY.log_prob(made.features, made.y), atol=1e-4)
 
 
 def test_only_actions_that_matter_count():
-    """Those of the active block, not settled at 1, not reset, and not behind a settled EOS."""
+    """They are in the active block, below t = 1, not reset, and not after a settled EOS."""
     lm, prompts = toy(), random_prompts(LENGTHS)
-    settings = dataclasses.replace(SETTINGS, trace=True, notes=True)
-    ids, mask = pad_prompts(lm, prompts)
+    config = dataclasses.replace(CONFIG, trace=True, notes=True)
+    ids, mask = map(jnp.asarray, pad_prompts(lm, prompts))
     keys = row_keys(jax.random.key(0), prompts)
     _, trace = decode(
-        lm.model, lm.params, Flow(policy=POLICY, sample=True), settings, ids, mask, keys
+        lm.model, lm.params, Flow(policy=POLICY, sample=True), config, ids, mask, keys
     )
     made = sampled(prompts=prompts)
     t = np.asarray(trace.notes["features"][..., PROGRESS])
@@ -121,8 +117,8 @@ def test_only_actions_that_matter_count():
 
 
 def test_skipped_steps_have_no_actions():
-    quick = dataclasses.replace(SETTINGS, early_exit=True, steps=8)
-    made = sampled(settings=quick, settled=0.05)
+    quick = dataclasses.replace(CONFIG, early_exit=True, steps=8)
+    made = sampled(config=quick, settled=0.05)
     assert made.forward_passes.max() < 16
     assert not made.acted[~made.features.any(axis=(1, 2, 3))].any()
     assert made.acted.any(axis=(1, 2)).sum() < 16
@@ -161,7 +157,7 @@ def test_rewards_and_metrics_by_hand():
 
 
 def test_delay_by_hand():
-    # Three steps: one position settles at once, one on its third step, one is of a block that is skipped.
+    # In three steps, position 0 settles at once, 1 in the third step, and 2 is never active.
     t = jnp.array([[0.0, 0.0, 0.0], [1.0, 0.5, 0.0], [1.0, 0.8, 0.0]])[:, None]
     acted = jnp.array([[True, True, False], [False, True, False], [False, True, False]])[:, None]
     features = jnp.zeros((3, 1, 3, 8)).at[..., PROGRESS].set(t)
@@ -171,7 +167,7 @@ def test_delay_by_hand():
 
 
 def test_a_step_makes_what_gained_likelier(made):
-    """The first update follows the gradient: actions of the better decode of each pair become likelier."""
+    """The first update makes the actions of the better decode of each pair likelier."""
     optimizer = optax.sgd(1e-2)
     step = jax.jit(make_policy_step(POLICY, optimizer))
     rewards = jnp.tile(jnp.array([1.0, 0.0])[None, :, None], (4, 1, 8))

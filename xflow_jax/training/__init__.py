@@ -1,4 +1,4 @@
-"""Training steps, losses, optimisers and data."""
+"""Training: steps, losses, optimisers, rollouts and data."""
 
 from xflow_jax.training.alignment import AlignmentConfig
 from xflow_jax.training.alignment_program import (
@@ -8,17 +8,20 @@ from xflow_jax.training.alignment_program import (
     check_lengths,
 )
 from xflow_jax.training.data import (
+    BatchIterator,
+    Example,
     MicrocodePairs,
     Responses,
     batch_iterator,
     local_rows,
     place_batch,
     read_lines,
+    read_records,
     shuffled_batches,
     stack_examples,
 )
 from xflow_jax.training.grpo import make_policy_step
-from xflow_jax.training.losses import cross_entropy
+from xflow_jax.training.losses import RewardScale, cross_entropy
 from xflow_jax.training.pretraining import make_pretrain_step
 from xflow_jax.training.rollout import Rollout, delay, rollout, rollout_metrics, token_rewards
 from xflow_jax.training.state import TrainState
@@ -26,8 +29,11 @@ from xflow_jax.training.state import TrainState
 __all__ = [
     "AlignProgram",
     "AlignmentConfig",
+    "BatchIterator",
+    "Example",
     "MicrocodePairs",
     "Responses",
+    "RewardScale",
     "Rollout",
     "TrainState",
     "align_program",
@@ -41,6 +47,7 @@ __all__ = [
     "make_pretrain_step",
     "place_batch",
     "read_lines",
+    "read_records",
     "rollout",
     "rollout_metrics",
     "shuffled_batches",

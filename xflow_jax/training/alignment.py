@@ -1,36 +1,54 @@
-"""x-prediction alignment as one program: settings, what is trained, and the compiled step with all its shardings.
-
-`train.align` runs what `align_program` returns, and `xflow plan` lowers the very same.
-"""
+"""Configuration, loss and step of x-prediction alignment."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from xflow_jax.errors import require
-from xflow_jax.models import LoraConfig, abstract_params
+from xflow_jax.models import LoraConfig, abstract_params, make_head
 from xflow_jax.training import alignment_loss, losses
 from xflow_jax.training.optimizers import OptimizerConfig, Storage
-from xflow_jax.training.state import Metrics, Params, TrainState
-from xflow_jax.types import Backbone
+from xflow_jax.training.state import Batch, TrainState
+from xflow_jax.types import Array, Backbone, Bool, Float, Key, Metrics, Params
+
+# Both also take the frozen parameters `base` last, and do not need them without LoRA.
+LossFn: TypeAlias = Callable[..., tuple[Float[Array, ""], Metrics]]
+GradFn: TypeAlias = Callable[[Params, Batch, jax.Array, Params | None], tuple[Params, Metrics]]
+AlignStep: TypeAlias = Callable[..., tuple[TrainState, Metrics]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentConfig:
-    """What an alignment computes. Lengths are in tokens.
+    """The computation of an alignment. Lengths are in tokens.
 
-    tune: all parameters, or LoRA adapters beside them (`lora`), which are float32. storage: of trained parameters:
-    float32, or bfloat16 with stochastic rounding or with Kahan's compensation; frozen ones are in `dtype`, which is
-    also the computation's. accumulate: equal parts of a batch that pass one after the other. block_length: 0 for models
-    of full attention, the block's for block-causal ones. clean_nll: how much of the cross-entropy at clean positions is
-    added to the loss: where softmax gives the right token next to nothing, the squared error has next to no slope.
-    chunk: vocabulary rows whose logits stand in memory at a time. remat: what the backward pass recomputes.
+    Attributes:
+        prompt_length: P, to which prompts are padded.
+        gen_length: N, positions of a response.
+        block_length: positions of a block for block-causal models, 0 for full attention.
+        batch_size: B, rows of a batch.
+        accumulate: equal parts of a batch that are processed one after the other.
+        steps: updates of the run.
+        tune: train all parameters, or LoRA adapters, which are float32.
+        lora: rank, strength and targets of the adapters.
+        optimizer: the optimiser and its rate.
+        storage: storage of trained parameters: float32, or bfloat16 with stochastic rounding or
+            Kahan compensation. Frozen parameters are in `dtype`.
+        freeze_embedding: keep the embedding table constant.
+        clean_nll: weight in the loss of the cross-entropy at clean positions. If softmax gives the
+            right token almost no probability, the squared error has almost no slope.
+        chunk: vocabulary rows whose logits are in memory at a time.
+        remat: activations that the backward pass recomputes.
+        dtype: dtype of the computation.
+        seed: seed of masks, adapters and stochastic rounding.
+
+    Raises:
+        UserError: if a value is out of range, or if values do not fit each other.
     """
 
     prompt_length: int = 40
@@ -52,62 +70,63 @@ class AlignmentConfig:
 
     def __post_init__(self) -> None:
         for name in ("prompt_length", "gen_length", "batch_size", "accumulate", "steps", "chunk"):
-            require(
-                getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but it must be positive"
-            )
+            value = getattr(self, name)
+            require(value > 0, f"{name} is {value}, but it must be positive")
         for name in ("block_length", "clean_nll"):
-            require(
-                getattr(self, name) >= 0,
-                f"{name} is {getattr(self, name)}, but it must not be negative",
-            )
+            value = getattr(self, name)
+            require(value >= 0, f"{name} is {value}, but it must not be negative")
         require(
             self.batch_size % self.accumulate == 0,
             f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}",
         )
         require(
             self.storage == "float32" or (self.dtype == "bfloat16" and self.tune == "all"),
-            f'storage is "{self.storage}", which is for dtype = "bfloat16" and tune = "all"; use "float32"',
+            f'storage is "{self.storage}", which is for dtype = "bfloat16" and tune = "all". '
+            'Use "float32".',
         )
 
     @property
-    def kept(self) -> str:
-        """The dtype in which the model's own parameters are kept."""
+    def param_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Dtype in which the parameters of the model are stored."""
         return "float32" if self.tune == "all" and self.storage == "float32" else self.dtype
 
 
-def make_alignment_loss(
-    model: Backbone, config: AlignmentConfig
-) -> Callable[..., tuple[jax.Array, Metrics]]:
-    """loss(params, batch, key, base=None) -> (loss, metrics): Eqs. 11, 12 on a batch as `make_pretrain_step` takes it.
+def make_alignment_loss(model: Backbone, config: AlignmentConfig) -> LossFn:
+    """Builds the loss of x-prediction alignment (Eqs. 11 and 12).
 
-    The loss is the mean over all response positions, masked and clean alike, with `clean_nll` times the cross-entropy
-    of the clean ones. The metrics tell the two apart and give the cross-entropy at masked positions. base: with LoRA
-    the frozen parameters, below which `params` are the adapters.
-    With `block_length` one block of each row is noised and counted, and the blocks before it are clean, as a
-    block-causal decode meets them.
+    The loss is the mean squared error over all response positions, masked and clean, plus
+    `clean_nll` times the cross-entropy at clean ones. With `block_length`, one block of each row is
+    masked and counts. The blocks before it are clean, as they are in a block-causal decode.
+
+    Args:
+        model: the model.
+        config: the configuration.
+
+    Returns:
+        loss(params, batch, key, base=None) -> (loss, metrics), with a batch as in
+        `make_pretrain_step`. With LoRA, `params` are the adapters and `base` the frozen parameters.
+        Metrics are the errors at masked and at clean positions, and the cross-entropy at masked
+        ones.
     """
 
     def loss_fn(
-        params: Params, batch: dict[str, jax.Array], key: jax.Array, base: Params | None = None
-    ):
-        full = base if config.tune == "lora" else compute_copy(model, params)
-        if config.freeze_embedding:
-            full = {**full, "wte": jax.lax.stop_gradient(full["wte"])}
-        ours = {"params": full, "lora": params} if config.tune == "lora" else {"params": full}
+        params: Params, batch: Batch, key: jax.Array, base: Params | None = None
+    ) -> tuple[Float[Array, ""], Metrics]:
+        variables = _model_variables(model, config, params, base)
         prompt, response = batch["prompt"], batch["response"]
-        masked, counted = _noise(key, batch, config.block_length)
+        masked, counted = _draw_noise(key, batch, config.block_length)
         tokens = jnp.concatenate(
             [prompt, jnp.where(masked, model.config.mask_id, response)], axis=1
         )
         mask = jnp.concatenate([batch["prompt_mask"], jnp.ones_like(masked)], axis=1)
 
-        x = model.apply(ours, tokens, method="embed")
-        hidden = model.apply(ours, x, mask, config.block_length or None, method="hidden")[
-            :, prompt.shape[1] :
-        ]
-        kernel, bias = _head_parameters(full)
+        x = model.apply(variables, tokens, method="embed")
+        hidden = model.apply(variables, x, mask, config.block_length or None, method="hidden")
+        hidden = hidden[:, prompt.shape[1] :]
+        head = make_head(variables["params"])
+        table = variables["params"]["wte"]["embedding"]
         error, nll = alignment_loss.alignment_errors(
-            hidden, kernel, full["wte"]["embedding"], response, bias, config.chunk
+            hidden, head.kernel, table, response, head.bias, config.chunk
         )
         clean = counted & ~masked
         loss = losses.masked_mean(error + config.clean_nll * jnp.where(clean, nll, 0.0), counted)
@@ -121,71 +140,104 @@ def make_alignment_loss(
     return loss_fn
 
 
+def _model_variables(
+    model: Backbone, config: AlignmentConfig, params: Params, base: Params | None
+) -> dict[str, Params]:
+    """Returns the variables of the model: its parameters, and the adapters with LoRA."""
+    full = compute_copy(model, params) if config.tune == "all" else base
+    if full is None:
+        raise ValueError("LoRA needs the frozen parameters `base`")
+    if config.freeze_embedding:
+        full = {**full, "wte": jax.lax.stop_gradient(full["wte"])}
+    return {"params": full} if config.tune == "all" else {"params": full, "lora": params}
+
+
 def compute_copy(model: Backbone, params: Params) -> Params:
-    """Parameters in the dtypes that the model computes in: under fsdp half as many bytes travel then, as bfloat16."""
-    wanted = abstract_params(model.clone(param_dtype=model.dtype))
-    return jax.tree.map(lambda x, like: x.astype(like.dtype), params, wanted)
+    """Casts parameters to the dtypes in which the model computes.
+
+    Under fsdp, a bfloat16 copy halves the number of bytes that are gathered.
+
+    Args:
+        model: the model.
+        params: its parameters, in the dtypes of their storage.
+
+    Returns:
+        The parameters in the dtypes of the computation.
+    """
+    compute = abstract_params(model.clone(param_dtype=model.dtype))
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), params, compute)
 
 
-def _head_parameters(params: Params) -> tuple[jax.Array, jax.Array | None]:
-    """(kernel [E, V], bias [V] or None) of the head, which is the embedding table's where they are tied."""
-    if "ff_out" in params:
-        return params["ff_out"]["kernel"], params["ff_out"].get("bias")
-    return params["wte"]["embedding"].T, None
-
-
-def _noise(
-    key: jax.Array, batch: dict[str, jax.Array], block_length: int
-) -> tuple[jax.Array, jax.Array]:
-    """(masked, counted), bool [B, N]: where the mask token stands, and what the loss is averaged over."""
+def _draw_noise(
+    key: Key[Array, ""], batch: Batch, block_length: int
+) -> tuple[Bool[Array, "B N"], Bool[Array, "B N"]]:
+    """Returns (masked, counted): mask tokens, and positions that count in the loss."""
     b, n = batch["response"].shape
     ratio_key, mask_key, block_key = jax.random.split(key, 3)
     masked = losses.draw_masks(mask_key, losses.mask_ratios(ratio_key, b), n)
     if not block_length:
         return masked, jnp.ones_like(masked)
-    # Blocks count from each row's own first token, so the first one may begin inside the prompt.
+    # Blocks count from the first token of each row, so the first one may begin inside the prompt.
     start = jnp.sum(batch["prompt_mask"], axis=1, keepdims=True)
     block = (start + jnp.arange(n)[None]) // block_length
     first, last = block[:, :1], block[:, -1:]
-    chosen = first + jnp.floor(jax.random.uniform(block_key, (b, 1)) * (last - first + 1)).astype(
-        block.dtype
-    )
-    counted = block == chosen
+    offset = jnp.floor(jax.random.uniform(block_key, (b, 1)) * (last - first + 1))
+    counted = block == first + offset.astype(block.dtype)
     return masked & counted, counted
 
 
 def make_align_step(
     model: Backbone, optimizer: optax.GradientTransformation, config: AlignmentConfig
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The step of x-prediction alignment: step(state, batch, key, base=None) -> (state, metrics).
+) -> AlignStep:
+    """Builds the step of x-prediction alignment.
 
-    base as in `make_alignment_loss`. The batch is cut into `accumulate` equal parts, whose gradients are averaged in
-    float32 before the one update.
+    Args:
+        model: the model.
+        optimizer: the optimiser of the trained parameters.
+        config: the configuration.
+
+    Returns:
+        step(state, batch, key, base=None) -> (state, metrics), with `base` as in
+        `make_alignment_loss`. The gradients of the `accumulate` parts are averaged in float32
+        before the one update.
     """
     grad_fn = jax.grad(make_alignment_loss(model, config), has_aux=True)
-    count = config.accumulate
 
     def step(
-        state: TrainState, batch: dict[str, jax.Array], key: jax.Array, base: Params | None = None
-    ):
+        state: TrainState, batch: Batch, key: jax.Array, base: Params | None = None
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        if count == 1:
+        if config.accumulate == 1:
             grads, metrics = grad_fn(state.params, batch, key, base)
-            return state.update(grads, optimizer), metrics | {"grad_norm": optax.tree.norm(grads)}
-        # Part i has the rows i, i + count, ...: each of them is spread over the devices as the batch is.
-        parts = jax.tree.map(
-            lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch
-        )
-
-        def visit(
-            total: Params, part: tuple[dict[str, jax.Array], jax.Array]
-        ) -> tuple[Params, Metrics]:
-            grads, metrics = grad_fn(state.params, *part, base)
-            return jax.tree.map(lambda t, g: t + g / count, total, grads), metrics
-
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
-        grads, metrics = jax.lax.scan(visit, zero, (parts, jax.random.split(key, count)))
-        metrics = jax.tree.map(jnp.mean, metrics) | {"grad_norm": optax.tree.norm(grads)}
-        return state.update(grads, optimizer), metrics
+        else:
+            grads, metrics = _mean_gradients(
+                grad_fn, state.params, batch, key, base, config.accumulate
+            )
+        return state.update(grads, optimizer), metrics | {"grad_norm": optax.tree.norm(grads)}
 
     return step
+
+
+def _mean_gradients(
+    grad_fn: GradFn,
+    params: Params,
+    batch: Batch,
+    key: Key[Array, ""],
+    base: Params | None,
+    count: int,
+) -> tuple[Params, Metrics]:
+    """Averages gradients and metrics over `count` equal parts of a batch, in float32.
+
+    optax.microbatching.microbatch does the same, but it has no random key for each part, and it
+    adds bfloat16 gradients in bfloat16.
+    """
+    # Part i has the rows i, i + count, ..., so each part is sharded as the batch is.
+    parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
+
+    def visit(total: Params, part: tuple[Batch, jax.Array]) -> tuple[Params, Metrics]:
+        grads, metrics = grad_fn(params, *part, base)
+        return jax.tree.map(lambda t, g: t + g / count, total, grads), metrics
+
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+    grads, metrics = jax.lax.scan(visit, zero, (parts, jax.random.split(key, count)))
+    return grads, jax.tree.map(jnp.mean, metrics)

@@ -1,6 +1,6 @@
-"""x-prediction alignment as one program: config, what is trained, and the compiled step with all its shardings.
+"""The compiled programs of an alignment, with all shardings.
 
-`train.align` runs what `align_program` returns, and `xflow plan` lowers the very same.
+`train.align` runs the result of `align_program`, and `xflow plan` lowers the same programs.
 """
 
 from __future__ import annotations
@@ -8,119 +8,168 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, Sharding
 
-from xflow_jax.errors import UserError, require
+from xflow_jax.errors import require
 from xflow_jax.models import abstract_params, build, lora_init, shardings, state_shardings
 from xflow_jax.parallel import batch_sharding, computation_scope, replicated
-from xflow_jax.training.alignment import AlignmentConfig, make_align_step, make_alignment_loss
+from xflow_jax.training.alignment import (
+    AlignmentConfig,
+    AlignStep,
+    make_align_step,
+    make_alignment_loss,
+)
 from xflow_jax.training.optimizers import make_optimizer
 from xflow_jax.training.state import TrainState
+from xflow_jax.types import Metrics, ModelConfig, Params
+
+# The arguments of the step (state, batch, key, base), as jax.ShapeDtypeStruct with shardings.
+StepArguments: TypeAlias = tuple[
+    TrainState, dict[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct, Params | None
+]
 
 
 @dataclass(frozen=True, eq=False)
 class AlignProgram:
-    """The jitted functions of an alignment and what they take; run and lower them inside `scope()`.
+    """The jitted functions of an alignment, to be run or lowered inside `scope()`.
 
-    step(state, batch, key, base) -> (state, metrics): donates the state. arguments: its abstract arguments, with their
-    shardings. measure(params, batch, key, base) -> metrics. begin(params) -> (state, base): from the model's own
-    parameters, in the dtype `AlignSettings.kept`; it takes them over. base: the frozen parameters that adapters lie
-    beside, or None.
+    Attributes:
+        mesh: the mesh.
+        step: (state, batch, key, base) -> (state, metrics). It donates the state.
+        measure: (params, batch, key, base) -> metrics.
+        begin: params -> (state, base), from the parameters of the model in the dtype
+            `AlignmentConfig.param_dtype`. It donates them. `base` is the frozen parameters with
+            LoRA, or None.
+        arguments: the abstract arguments of `step`, with their shardings.
+        dtype: dtype of the computation.
     """
 
     mesh: Mesh
-    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]] = field(repr=False)
-    measure: Callable[..., dict[str, jax.Array]] = field(repr=False)
-    begin: Callable[[Any], tuple[TrainState, Any]] = field(repr=False)
-    arguments: tuple[Any, ...] = field(repr=False)
+    step: AlignStep = field(repr=False)
+    measure: Callable[..., Metrics] = field(repr=False)
+    begin: Callable[[Params], tuple[TrainState, Params | None]] = field(repr=False)
+    arguments: StepArguments = field(repr=False)
     dtype: np.dtype
 
     def scope(self) -> contextlib.AbstractContextManager[None]:
-        """Returns the context in which its functions run (`computation_scope`)."""
+        """Returns the context in which the functions run (`computation_scope`)."""
         return computation_scope(self.mesh, self.dtype)
 
 
-def align_program(model_config: Any, config: AlignmentConfig, mesh: Mesh) -> AlignProgram:
-    """The program of an alignment on a mesh of any size; its devices need not be here (`jax.experimental.topologies`).
+def align_program(model_config: ModelConfig, config: AlignmentConfig, mesh: Mesh) -> AlignProgram:
+    """Builds the program of an alignment.
 
-    Raises UserError for lengths that the model does not have, a batch or a model that the mesh does not divide, and
-    LoRA targets that are no matrices of the model.
+    Args:
+        model_config: configuration of the model.
+        config: configuration of the alignment.
+        mesh: a mesh of any size. Its devices may be descriptions only
+            (`jax.experimental.topologies`).
+
+    Returns:
+        The program. Nothing is compiled yet.
+
+    Raises:
+        UserError: if the lengths exceed the model's positions, if the mesh does not divide the
+            batch or the model, or if a LoRA target is not a matrix of the model.
     """
     check_lengths(model_config, config)
     check_batch(config, mesh)
-    remat = None if config.remat == "none" else config.remat
     model = build(
         model_config,
         dtype=jnp.dtype(config.dtype),
-        remat=remat,
-        param_dtype=jnp.dtype(config.kept),
+        remat=None if config.remat == "none" else config.remat,
+        param_dtype=jnp.dtype(config.param_dtype),
     )
-    frozen = ("wte",) if config.freeze_embedding and config.tune == "all" else ()
+    use_lora = config.tune == "lora"
+    frozen = ("wte",) if config.freeze_embedding and not use_lora else ()
     optimizer = make_optimizer(config.optimizer, config.steps, frozen, config.storage, config.seed)
-    own = abstract_params(model)
-    adapters = config.tune == "lora"
 
-    def start(params: Any) -> tuple[TrainState, Any]:
+    def begin(params: Params) -> tuple[TrainState, Params | None]:
         key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
         trained, base = (
-            (lora_init(key, params, config.lora), params) if adapters else (params, None)
+            (lora_init(key, params, config.lora), params) if use_lora else (params, None)
         )
         return TrainState.create(trained, optimizer), base
 
-    state, base = jax.eval_shape(start, own)
+    state, base = jax.eval_shape(begin, abstract_params(model))
     family, everywhere = model_config.family, replicated(mesh)
-    placed = (
-        state_shardings(state, mesh, family),
-        shardings(base, mesh, family) if adapters else None,
-    )
-    begin = jax.jit(start, out_shardings=placed, donate_argnums=0)
+    state_sharding = state_shardings(state, mesh, family)
+    base_sharding = shardings(base, mesh, family) if use_lora else None
     loss_fn = make_alignment_loss(model, config)
-    step = jax.jit(
-        make_align_step(model, optimizer, config),
-        donate_argnums=0,
-        out_shardings=(placed[0], everywhere),
-    )
-    measure = jax.jit(lambda *args: loss_fn(*args)[1], out_shardings=everywhere)
-    rows, batch = config.batch_size, batch_sharding(mesh)
     arguments = (
-        jax.tree.map(_placed, state, placed[0]),
-        {
-            "prompt": jax.ShapeDtypeStruct((rows, config.prompt_length), jnp.int32, sharding=batch),
-            "prompt_mask": jax.ShapeDtypeStruct(
-                (rows, config.prompt_length), jnp.bool, sharding=batch
-            ),
-            "response": jax.ShapeDtypeStruct((rows, config.gen_length), jnp.int32, sharding=batch),
-        },
-        _placed(jax.eval_shape(jax.random.key, 0), everywhere),
-        jax.tree.map(_placed, base, placed[1]) if adapters else None,
+        jax.tree.map(_with_sharding, state, state_sharding),
+        _abstract_batch(config, batch_sharding(mesh)),
+        _with_sharding(jax.eval_shape(jax.random.key, 0), everywhere),
+        jax.tree.map(_with_sharding, base, base_sharding) if use_lora else None,
     )
-    return AlignProgram(mesh, step, measure, begin, arguments, np.dtype(model.dtype))
+    return AlignProgram(
+        mesh,
+        step=jax.jit(
+            make_align_step(model, optimizer, config),
+            donate_argnums=0,
+            out_shardings=(state_sharding, everywhere),
+        ),
+        measure=jax.jit(lambda *args: loss_fn(*args)[1], out_shardings=everywhere),
+        begin=jax.jit(begin, out_shardings=(state_sharding, base_sharding), donate_argnums=0),
+        arguments=arguments,
+        dtype=np.dtype(model.dtype),
+    )
 
 
-def check_lengths(model_config: Any, config: AlignmentConfig) -> None:
-    """UserError where prompt and response together exceed the model's positions."""
-    total = config.prompt_length + config.gen_length
+def check_lengths(model_config: ModelConfig, config: AlignmentConfig) -> None:
+    """Checks that prompt and response fit the model's positions.
+
+    Args:
+        model_config: configuration of the model.
+        config: configuration of the alignment.
+
+    Raises:
+        UserError: if they do not.
+    """
     require(
-        total <= model_config.max_length,
-        f"prompt_length {config.prompt_length} and gen_length {config.gen_length} exceed the model's "
-        f"{model_config.max_length} positions; lower one of them",
+        config.prompt_length + config.gen_length <= model_config.max_length,
+        f"prompt_length {config.prompt_length} and gen_length {config.gen_length} exceed the "
+        f"model's {model_config.max_length} positions. Lower one of them.",
     )
 
 
-def check_batch(config: AlignmentConfig, mesh: Mesh) -> None:
-    """UserError unless every device gets as many rows of each part of the batch as the others."""
+def check_batch(config: AlignmentConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Checks that every device gets equally many rows of each part of a batch.
+
+    Args:
+        config: configuration of the alignment.
+        mesh: the mesh.
+
+    Raises:
+        UserError: if it does not.
+    """
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch_size // config.accumulate % devices:
-        raise UserError(
-            f"batch_size {config.batch_size} in {config.accumulate} parts does not divide over the {devices} "
-            f"devices of data and fsdp; use a multiple of {config.accumulate * devices}"
-        )
+    require(
+        config.batch_size // config.accumulate % devices == 0,
+        f"batch_size {config.batch_size} in {config.accumulate} parts does not divide over the "
+        f"{devices} devices of data and fsdp. Use a multiple of {config.accumulate * devices}.",
+    )
 
 
-def _placed(x: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+def _abstract_batch(
+    config: AlignmentConfig, sharding: NamedSharding
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a batch as `place_batch` makes it."""
+    prompt, response = (
+        (config.batch_size, length) for length in (config.prompt_length, config.gen_length)
+    )
+    return {
+        "prompt": jax.ShapeDtypeStruct(prompt, jnp.int32, sharding=sharding),
+        "prompt_mask": jax.ShapeDtypeStruct(prompt, jnp.bool, sharding=sharding),
+        "response": jax.ShapeDtypeStruct(response, jnp.int32, sharding=sharding),
+    }
+
+
+def _with_sharding(x: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.ShapeDtypeStruct:
+    """Returns the abstract array with a sharding."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -1,140 +1,167 @@
-"""Training data: random-access sources, tokenised and batched by grain, whose position can be saved and restored."""
+"""Training data: sources with random access, and batches whose position can be saved.
+
+grain reads the batches. It is imported only if a run needs them.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import glob
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from xflow_jax.errors import UserError
+from xflow_jax.errors import UserError, require
 from xflow_jax.tasks import microcode
 from xflow_jax.tokenizer import chat_ids, pad_left
+from xflow_jax.training.state import Batch
+from xflow_jax.types import ModelConfig, Tokenizer
 
-ENDLESS = 2**40
+# "prompt" int32 [P], "prompt_mask" bool [P] and "response" int32 [N], or a batch of them.
+Example: TypeAlias = dict[str, np.ndarray]
+
+ENDLESS = 2**40  # length of a source without an end
+SEED_STRIDE = 1_000_003  # distance between the training sets that replace pairs that are too long
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Examples with random access."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Example: ...
+
+
+@runtime_checkable
+class BatchIterator(Protocol):
+    """An endless iterator over batches, as grain makes it. Its position can be saved exactly."""
+
+    def __iter__(self) -> Iterator[Example]: ...
+    def __next__(self) -> Example: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
 
 
 class MicrocodePairs:
-    """The endless microcode training set number `seed` as a random-access source; each pair fits the given lengths.
+    """The endless training set of microcode.
 
-    The first `wide` pairs are written in more varied ways than the rest.
+    Args:
+        seed: number of the training set.
+        tokenizer: tokenizer with a chat template.
+        prompt_length: P, largest number of prompt tokens.
+        gen_length: N, positions of a response. At least the last one is EOS.
+        wide: number of pairs at the beginning whose answers have a more varied style.
     """
 
     def __init__(
-        self, seed: int, tokenizer: Any, prompt_length: int, gen_length: int, wide: int = 0
+        self, seed: int, tokenizer: Tokenizer, prompt_length: int, gen_length: int, wide: int = 0
     ):
-        self.wide = wide
-        self.seed, self.tokenizer, self.prompt_length, self.gen_length = (
-            seed,
-            tokenizer,
-            prompt_length,
-            gen_length,
-        )
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no EOS token, which ends a response")
+        self.seed, self.tokenizer, self.eos_id = seed, tokenizer, tokenizer.eos_token_id
+        self.prompt_length, self.gen_length, self.wide = prompt_length, gen_length, wide
 
     def __len__(self) -> int:
         return ENDLESS
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        # Pair `index` of the set unless it is too long: then the next of a set of its own, so that pairs stay distinct.
-        seed, number = self.seed, index
+    def __getitem__(self, index: int) -> Example:
+        """Returns the pair of an index. Pairs that are too long come from another training set."""
+        seed = self.seed
         style = microcode.WIDE_STYLE if index < self.wide else microcode.USUAL_STYLE
         while True:
-            request, answer = microcode.training_pair(seed, number, style)
+            request, answer = microcode.training_pair(seed, index, style)
             prompt = chat_ids(self.tokenizer, request)
             response = self.tokenizer(answer)["input_ids"]
             if len(prompt) <= self.prompt_length and len(response) < self.gen_length:
                 break
-            seed += 1_000_003
-        eos = self.tokenizer.eos_token_id
-        ids, mask = pad_left([prompt], eos, self.prompt_length)
-        # The rest of the response is EOS, as in LLaDA's own fine-tuning: the model learns where to end.
-        response = response + [eos] * (self.gen_length - len(response))
-        return {
-            "prompt": ids[0],
-            "prompt_mask": mask[0],
-            "response": np.asarray(response, np.int32),
-        }
-
-
-def batch_iterator(source: Any, batch_size: int) -> grain.DatasetIterator:
-    """An iterator over batches of `source`, read ahead by one thread; `get_state` and `set_state` move it exactly."""
-    dataset = grain.MapDataset.source(source).batch(batch_size, drop_remainder=True)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
+            seed += SEED_STRIDE  # the index stays, so pairs stay distinct
+        lengths = (self.prompt_length, self.gen_length)
+        return _make_example(prompt, response, *lengths, self.eos_id, self.eos_id)
 
 
 class Responses:
-    """Self-generated responses from jsonl files, one {"prompt_ids": [...], "response_ids": [...]} a line.
+    """Self-generated responses from jsonl files.
 
-    paths may be patterns ("responses.*.jsonl"). only_passed leaves out those whose "passed" is false. limit: of lines
-    in each file, 0 = all. All lines are read and checked at once: UserError names the file and line of one that is no
-    JSON, lacks a key, holds an id outside the vocabulary or is longer than allowed.
+    A line looks like {"prompt_ids": [...], "response_ids": [...]}. All lines are read and checked
+    at once.
+
+    Args:
+        paths: files, or patterns like "responses.*.jsonl".
+        config: configuration of the model.
+        prompt_length: P, largest number of prompt tokens.
+        gen_length: N, largest number of response tokens.
+        only_passed: leave out responses whose "passed" is false.
+        limit: lines to read of each file, 0 for all.
+
+    Raises:
+        UserError: if there are no responses, or if a line is not JSON, has no list of integers
+            under a key, holds an id outside the vocabulary, or is too long.
     """
 
     def __init__(
         self,
         paths: Sequence[str | Path],
-        config: Any,
+        config: ModelConfig,
         prompt_length: int,
         gen_length: int,
         only_passed: bool = False,
         limit: int = 0,
     ):
         self.config, self.prompt_length, self.gen_length = config, prompt_length, gen_length
-        if prompt_length + gen_length > config.max_length:
-            raise UserError(
-                f"prompt_length {prompt_length} and gen_length {gen_length} exceed the model's "
-                f"{config.max_length} positions"
-            )
         self.rows: list[tuple[list[int], list[int]]] = []
-        for path in _files(paths):
-            for number, line in enumerate(read_lines(path)[: limit or None], start=1):
-                record, row = self._check(line, f"{path}, line {number}")
-                if record.get("passed", True) or not only_passed:
-                    self.rows.append(row)
-        if not self.rows:
+        for path in _expand_patterns(paths):
+            for where, record in islice(read_records(path), limit or None):
+                prompt = self._token_ids(record, "prompt_ids", prompt_length, where)
+                response = self._token_ids(record, "response_ids", gen_length, where)
+                passed = isinstance(record, dict) and record.get("passed", True)
+                if passed or not only_passed:
+                    self.rows.append((prompt, response))
+        require(
+            bool(self.rows),
+            f"{', '.join(map(str, paths))}: no responses in it. Run train.self_generate first.",
+        )
+
+    def _token_ids(self, record: object, key: str, longest: int, where: str) -> list[int]:
+        """Returns the checked token ids under a key of a record."""
+        ids = record.get(key) if isinstance(record, dict) else None
+        if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
+            raise UserError(f"{where} has no list of integers under {key!r}")
+        if bad := [i for i in ids if not 0 <= i < self.config.vocab_rows]:
             raise UserError(
-                f"{', '.join(map(str, paths))}: no responses in it; train.self_generate makes them"
+                f"{where}: {key} holds {bad[0]}, but the vocabulary has ids 0 to "
+                f"{self.config.vocab_rows - 1}"
             )
+        if len(ids) > longest:
+            raise UserError(f"{where}: {len(ids)} {key}, but the run allows {longest}")
+        return ids
 
-    def _check(self, line: str, where: str) -> tuple[dict[str, Any], tuple[list[int], list[int]]]:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where} is no JSON: {error}") from None
-        rows = []
-        for key, longest in (("prompt_ids", self.prompt_length), ("response_ids", self.gen_length)):
-            ids = record.get(key) if isinstance(record, dict) else None
-            if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
-                raise UserError(f"{where} has no list of integers under {key!r}")
-            if bad := [i for i in ids if not 0 <= i < self.config.vocab_rows]:
-                last = self.config.vocab_rows - 1
-                raise UserError(
-                    f"{where}: {key} holds {bad[0]}; the vocabulary has ids 0 to {last}"
-                )
-            if len(ids) > longest:
-                raise UserError(f"{where}: {len(ids)} {key}, but the run allows {longest}")
-            rows.append(ids)
-        return record, (rows[0], rows[1])
+    def hold_out(self, count: int, batch_size: int) -> list[list[Example]]:
+        """Removes responses from the source, spread evenly over the files.
 
-    def hold_out(self, count: int, batch_size: int) -> list[list[dict[str, np.ndarray]]]:
-        """Takes `count` responses, spread evenly over the files, out, as whole batches of examples; UserError where the
-        count is less than a batch or nothing would be left to train on."""
+        Args:
+            count: number of responses, rounded down to complete batches.
+            batch_size: examples of a batch.
+
+        Returns:
+            Batches of the removed examples.
+
+        Raises:
+            UserError: if the count is less than a batch, or leaves less than one to train on.
+        """
         size = count // batch_size * batch_size
-        if not size or len(self) - size < batch_size:
-            raise UserError(
-                f"held_out {count} must be at least one batch of {batch_size} and leave one of the {len(self)} "
-                "responses to train on"
-            )
-        taken = {
-            i * len(self) // size for i in range(size)
-        }  # files go by prompt length: their ends are no fair sample
+        require(
+            bool(size) and len(self) - size >= batch_size,
+            f"held_out {count} must be at least one batch of {batch_size} and leave one of the "
+            f"{len(self)} responses to train on",
+        )
+        # The files are sorted by the length of the prompts, so their ends are no fair sample.
+        taken = {i * len(self) // size for i in range(size)}
         examples = [self[i] for i in sorted(taken)]
         self.rows = [row for i, row in enumerate(self.rows) if i not in taken]
         return [examples[i : i + batch_size] for i in range(0, size, batch_size)]
@@ -142,19 +169,31 @@ class Responses:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        prompt, response = self.rows[index]
-        ids, mask = pad_left([prompt], self.config.pad_id, self.prompt_length)
-        response = response + [self.config.eos_id] * (self.gen_length - len(response))
-        return {
-            "prompt": ids[0],
-            "prompt_mask": mask[0],
-            "response": np.asarray(response, np.int32),
-        }
+    def __getitem__(self, index: int) -> Example:
+        """Returns an example."""
+        lengths = (self.prompt_length, self.gen_length)
+        return _make_example(*self.rows[index], *lengths, self.config.pad_id, self.config.eos_id)
 
 
-def _files(paths: Sequence[str | Path]) -> list[str]:
-    """The files that paths and patterns name, each pattern's in order; a pattern that meets none stays as it is."""
+def _make_example(
+    prompt: list[int],
+    response: list[int],
+    prompt_length: int,
+    gen_length: int,
+    pad_id: int,
+    eos_id: int,
+) -> Example:
+    """Pads a prompt on the left, and a response with EOS.
+
+    The EOS tokens are trained on, as in LLaDA's own fine-tuning, so the model learns where to end.
+    """
+    ids, mask = pad_left([prompt], pad_id, prompt_length)
+    response = response + [eos_id] * (gen_length - len(response))
+    return {"prompt": ids[0], "prompt_mask": mask[0], "response": np.asarray(response, np.int32)}
+
+
+def _expand_patterns(paths: Sequence[str | Path]) -> list[str]:
+    """Returns the files of paths and patterns. A pattern without a match stays as it is."""
     return [
         file
         for path in map(str, paths)
@@ -163,62 +202,138 @@ def _files(paths: Sequence[str | Path]) -> list[str]:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """The lines of a jsonl file; a last one that has no line break and is no JSON, cut off by a crash, is left out."""
+    """Reads the lines of a jsonl file, without a last line that a crash cut off.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The lines. The last one is left out if it has no line break and is not JSON.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
     try:
         *lines, last = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text: {error}") from None
+        raise UserError(f"{path} is not UTF-8 text: {error}") from None
     with contextlib.suppress(json.JSONDecodeError):
         json.loads(last)
         lines.append(last)
     return lines
 
 
-def shuffled_batches(
-    source: Any, batch_size: int, seed: int, rows: np.ndarray | None = None
-) -> grain.DatasetIterator:
-    """Endless shuffled epochs over `source` in batches; the iterator's position can be saved and restored.
+def read_records(path: str | Path) -> Iterator[tuple[str, object]]:
+    """Parses the lines of `read_lines`.
 
-    rows: which rows of each batch to read (`local_rows`), None = all. Every process walks through the same batches, so
-    that the position is the same everywhere, and means the same to another number of processes.
+    Args:
+        path: the file.
+
+    Yields:
+        ("FILE, line N", value), the former for error messages.
+
+    Raises:
+        UserError: if the file cannot be read, or a line is not JSON.
     """
-    if len(source) < batch_size:
-        raise UserError(
-            f"{len(source)} examples do not fill a batch of {batch_size}; use more or a smaller batch_size"
-        )
+    for number, line in enumerate(read_lines(path), start=1):
+        where = f"{path}, line {number}"
+        try:
+            yield where, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where} is no JSON: {error}") from None
+
+
+def batch_iterator(source: Source, batch_size: int) -> BatchIterator:
+    """Iterates over a source in batches, in order. A thread reads ahead.
+
+    Args:
+        source: the examples.
+        batch_size: B, examples of a batch.
+
+    Returns:
+        An iterator over batches.
+    """
+    import grain
+
+    dataset = grain.MapDataset.source(source).batch(batch_size, drop_remainder=True)
+    return iter(dataset.to_iter_dataset(_read_options()))
+
+
+def shuffled_batches(
+    source: Source, batch_size: int, seed: int, rows: np.ndarray | None = None
+) -> BatchIterator:
+    """Iterates over endless shuffled epochs of a source in batches. A thread reads ahead.
+
+    Every process goes through the same batches. So the position is the same in all of them, and
+    stays valid if the number of processes changes.
+
+    Args:
+        source: the examples.
+        batch_size: B, examples of a batch.
+        seed: seed of the order.
+        rows: rows of each batch to read (`local_rows`), or None for all.
+
+    Returns:
+        An iterator over batches.
+
+    Raises:
+        UserError: if the source has less than a batch.
+    """
+    import grain
+
+    require(
+        len(source) >= batch_size,
+        f"{len(source)} examples do not fill a batch of {batch_size}. "
+        "Use more examples or a smaller batch_size.",
+    )
     wanted = np.arange(batch_size) if rows is None else rows
 
-    def read(indices: np.ndarray) -> dict[str, np.ndarray]:
+    def read(indices: np.ndarray) -> Example:
         return stack_examples([source[int(i)] for i in indices[wanted]])
 
     order = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat()
     dataset = order.batch(batch_size, drop_remainder=True).map(read)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
+    return iter(dataset.to_iter_dataset(_read_options()))
 
 
-def stack_examples(examples: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Examples of like shapes as one batch."""
+def _read_options() -> object:
+    """Returns grain's options for reading ahead by one thread."""
+    import grain
+
+    return grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+
+
+def stack_examples(examples: Sequence[Example]) -> Example:
+    """Stacks examples of equal shapes to a batch."""
     return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 
 def local_rows(sharding: Sharding, batch_size: int) -> np.ndarray:
-    """The rows of a batch of this sharding that devices of this process hold, in ascending order."""
+    """Finds the rows of a batch that the devices of this process hold.
+
+    Args:
+        sharding: sharding of the batch.
+        batch_size: B, rows of the global batch.
+
+    Returns:
+        Row numbers in ascending order, an int array.
+    """
     indices = sharding.addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
-def place_batch(
-    batch: dict[str, np.ndarray], sharding: Sharding, batch_size: int
-) -> dict[str, jax.Array]:
-    """This process's rows (`local_rows`) of a batch -> global arrays [batch_size, ...] of the sharding."""
-    rows = local_rows(sharding, batch_size)
+def place_batch(batch: Example, sharding: Sharding, batch_size: int) -> Batch:
+    """Moves this process's rows of a batch to its devices.
 
-    def one(x: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            return x[np.searchsorted(rows, np.arange(batch_size)[index[0]])]
+    Args:
+        batch: the rows of `local_rows`, arrays [rows, ...].
+        sharding: sharding of the global batch.
+        batch_size: B, rows of the global batch.
 
-        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, part)
-
-    return {name: one(x) for name, x in batch.items()}
+    Returns:
+        Global arrays [B, ...] with the sharding.
+    """
+    shapes = {name: (batch_size, *x.shape[1:]) for name, x in batch.items()}
+    return jax.make_array_from_process_local_data(sharding, batch, shapes)

@@ -1,57 +1,121 @@
-"""Losses as functions of arrays. Shapes: B batch, N response length, V vocabulary."""
+"""Losses and their parts as functions of arrays."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
+import optax
 
-MIN_SIGMA = 1e-3  # the official LLaDA training code's floor: 1/sigma stays finite
+from xflow_jax.types import Array, Bool, Float, Int, Key, Metrics
+
+RewardScale = Literal["group", "batch", "none"]
+
+MIN_SIGMA = 1e-3  # the minimum of LLaDA's official training code, which keeps 1 / sigma finite
 
 
-def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean of x where mask (bool, the shape of x) is true, 0 where it is true nowhere; a float32 scalar."""
+def masked_mean(
+    x: Float[Array, "*shape"] | Bool[Array, "*shape"], mask: Bool[Array, "*shape"]
+) -> Float[Array, ""]:
+    """Computes the mean of x over the positions where mask is True.
+
+    Args:
+        x: values. Those outside the mask may be infinite or NaN.
+        mask: positions to average over.
+
+    Returns:
+        The mean, a float32 scalar. It is 0 if mask is False everywhere.
+    """
     total = jnp.sum(jnp.where(mask, x, 0), dtype=jnp.float32)
     return total / jnp.maximum(jnp.sum(mask), 1)
 
 
-def mask_ratios(key: jax.Array, batch: int, largest: float | jax.Array = 1.0) -> jax.Array:
-    """Masking ratios sigma float32 [B], each uniform on (0, largest], together spread evenly over it.
+def mask_ratios(
+    key: Key[Array, ""], batch: int, largest: float | Float[Array, ""] = 1.0
+) -> Float[Array, " B"]:
+    """Draws masking ratios that are spread evenly over (0, largest].
 
-    One uniform offset and B equal strides: the same marginals as independent draws (Eq. 1) at a lower variance.
+    One uniform offset and B equal strides have the same marginals as independent draws (Eq. 1),
+    with a lower variance.
+
+    Args:
+        key: a random key.
+        batch: B, number of ratios.
+        largest: upper end of the range.
+
+    Returns:
+        Ratios sigma, float32. Each of them is uniform on (0, largest].
     """
     offset = jax.random.uniform(key, ())
     u = (offset + jnp.arange(batch) / batch) % 1.0
     return largest * (MIN_SIGMA + (1 - MIN_SIGMA) * (1 - u))
 
 
-def draw_masks(key: jax.Array, sigma: jax.Array, length: int) -> jax.Array:
-    """bool [B, N]: each response position of row b masked with probability sigma[b]."""
+def draw_masks(key: Key[Array, ""], sigma: Float[Array, " B"], length: int) -> Bool[Array, "B N"]:
+    """Masks each response position of row b with probability sigma[b].
+
+    Args:
+        key: a random key.
+        sigma: masking ratios.
+        length: N, positions of a response.
+
+    Returns:
+        True at masked positions.
+    """
     return jax.random.uniform(key, (sigma.shape[0], length)) < sigma[:, None]
 
 
-def cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """-log p(token), float32 [B, N], of logits [B, N, V] and tokens int [B, N]."""
-    logits = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+def cross_entropy(
+    logits: Float[Array, "*batch V"], tokens: Int[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    """Computes -log p(token) in float32.
+
+    Args:
+        logits: logits of any float dtype.
+        tokens: token ids.
+
+    Returns:
+        The cross-entropy of each token, float32.
+    """
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), tokens)
 
 
-def diffusion_loss(nll: jax.Array, masked: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Eq. 1: sum over masked positions of -log p, each row weighted with 1/sigma, averaged over tokens.
+def diffusion_loss(
+    nll: Float[Array, "B N"], masked: Bool[Array, "B N"], sigma: Float[Array, " B"]
+) -> Float[Array, ""]:
+    """Computes the masked diffusion loss (Eq. 1).
 
-    nll float32 [B, N], masked bool [B, N], sigma float32 [B] -> scalar.
+    Args:
+        nll: -log p of each response token.
+        masked: True at masked positions. Only these count.
+        sigma: masking ratio of each row. A row has the weight 1 / sigma.
+
+    Returns:
+        The weighted sum over masked positions, divided by B N.
     """
     return jnp.mean(jnp.where(masked, nll, 0) / sigma[:, None])
 
 
 def group_advantages(
-    rewards: jax.Array, per_position: bool = False, scale: str = "group", floor: float = 1e-4
-) -> jax.Array:
-    """GRPO's advantages of rewards float32 [B, G, N]: less the group's mean, by a standard deviation plus `floor`.
+    rewards: Float[Array, "B G N"],
+    per_position: bool = False,
+    scale: RewardScale = "group",
+    floor: float = 1e-4,
+) -> Float[Array, "B G N"]:
+    """Computes GRPO's advantages: centred rewards divided by a standard deviation.
 
-    A group is all G x N rewards of a prompt, or with per_position the G of each of its positions. scale: whose standard
-    deviation: "group" (Eq. 18), "batch" (of all that is left after the means: small differences of a unanimous group
-    then stay small), or "none" = 1.
+    Args:
+        rewards: reward of each position of the G responses to each of B prompts.
+        per_position: compare a position with the same position of its group, not with all G N
+            rewards of the prompt.
+        scale: which standard deviation divides: "group" for that of the same rewards (Eq. 18),
+            "batch" for that of all centred rewards, so that small differences in a unanimous group
+            stay small, or "none".
+        floor: added to the standard deviation.
+
+    Returns:
+        The advantages.
     """
     axes = (1,) if per_position else (1, 2)
     centred = rewards - rewards.mean(axis=axes, keepdims=True)
@@ -61,19 +125,29 @@ def group_advantages(
 
 
 def clipped_surrogate(
-    log_prob: jax.Array,
-    old_log_prob: jax.Array,
-    advantages: jax.Array,
-    acted: jax.Array,
+    log_prob: Float[Array, "T R N"],
+    old_log_prob: Float[Array, "T R N"],
+    advantages: Float[Array, "R N"],
+    acted: Bool[Array, "T R N"],
     epsilon: float,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Eq. 18, negated to be minimised: the mean over actions of -min(r A, clip(r, 1 - epsilon, 1 + epsilon) A).
+) -> tuple[Float[Array, ""], Metrics]:
+    """Computes the clipped policy loss of GRPO (Eq. 18), to be minimised.
 
-    r = exp(log_prob - old_log_prob), all float32 [T, R, N]; advantages [R, N], the same in every step; acted bool
-    [T, R, N]: the actions that mattered. The metrics are shares of these, under TRL's names, and the mean ratio.
+    The loss is the mean over actions of -min(r A, clip(r, 1 - epsilon, 1 + epsilon) A), with the
+    ratio r = exp(log_prob - old_log_prob) and the advantage A.
+
+    Args:
+        log_prob: log-density of each action under the current policy.
+        old_log_prob: log-density under the policy that sampled it.
+        advantages: advantage of each position, the same in all T steps.
+        acted: True for the actions that count.
+        epsilon: half width of the clipping range.
+
+    Returns:
+        The loss, and as metrics the mean ratio and the clipped shares under TRL's names.
     """
     a = advantages[None]
-    # Beyond e^20 nothing is told apart anyway, and the gradient stays finite.
+    # Ratios above e^20 need no distinction, and the limit keeps the gradient finite.
     ratio = jnp.exp(jnp.clip(log_prob - old_log_prob, -20.0, 20.0))
     gain = jnp.minimum(ratio * a, jnp.clip(ratio, 1 - epsilon, 1 + epsilon) * a)
     low, high = (ratio < 1 - epsilon) & (a < 0), (ratio > 1 + epsilon) & (a > 0)

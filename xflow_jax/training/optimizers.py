@@ -1,25 +1,39 @@
-"""Optimisers by name: optax chains from a configuration, and bfloat16 parameters that lose no updates."""
+"""Optimisers by name, and optimisers for bfloat16 parameters that lose no updates."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from xflow_jax.errors import require
+from xflow_jax.types import Array, Float, Key, PyTree
 
+Rounding = Literal["stochastic", "kahan"]
 Storage = Literal["float32", "stochastic", "kahan"]
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optax chain: clipping of the global norm, then `name` on a warm-up and a constant or cosine rate.
+    """An optax chain: clipping of the global norm, then an optimiser with a schedule.
 
-    rate: the highest one; Adafactor's is relative to the parameters' own size (its updates are scaled by their RMS),
-    and it keeps sums over rows and columns instead of two moments, so its state takes next to no memory. clip: 0 = none
+    Attributes:
+        name: the optimiser. Adafactor keeps sums over rows and columns instead of two moments, so
+            its state needs almost no memory.
+        rate: largest learning rate. That of Adafactor is relative to the size of the parameters,
+            because its updates are scaled by their RMS.
+        schedule: shape of the rate after the warm-up.
+        warmup_steps: steps of the linear warm-up.
+        weight_decay: decay of the weights, 0 for none.
+        b1, b2: decay rates of the moments of AdamW.
+        clip: largest global norm of the gradients, 0 for no clipping.
+
+    Raises:
+        UserError: if a value is out of range.
     """
 
     name: Literal["adamw", "adafactor"] = "adamw"
@@ -33,18 +47,10 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require(self.rate > 0, f"optimizer.rate is {self.rate}, but it must be positive")
-        require(
-            self.warmup_steps >= 0,
-            f"optimizer.warmup_steps is {self.warmup_steps}, but it must not be negative",
-        )
-        require(
-            self.weight_decay >= 0,
-            f"optimizer.weight_decay is {self.weight_decay}, but it must not be negative",
-        )
-        require(
-            self.clip >= 0,
-            f"optimizer.clip is {self.clip}, but it must not be negative; 0 turns it off",
-        )
+        for name in ("warmup_steps", "weight_decay", "clip"):
+            value = getattr(self, name)
+            hint = ". 0 turns it off." if name == "clip" else ""
+            require(value >= 0, f"optimizer.{name} is {value}, but it must not be negative{hint}")
         for name in ("b1", "b2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name} is {value}, but it must be in [0, 1)")
@@ -57,16 +63,23 @@ def make_optimizer(
     storage: Storage = "float32",
     seed: int = 0,
 ) -> optax.GradientTransformation:
-    """The configured chain for a run of so many steps.
+    """Builds the optimiser of a run.
 
-    frozen: top-level names of the tree of parameters that get no update and no optimiser state. storage: how the
-    parameters are kept: as float32, or as bfloat16 with stochastic rounding or with Kahan's compensation (`compact`).
+    Args:
+        config: the configuration.
+        steps: updates of the run, for the schedule.
+        frozen: top-level names of parameters that get no update and no optimiser state.
+        storage: storage of the parameters: float32, or bfloat16 with a rounding of `compact`.
+        seed: seed of stochastic rounding.
+
+    Returns:
+        The optax transformation.
     """
     warmup = config.warmup_steps
     if config.schedule == "cosine":
-        # One step of decay at least, which optax divides by.
+        # At least one step of decay, because optax divides by their number.
         rate = optax.warmup_cosine_decay_schedule(0.0, config.rate, warmup, max(steps, warmup + 1))
-    else:  # a warm-up of no steps would leave optax's rate at its first value, 0
+    else:  # with a warm-up of 0 steps, optax's rate would stay at its first value, 0
         rate = optax.warmup_constant_schedule(0.0, config.rate, warmup) if warmup else config.rate
     if config.name == "adamw":
         inner = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
@@ -78,80 +91,108 @@ def make_optimizer(
     if not frozen:
         return chain
 
-    def labels(params: Any) -> dict[str, str]:  # a prefix of the tree
+    def labels(params: Mapping[str, object]) -> dict[str, str]:  # a prefix of the tree
         return {name: "frozen" if name in frozen else "trained" for name in params}
 
     return optax.multi_transform({"trained": chain, "frozen": optax.set_to_zero()}, labels)
 
 
 class CompactState(NamedTuple):
-    """count: of updates, int32; inner: the state of the inner optimiser, in float32; compensation: what rounding has
-    left over so far, like the parameters (Kahan), or nothing."""
+    """State of `compact`.
 
-    count: jax.Array
-    inner: Any
-    compensation: Any
+    Attributes:
+        count: number of updates, int32.
+        inner: state of the inner optimiser, float32.
+        compensation: sum of what rounding left out, a tree like the parameters, or () without
+            Kahan compensation.
+    """
+
+    # The name is part of the format of checkpoints, although it hides a method of tuples.
+    count: jax.Array  # type: ignore[assignment]
+    inner: optax.OptState
+    compensation: PyTree
 
 
 def compact(
-    inner: optax.GradientTransformation, how: Literal["stochastic", "kahan"], seed: int = 0
+    inner: optax.GradientTransformation, rounding: Rounding, seed: int = 0
 ) -> optax.GradientTransformation:
-    """`inner` for parameters in bfloat16, whose eight bits would swallow most updates: it works in float32, and what it
-    returns moves each parameter exactly to the bfloat16 number that it is rounded to.
+    """Wraps an optimiser for parameters in bfloat16.
 
-    stochastic: up or down by chance, so that the expectation is exact; nothing more is stored. kahan: to the nearest,
-    and the rest is kept, in bfloat16, and added to the next update. Parameters in float32 are left to `inner`.
+    The eight bits of bfloat16 would lose most updates. So the inner optimiser works in float32, and
+    each update leads exactly to the bfloat16 number to which the parameter is rounded. Parameters
+    in float32 get the updates of the inner optimiser unchanged.
+
+    Args:
+        inner: the optimiser.
+        rounding: "stochastic" rounds up or down at random, so that the expectation is exact, and
+            stores nothing. "kahan" rounds to the nearest number, stores the remainder in bfloat16
+            and adds it to the next update.
+        seed: seed of stochastic rounding.
+
+    Returns:
+        The wrapped optimiser.
     """
 
-    def widen(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+    def init(params: PyTree) -> CompactState:
+        remainder = jax.tree.map(jnp.zeros_like, params) if rounding == "kahan" else ()
+        return CompactState(jnp.zeros((), jnp.int32), inner.init(_to_float32(params)), remainder)
 
-    def init(params: Any) -> CompactState:
-        rest = jax.tree.map(jnp.zeros_like, params) if how == "kahan" else ()
-        return CompactState(jnp.zeros((), jnp.int32), inner.init(widen(params)), rest)
-
-    def update(grads: Any, state: CompactState, params: Any) -> tuple[Any, CompactState]:
-        wide = widen(params)
-        updates, inner_state = inner.update(widen(grads), state.inner, wide)
-        leaves, tree = jax.tree.flatten(params)
-        steps = tree.flatten_up_to(updates)
-        if how == "kahan":
-            rests = tree.flatten_up_to(state.compensation)
-            pairs = [_kahan(*leaf) for leaf in zip(leaves, steps, rests, strict=True)]
-            steps, rests = ([pair[i] for pair in pairs] for i in (0, 1))
-            rest = tree.unflatten(rests)
+    def update(grads: PyTree, state: CompactState, params: PyTree) -> tuple[PyTree, CompactState]:
+        wide = _to_float32(params)
+        updates, inner_state = inner.update(_to_float32(grads), state.inner, wide)
+        structure = jax.tree.structure(params)
+        if rounding == "kahan":
+            pairs = jax.tree.map(_kahan_update, params, updates, state.compensation)
+            updates, remainder = jax.tree.transpose(structure, jax.tree.structure((0, 0)), pairs)
         else:
-            keys = jax.random.split(
-                jax.random.fold_in(jax.random.key(seed), state.count), len(leaves)
+            key = jax.random.fold_in(jax.random.key(seed), state.count)
+            keys = list(jax.random.split(key, len(jax.tree.leaves(params))))
+            updates = jax.tree.map(
+                _stochastic_update, params, updates, jax.tree.unflatten(structure, keys)
             )
-            steps = [_stochastic(*leaf) for leaf in zip(leaves, steps, keys, strict=True)]
-            rest = ()
-        return tree.unflatten(steps), CompactState(state.count + 1, inner_state, rest)
+            remainder = ()
+        return updates, CompactState(state.count + 1, inner_state, remainder)
 
     return optax.GradientTransformation(init, update)
 
 
-def _stochastic(p: jax.Array, update: jax.Array, key: jax.Array) -> jax.Array:
+def _to_float32(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def _stochastic_update(p: jax.Array, update: jax.Array, key: Key[Array, ""]) -> jax.Array:
+    """Returns the update from p to the stochastically rounded sum."""
     if p.dtype != jnp.bfloat16:
         return update
     wide = p.astype(jnp.float32)
     return stochastic_round(wide + update, key).astype(jnp.float32) - wide
 
 
-def _kahan(p: jax.Array, update: jax.Array, rest: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _kahan_update(
+    p: jax.Array, update: jax.Array, remainder: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the update from p to the nearest bfloat16 number, and the new remainder."""
     if p.dtype != jnp.bfloat16:
-        return update, rest
+        return update, remainder
     wide = p.astype(jnp.float32)
-    wanted = update + rest.astype(jnp.float32)
-    new = (wide + wanted).astype(jnp.bfloat16).astype(jnp.float32)
-    # What the step from `p` to `new`, exact in float32, did not cover of what was wanted.
-    return new - wide, (wanted - (new - wide)).astype(jnp.bfloat16)
+    exact = update + remainder.astype(jnp.float32)
+    rounded = (wide + exact).astype(jnp.bfloat16).astype(jnp.float32)
+    # The difference `rounded - wide` is exact in float32.
+    return rounded - wide, (exact - (rounded - wide)).astype(jnp.bfloat16)
 
 
-def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
-    """float32 -> bfloat16, up or down with the probabilities that make it right on average; infinities and NaN stay."""
+def stochastic_round(x: Float[Array, "*shape"], key: Key[Array, ""]) -> Float[Array, "*shape"]:
+    """Rounds float32 to bfloat16 at random, so that the expectation is exact.
+
+    Args:
+        x: numbers, float32.
+        key: a random key.
+
+    Returns:
+        One of the two neighbours of each number, bfloat16. Infinities and NaN stay.
+    """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     rounded = (bits + noise) & jnp.uint32(0xFFFF0000)
-    exact = jnp.where(jnp.isfinite(x), jax.lax.bitcast_convert_type(rounded, jnp.float32), x)
-    return exact.astype(jnp.bfloat16)
+    finite = jnp.where(jnp.isfinite(x), jax.lax.bitcast_convert_type(rounded, jnp.float32), x)
+    return finite.astype(jnp.bfloat16)

@@ -1,38 +1,60 @@
-"""Training steps: pure functions of a state, a batch and a key, to be jitted once."""
+"""The step of masked diffusion pretraining."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from xflow_jax.training import losses
-from xflow_jax.training.state import Metrics, Params, TrainState
-from xflow_jax.types import Backbone
+from xflow_jax.training.state import Batch, TrainState, TrainStep
+from xflow_jax.types import Array, Backbone, Bool, Float, Int, Metrics, Params
 
 
 def response_logits(
-    model: Backbone, params: Params, tokens: jax.Array, mask: jax.Array, prompt: int
-) -> jax.Array:
-    """tokens int [B, L], mask bool [B, L] (False = padding) -> logits [B, N, V]; the head skips the prompt."""
+    model: Backbone,
+    params: Params,
+    tokens: Int[Array, "B L"],
+    mask: Bool[Array, "B L"],
+    prompt_length: int,
+) -> Float[Array, "B N V"]:
+    """Computes the logits of the response positions only.
+
+    Args:
+        model: the model.
+        params: its parameters.
+        tokens: prompts and responses.
+        mask: False at padding.
+        prompt_length: P, positions before the response.
+
+    Returns:
+        Logits of the N = L - P response positions.
+    """
     x = model.apply({"params": params}, tokens, method="embed")
     hidden = model.apply({"params": params}, x, mask, method="hidden")
-    return model.apply({"params": params}, hidden[:, prompt:], method="head")
+    return model.apply({"params": params}, hidden[:, prompt_length:], method="head")
 
 
 def make_pretrain_step(
     model: Backbone, optimizer: optax.GradientTransformation, largest_sigma: optax.Schedule
-) -> Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, Metrics]]:
-    """The step of masked diffusion training (Eq. 1).
+) -> TrainStep:
+    """Builds the step of masked diffusion training (Eq. 1).
 
-    batch: "prompt" int [B, P] and "prompt_mask" bool [B, P] (left padding False), "response" int [B, N]. The key is
-    folded with the state's step, so one key serves a whole run. largest_sigma: step -> the upper end of the masking
-    ratio, 1 for Eq. 1 as it stands, less at first as a curriculum.
+    Args:
+        model: the model.
+        optimizer: the optimiser of its parameters.
+        largest_sigma: step -> largest masking ratio. It is 1 for Eq. 1 itself, and lower at first
+            in a curriculum.
+
+    Returns:
+        step(state, batch, key) -> (state, metrics). The batch holds "prompt" int [B, P],
+        "prompt_mask" bool [B, P], False at the padding on the left, and "response" int [B, N]. The
+        step folds its number into the key, so one key serves a complete run.
     """
 
-    def loss_fn(params: Params, batch: dict[str, jax.Array], key: jax.Array, largest: jax.Array):
+    def loss_fn(
+        params: Params, batch: Batch, key: jax.Array, largest: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
         ratio_key, mask_key = jax.random.split(key)
         prompt, response = batch["prompt"], batch["response"]
         sigma = losses.mask_ratios(ratio_key, response.shape[0], largest)
@@ -47,9 +69,7 @@ def make_pretrain_step(
         loss = losses.diffusion_loss(nll, masked, sigma)
         return loss, {"loss": loss, "masked_nll": losses.masked_mean(nll, masked)}
 
-    def step(
-        state: TrainState, batch: dict[str, jax.Array], key: jax.Array
-    ) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         largest = jnp.asarray(largest_sigma(state.step), jnp.float32)
         grads, metrics = jax.grad(loss_fn, has_aux=True)(
             state.params, batch, jax.random.fold_in(key, state.step), largest

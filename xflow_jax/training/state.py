@@ -1,23 +1,29 @@
-"""Training steps: pure functions of a state, a batch and a key, to be jitted once."""
+"""State of a training run, and the types of batches and steps."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 
-Params = Any
+from xflow_jax.types import Metrics, Params
 
-
-Metrics = dict[str, jax.Array]
+Batch: TypeAlias = dict[str, jax.Array]
 
 
 @struct.dataclass
 class TrainState:
-    """What a run is, apart from its data: the step it is at, its parameters and its optimiser's state."""
+    """Step, parameters and optimiser state of a run.
+
+    Attributes:
+        step: number of updates so far, an int32 scalar.
+        params: the parameters that are trained.
+        opt_state: state of their optimiser.
+    """
 
     step: jax.Array
     params: Params
@@ -25,10 +31,13 @@ class TrainState:
 
     @classmethod
     def create(cls, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-        """The state before the first step."""
+        """Returns the state before the first step."""
         return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     def update(self, grads: Params, optimizer: optax.GradientTransformation) -> TrainState:
-        """The state after a step along `grads`."""
+        """Returns the state after one update with the gradients."""
         updates, opt_state = optimizer.update(grads, self.opt_state, self.params)
         return TrainState(self.step + 1, optax.apply_updates(self.params, updates), opt_state)
+
+
+TrainStep: TypeAlias = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]

@@ -1,4 +1,4 @@
-"""The pretraining step against the formula, and that it learns."""
+"""Tests of the pretraining step: the formula, learning and the curriculum."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_response_logits_are_the_models(params, batch):
 
 
 def test_the_step_is_the_formula(params, batch, step):
-    """Eq. 1, with the draws that the step's key makes, row by row in NumPy."""
+    """Computes Eq. 1 row by row in NumPy, with the draws of the step's key."""
     key, n = jax.random.fold_in(jax.random.key(9), 0), 6
     ratio_key, mask_key = jax.random.split(key)
     sigma = losses.mask_ratios(ratio_key, 4)
@@ -82,7 +82,7 @@ def test_it_learns_and_compiles_once(params, batch, step):
 
 
 def test_one_key_serves_a_run(params, batch, step):
-    """The step folds its number into the key: the same step repeats exactly, the next one draws anew."""
+    """The step folds its number into the key, so only equal steps draw equal masks."""
     state = TrainState.create(params, optax.adam(1e-2))
     (_, first), (_, again) = (step(state, batch, jax.random.key(0)) for _ in range(2))
     _, later = step(state.replace(step=state.step + 1), batch, jax.random.key(0))
@@ -90,7 +90,7 @@ def test_one_key_serves_a_run(params, batch, step):
 
 
 def test_the_curriculum_bounds_the_masking_ratio(params, batch):
-    """largest_sigma is asked with the state's step: at a ratio of almost nothing, almost nothing is masked."""
+    """largest_sigma receives the step. With a ratio near 0 nothing is masked."""
     schedule = optax.piecewise_constant_schedule(1e-6, {5: 1e6})
     curriculum = jax.jit(make_pretrain_step(MODEL, optax.sgd(0.0), schedule))
     state = TrainState.create(params, optax.sgd(0.0))
