@@ -136,6 +136,18 @@ def test_the_table_of_equations_names_code_that_exists():
         assert re.search(rf"^def {function}\(", (ROOT / "xflow_jax" / name).read_text(), re.M), name
 
 
+@pytest.mark.parametrize("path", sorted((DOCS / "reference").glob("*.md")), ids=page_id)
+def test_the_reference_has_functions_that_share_the_name_of_their_module(path):
+    package = path.stem
+    if package == "xflow_jax":
+        return
+    door = importlib.import_module(f"xflow_jax.{package}")
+    for name in door.__all__:
+        if callable(getattr(door, name)) and (ROOT / "xflow_jax" / package / f"{name}.py").exists():
+            # The generator of the reference takes the module for the function.
+            assert f"::: xflow_jax.{package}.{name}.{name}\n" in path.read_text()
+
+
 def message_text(node: ast.expr) -> str:
     """Returns the text of a string expression, with an ellipsis for each value."""
     if isinstance(node, ast.Constant):

@@ -64,12 +64,12 @@ _ = figure.colorbar(image, label="progress t")
 # %% [markdown]
 # ## One block, position by position
 #
-# The next table follows the second block. Each cell is the predicted token and the progress after
-# the pass. A token may change as long as its progress is below 1.
+# The next table follows six positions of the second block. Each cell is the predicted token and
+# the progress after the pass. A token may change as long as its progress is below 1.
 
 # %%
 words = token_texts(lm)
-block = slice(16, 26)
+block = slice(20, 26)
 print("position  " + "".join(f"{i:>14}" for i in range(block.start, block.stop)))
 for step in range(4, 8):
     cells = zip(trace.tokens[step, 0, block], trace.progress[step, 0, block], strict=True)
