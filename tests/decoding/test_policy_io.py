@@ -1,0 +1,96 @@
+"""Files of policies: round trips, messages about bad ones, and the bundled one."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from tests.helpers import GOLDENS
+from xflow_jax.decoding.policy import Policy, features
+from xflow_jax.decoding.policy_io import BUNDLED, load_policy, read_policy, save_policy
+from xflow_jax.errors import UserError
+
+FILE = GOLDENS / "flow" / "policy.safetensors"
+RANGES = {"a_min": "0.00390625", "a_max": "1.0", "kappa_min": "2.0", "kappa_max": "50.0"}
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load_policy(FILE)
+
+
+def test_round_trip(policy, tmp_path):
+    policy = Policy(policy.params, a_min=1 / 64, a_max=0.5, kappa_min=3.0, kappa_max=9.0)
+    file = tmp_path / "deep" / "p.safetensors"
+    save_policy(file, policy, made_by="a test", switches="early_exit=true")
+    again, switches = read_policy(file)
+    assert switches == "early_exit=true"
+    assert jax.tree.structure(again) == jax.tree.structure(policy)  # the ranges are a part of it
+    for ours, wanted in zip(jax.tree.leaves(again), jax.tree.leaves(policy), strict=True):
+        np.testing.assert_array_equal(ours, wanted)
+    assert [f.name for f in (tmp_path / "deep").iterdir()] == ["p.safetensors"]
+
+
+def test_bfloat16_files_are_read(policy, tmp_path):
+    from safetensors.flax import save_file as save_flax
+
+    file = tmp_path / "p.safetensors"
+    save_flax({k: v.astype(jnp.bfloat16) for k, v in policy.params.items()}, file, RANGES)
+    again = load_policy(file)
+    assert again.params["w1"].dtype == jnp.float32
+    np.testing.assert_allclose(again.params["w1"], policy.params["w1"], rtol=1e-2)
+
+
+BAD = {
+    "lacks the tensors b1, w2": (lambda t: t.pop("b1") is t.pop("w2"), {}),
+    "w_mu has shape [63, 1], not [64, 1]": (lambda t: t.update(w_mu=t["w_mu"][:-1]), {}),
+    "w1 has shape [64, 7], not [8, 64]": (lambda t: t.update(w1=np.zeros((64, 7), np.float32)), {}),
+    "b_mu has shape [0], not [1]": (lambda t: t.update(b_mu=np.zeros((0,), np.float32)), {}),
+    "b2 holds numbers that are not finite": (lambda t: t["b2"].__setitem__(3, np.nan), {}),
+    "its metadata lack a_max, kappa_min": (lambda t: None, {"a_max": None, "kappa_min": None}),
+    "in the metadata must be numbers": (lambda t: None, {"a_min": "small"}),
+    "must be 0 < a_min < a_max <= 4, a_min < 1": (lambda t: None, {"a_min": "2"}),
+}
+
+
+@pytest.mark.parametrize("message", list(BAD))
+def test_bad_contents(message, tmp_path):
+    change, metadata = BAD[message]
+    tensors = load_file(FILE)
+    change(tensors)
+    metadata = {k: v for k, v in (RANGES | metadata).items() if v is not None}
+    save_file(tensors, tmp_path / "p.safetensors", metadata)
+    with pytest.raises(UserError) as error:
+        load_policy(tmp_path / "p.safetensors")
+    assert message in str(error.value) and "p.safetensors" in str(error.value)
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        load_policy(tmp_path / "none.safetensors")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_policy(tmp_path)
+    (tmp_path / "cut.safetensors").write_bytes(FILE.read_bytes()[:5000])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        load_policy(tmp_path / "cut.safetensors")
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        load_policy(tmp_path / "empty.safetensors")
+
+
+def test_the_bundled_policy():
+    """Its steps grow with the confidence. The metadata name its making, but no path."""
+    policy = load_policy("tiny")
+    c = jnp.array([0.5, 0.9, 0.95, 0.99])
+    top = jnp.stack([c, (1 - c) / 2, (1 - c) / 4, (1 - c) / 8], axis=-1)
+    a = policy.expected_step(features(top, jnp.zeros(4), 0.5))
+    assert a[0] < 0.2 and a[3] > 0.9
+    metadata = safe_open(BUNDLED, "numpy").metadata()
+    assert json.loads(metadata["made_by"])["config"]["model"] == "tiny"
+    assert str(BUNDLED.parents[2]) not in str(metadata)
