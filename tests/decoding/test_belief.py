@@ -1,4 +1,4 @@
-"""The chunked belief against a softmax that holds everything at once."""
+"""The chunked belief against a softmax over the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xflow_jax.decoding.belief import TOP, BeliefOptions, _chunk, compute_belief
-from xflow_jax.decoding.topk import _packed, _rounds
+from xflow_jax.decoding.belief import TOP, BeliefOptions, _chunk_size, compute_belief
 from xflow_jax.models.lm_head import make_head
 from xflow_jax.models.logical_axes import shardings
 from xflow_jax.parallel.mesh import make_mesh
@@ -24,7 +23,7 @@ PLAIN = BeliefOptions()
 
 @functools.partial(jax.jit, static_argnames=("options", "chunk"))
 def run(logits, options=PLAIN, chunk=16_384, keys=None, free=None):
-    """The belief of given logits [B, N, V]: the hidden states are the logits themselves."""
+    """Computes the belief of logits [B, N, V], which serve as hidden states."""
 
     def head(hidden, start, size):
         return jax.lax.dynamic_slice_in_dim(hidden, start, size, axis=-1)
@@ -32,8 +31,8 @@ def run(logits, options=PLAIN, chunk=16_384, keys=None, free=None):
     return compute_belief(head, logits, logits.shape[-1], options, keys, free, chunk)
 
 
-def plain(logits, options=PLAIN, free=None):
-    """(tokens, confidence, top, their ids, entropy) in float64 NumPy, from the definitions."""
+def reference(logits, options=PLAIN, free=None):
+    """Computes (tokens, confidence, top, top_tokens, entropy) in float64 from the definitions."""
     z = np.asarray(logits, np.float64)
     if free is not None:
         free = np.asarray(free, np.float64)
@@ -52,7 +51,7 @@ def plain(logits, options=PLAIN, free=None):
     return tokens, confidence, np.take_along_axis(p, order, -1), order, entropy
 
 
-def agree(ours, wanted):
+def assert_equals(ours, wanted):
     tokens, confidence, top, top_tokens, entropy = wanted
     np.testing.assert_array_equal(ours.tokens, tokens)
     np.testing.assert_allclose(ours.confidence, confidence, rtol=1e-5, atol=1e-7)
@@ -76,12 +75,12 @@ OPTIONS = {
 
 @pytest.mark.parametrize("chunk", [7, 16, 63, 64, 1000])
 @pytest.mark.parametrize("name", list(OPTIONS))
-def test_chunks_are_the_plain_softmax(name, chunk):
+def test_chunks_equal_the_plain_softmax(name, chunk):
     options = OPTIONS[name]
     logits, free = np.random.default_rng(0).normal(size=(2, B, N, V)).astype(np.float32) * 4
     logits[0, 0, 40] = 30  # a doubted token that wins
     free = free if options.guidance else None
-    agree(run(logits, options, chunk, free=free), plain(logits, options, free))
+    assert_equals(run(logits, options, chunk, free=free), reference(logits, options, free))
 
 
 def test_a_doubted_token_wins_with_confidence_0():
@@ -99,8 +98,8 @@ def test_ties_go_to_the_lowest_index(chunk):
     logits[0, 1, [62, 63]] = 1.0  # in the last, moved chunk
     belief = run(logits, chunk=chunk)
     np.testing.assert_array_equal(belief.tokens[0], [12, 62, 0])
-    # Equal ones count as often as they are there.
-    agree(belief, plain(logits))
+    # Equal logits count separately.
+    assert_equals(belief, reference(logits))
     assert belief.top[0, 0, 0] == belief.top[0, 0, 2] > belief.top[0, 0, 3]
     np.testing.assert_array_equal(
         belief.top_tokens[0], [[12, 13, 50, 0], [62, 63, 0, 1], [0, 1, 2, 3]]
@@ -110,9 +109,9 @@ def test_ties_go_to_the_lowest_index(chunk):
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_vocabularies_of_fewer_than_four_tokens(size):
     logits = np.random.default_rng(1).normal(size=(1, 4, size)).astype(np.float32)
-    tokens, confidence, *top, entropy = plain(logits)
+    tokens, confidence, *top, entropy = reference(logits)
     top = [np.pad(x, ((0, 0), (0, 0), (0, max(TOP - size, 0)))) for x in top]
-    agree(run(logits), (tokens, confidence, *top, entropy))
+    assert_equals(run(logits), (tokens, confidence, *top, entropy))
 
 
 @pytest.mark.parametrize("shift", [-90.0, 0.0, 300.0])
@@ -121,7 +120,7 @@ def test_extreme_logits_stay_finite(shift):
         shift
     )
     belief = run(logits, chunk=5)
-    agree(belief, plain(logits))
+    assert_equals(belief, reference(logits))
     certain = run(np.where(np.arange(16) == 3, 0.0, -1e30).astype(np.float32)[None, None], chunk=5)
     assert certain.confidence[0, 0] == 1 and certain.entropy[0, 0] == 0
     uniform = run(np.full((1, 1, 16), shift, np.float32), chunk=5)
@@ -130,7 +129,7 @@ def test_extreme_logits_stay_finite(shift):
 
 @pytest.mark.parametrize("chunk", [4, 16])
 def test_temperature_draws_from_the_tempered_softmax(chunk):
-    """argmax(z + T g) of Gumbel noise g is a draw from softmax(z / T), and the confidence is that without noise."""
+    """With Gumbel noise g, argmax(z + T g) follows softmax(z / T). The confidence has no noise."""
     many, temperature = 20_000, 0.7
     z = np.array([1.0, 0.2, -0.5, 0.0, 0.9, -2.0, 0.4, 5.0, -1.0], np.float32)
     logits = np.broadcast_to(z, (1, many, z.size))
@@ -146,7 +145,7 @@ def test_temperature_draws_from_the_tempered_softmax(chunk):
     np.testing.assert_allclose(belief.top[0, 0], -np.sort(-p)[:TOP], rtol=1e-5)
 
 
-def test_a_rows_draws_are_its_keys_alone():
+def test_the_draws_of_a_row_depend_on_its_key_alone():
     logits = np.random.default_rng(0).normal(size=(3, N, V)).astype(np.float32)
     options, keys = BeliefOptions(temperature=1.0), jax.random.split(jax.random.key(4), 3)
     together = run(logits, options, keys=keys)
@@ -157,14 +156,14 @@ def test_a_rows_draws_are_its_keys_alone():
     assert (np.asarray(other.tokens) != np.asarray(together.tokens)).any()
 
 
-def test_no_logits_of_the_whole_vocabulary_stand_in_memory():
+def test_logits_of_the_whole_vocabulary_are_never_in_memory():
     rows, chunk = 32_768, 512
     params = {"wte": {"embedding": jnp.zeros((rows, E))}}
     hidden = jax.ShapeDtypeStruct((B, 64, E), jnp.float32)
     options = BeliefOptions(never=(1,), doubted=(2,), temperature=1.0, guidance=1.0)
 
     def everything(params, hidden, free, keys):
-        return compute_belief(make_head(None, params), hidden, rows, options, keys, free, chunk)
+        return compute_belief(make_head(params), hidden, rows, options, keys, free, chunk)
 
     args = (params, hidden, hidden, jax.random.split(jax.random.key(0), B))
     largest = max(sizes(jax.make_jaxpr(everything)(*args).jaxpr))
@@ -174,7 +173,7 @@ def test_no_logits_of_the_whole_vocabulary_stand_in_memory():
 
 
 def sizes(jaxpr):
-    """Elements of every intermediate value in a jaxpr, inner ones included."""
+    """Yields the sizes of all intermediate values in a jaxpr and its inner ones."""
     for eqn in jaxpr.eqns:
         yield from (math.prod(v.aval.shape) for v in eqn.outvars if hasattr(v.aval, "shape"))
         is_jaxpr = lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")  # noqa: E731
@@ -186,7 +185,7 @@ def sizes(jaxpr):
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "biased"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_models_head_in_chunks_is_its_head(kind, dtype):
+def test_the_head_in_chunks_equals_the_head(kind, dtype):
     rng = np.random.default_rng(0)
     table = jnp.asarray(rng.normal(size=(V, E)), jnp.float32)
     params = {"wte": {"embedding": table}}
@@ -196,7 +195,7 @@ def test_the_models_head_in_chunks_is_its_head(kind, dtype):
     if kind == "biased":
         params["ff_out"]["bias"] = bias
     hidden = jnp.asarray(rng.normal(size=(B, N, E)), dtype)
-    head = make_head(None, params)
+    head = make_head(params)
     whole = head(hidden, 0, V)
     assert whole.dtype == dtype
     parts = jnp.concatenate([head(hidden, start, 16) for start in range(0, V, 16)], axis=-1)
@@ -210,7 +209,7 @@ def test_the_models_head_in_chunks_is_its_head(kind, dtype):
 
 @pytest.mark.parametrize("chunk", [7, 64])
 def test_bfloat16_logits_are_compared_exactly(chunk):
-    """Values and ids packed into one integer come out as they went in: ties, both zeros, infinities, either sign."""
+    """Ties, both zeros, infinities and negative logits."""
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(B, N, V)).astype(np.float32) * 3
     logits[0, 0] = np.where(rng.random(V) < 0.5, 0.0, -0.0)
@@ -219,20 +218,21 @@ def test_bfloat16_logits_are_compared_exactly(chunk):
     logits[0, 3, [9, 50]] = 300
     rounded = jnp.asarray(logits, jnp.bfloat16)
     ours = run(rounded, PLAIN, chunk)
-    agree(ours, plain(rounded.astype(jnp.float32)))
+    assert_equals(ours, reference(rounded.astype(jnp.float32)))
     options = BeliefOptions(never=(3, 17), doubted=(5,), vocab_size=50)
-    agree(run(rounded, options, chunk), plain(rounded.astype(jnp.float32), options))
+    wanted = reference(rounded.astype(jnp.float32), options)
+    assert_equals(run(rounded, options, chunk), wanted)
 
 
 @pytest.mark.parametrize("name", ["plain", "everything"])
-def test_large_vocabularies_go_by_groups(name):
-    """Of groups of 64 only those with the largest maxima are looked into; ties inside and across groups are kept."""
+def test_large_vocabularies_use_groups(name):
+    """Groups of 64 keep ties, inside a group and across groups."""
     rng = np.random.default_rng(5)
     logits = np.round(rng.normal(size=(2, 6, 640)).astype(np.float32) * 2)  # many are equal
     logits[0, 0] = 0.0
     logits[0, 1, [64, 127, 128, 639]] = 50.0
     logits[0, 2, 100:105] = [9, 8, 9, 8, 9]
-    agree(run(logits, OPTIONS[name], 320), plain(logits, OPTIONS[name]))
+    assert_equals(run(logits, OPTIONS[name], 320), reference(logits, OPTIONS[name]))
 
 
 @pytest.mark.parametrize(
@@ -245,30 +245,10 @@ def test_large_vocabularies_go_by_groups(name):
         ("tpu", 2048, 2048),
     ],
 )
-def test_the_size_of_a_chunk(monkeypatch, platform, positions, wanted):
-    """Few positions read the head whole on a CPU; elsewhere a chunk's logits fit where they are made."""
+def test_chunk_size(monkeypatch, platform, positions, wanted):
+    """On a CPU few positions use the whole head as one chunk."""
     monkeypatch.setattr("xflow_jax.decoding.belief.platform", lambda: platform)
-    assert _chunk(positions, 126464) == wanted
-
-
-def test_values_and_ids_packed_into_one_integer():
-    rng = np.random.default_rng(5)
-    logits = (
-        jnp.asarray(np.round(rng.normal(size=(2, 6, 640)) * 2), jnp.bfloat16)
-        .at[0, :, 3:]
-        .set(-jnp.inf)
-    )
-    logits = (
-        logits.at[1, 0]
-        .set(jnp.where(rng.random(640) < 0.5, 0.0, -0.0))
-        .at[1, 1, [9, 500]]
-        .set(3e38)
-    )
-    for ours, wanted in zip(
-        _packed(logits, TOP), _rounds(logits.astype(jnp.float32), TOP), strict=True
-    ):
-        ours = jnp.moveaxis(ours, 0, -1)
-        np.testing.assert_array_equal(ours, wanted)
+    assert _chunk_size(positions, 126464) == wanted
 
 
 OVER_MESH = {
@@ -281,13 +261,12 @@ OVER_MESH = {
 @pytest.mark.parametrize(
     "mesh, name", [("2,2,2", "plain"), ("1,4,2", "drawn"), ("1,1,8", "doubted and guided")]
 )
-def test_over_a_mesh_it_is_the_same(mesh, name):
-    """Each device believes of its own part of the vocabulary; together that is the belief of one device."""
+def test_a_mesh_changes_nothing(mesh, name):
+    """The parts of all devices together are the belief of one device."""
     options, kind = OVER_MESH[name]
     rng = np.random.default_rng(3)
-    table = rng.integers(-2, 3, size=(V, E)).astype(
-        np.float32
-    )  # whole numbers: sums are exact, and there are ties
+    # Whole numbers, so that sums are exact and there are ties.
+    table = rng.integers(-2, 3, size=(V, E)).astype(np.float32)
     params = {"wte": {"embedding": table}} | (
         {} if kind == "tied" else {"ff_out": {"kernel": table.T}}
     )
@@ -298,7 +277,7 @@ def test_over_a_mesh_it_is_the_same(mesh, name):
 
     def everything(params, hidden, free, keys):
         return compute_belief(
-            make_head(None, params), hidden, V, options, keys, free if options.guidance else None, 7
+            make_head(params), hidden, V, options, keys, free if options.guidance else None, 7
         )
 
     wanted = jax.jit(everything)(params, hidden, free, keys)
@@ -315,20 +294,21 @@ def test_over_a_mesh_it_is_the_same(mesh, name):
 
 
 def test_a_chunk_is_for_the_positions_of_one_device(monkeypatch):
-    """Also where a mesh spreads nothing but the batch."""
-    seen, mesh = [], make_mesh("8,1,1")
+    """With a mesh that shards nothing but the batch too."""
+    counted, mesh = [], make_mesh("8,1,1")
     monkeypatch.setattr(
-        "xflow_jax.decoding.belief._chunk", lambda positions, rows: seen.append(positions) or rows
+        "xflow_jax.decoding.belief._chunk_size",
+        lambda positions, rows: counted.append(positions) or rows,
     )
     params = {"wte": {"embedding": jnp.zeros((V, E))}}
     hidden = jax.ShapeDtypeStruct((16, N, E), jnp.float32, sharding=batch_sharding(mesh))
     with jax.set_mesh(mesh):
-        jax.eval_shape(lambda h: compute_belief(make_head(None, params), h, V), hidden)
-    assert seen == [2 * N]
+        jax.eval_shape(lambda h: compute_belief(make_head(params), h, V).tokens, hidden)
+    assert counted == [2 * N]
 
 
-def test_over_a_mesh_one_small_gather_and_no_head():
-    """What travels is a dozen numbers per position, once; the head and the logits stay where they are."""
+def test_a_mesh_costs_one_small_gather_and_no_head():
+    """One collective moves a dozen numbers per position. The head and the logits stay."""
     rows, made = 4096, make_mesh("2,1,4")
     params = {
         "wte": {"embedding": jnp.zeros((rows, E))},
@@ -337,7 +317,7 @@ def test_over_a_mesh_one_small_gather_and_no_head():
     hidden = jax.ShapeDtypeStruct((4, N, E), jnp.float32, sharding=batch_sharding(made))
 
     def everything(params, hidden):
-        return compute_belief(make_head(None, params), hidden, rows)
+        return compute_belief(make_head(params), hidden, rows)
 
     with jax.set_mesh(made):
         placed = jax.device_put(params, shardings(params, made, "llada"))

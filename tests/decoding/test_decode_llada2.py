@@ -1,4 +1,4 @@
-"""Block-causal decoding: the original's answers, and the cache, which changes nothing but the time."""
+"""Block-causal decoding: the original's responses, and a cache that changes no token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.decoding.test_decode import arrays, python_scan
+from tests.decoding.helpers import prompt_arrays, python_scan
 from tests.helpers import decode_golden, eight, random_prompts, stub
 from tests.llada2_helpers import TINY2, llada2_tiny, random_params, toy2
 from tests.models.test_kv_cache import random_config
@@ -34,6 +34,7 @@ DENSE = dataclasses.replace(TINY2, num_experts=None, num_hidden_layers=1)  # com
 
 
 def mostly_slow(values, default):
+    """Marks all values as slow except those of the default run."""
     return [
         value if value in default else pytest.param(value, marks=pytest.mark.slow)
         for value in values
@@ -61,28 +62,27 @@ def run_golden(name, cache):
 
 
 def check_golden(name, cache):
-    """Tokens and forward passes exact; per step, what was written, where, and with what confidence."""
+    """Checks tokens, forward passes, and what each step writes with what confidence."""
     case, out = run_golden(name, cache)
-    a, answer = case["args"], np.asarray(case["output"][0])
-    np.testing.assert_array_equal(out.tokens[0, : len(answer)], answer)
-    np.testing.assert_array_equal(out.tokens[0, len(answer) :], a["eos_id"])
+    a, response = case["args"], np.asarray(case["output"][0])
+    np.testing.assert_array_equal(out.tokens[0, : len(response)], response)
+    np.testing.assert_array_equal(out.tokens[0, len(response) :], a["eos_id"])
     assert out.forward_passes[0] == case["n_forward"]
     prompt, size = len(case["prompt"][0]), a["block_length"]
     steps = len(out.trace.tokens) // -(-(a["gen_length"] + size - 1) // size)
     before = np.concatenate([np.zeros_like(out.trace.progress[:1]), out.trace.progress[:-1]])
     for step in case.get("trajectory", ()):
         at = (step["block"] - prompt // size) * steps + step["step_in_block"]
-        seen = [
-            i for i, p in enumerate(step["positions"]) if p < prompt + a["gen_length"]
-        ]  # not the surplus
-        places = np.asarray(step["positions"], int)[seen] - prompt
+        # Positions after the response are left out.
+        kept = [i for i, p in enumerate(step["positions"]) if p < prompt + a["gen_length"]]
+        places = np.asarray(step["positions"], int)[kept] - prompt
         written = (out.trace.progress[at, 0] == 1) & (before[at, 0] < 1)
         assert sorted(places) == np.flatnonzero(written).tolist()
         np.testing.assert_array_equal(
-            out.trace.tokens[at, 0, places], np.asarray(step["tokens"])[seen]
+            out.trace.tokens[at, 0, places], np.asarray(step["tokens"])[kept]
         )
         np.testing.assert_allclose(
-            out.trace.confidence[at, 0, places], np.asarray(step["confidence"])[seen], atol=1e-3
+            out.trace.confidence[at, 0, places], np.asarray(step["confidence"])[kept], atol=1e-3
         )
 
 
@@ -90,20 +90,20 @@ PLAIN = [name for name in GENERATE if not name.startswith("quirk_")]
 
 
 @pytest.mark.parametrize("name", mostly_slow(PLAIN, ["unaligned_prompt"]))
-def test_mask_prediction_is_the_original_decoder(name):
+def test_mask_prediction_equals_the_original_decoder(name):
     check_golden(name, cache=None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLAIN)
-def test_and_without_the_cache(name):
+def test_mask_prediction_without_the_cache(name):
     check_golden(name, cache=False)
 
 
 @pytest.mark.slow
 def test_an_eos_in_the_prompt_is_no_end():
-    """The original finds it there and returns nothing; here the answer alone is searched."""
-    case, out = run_golden("quirk_eos_in_prompt_with_early_stop", None)
+    """The original finds it there and returns nothing. Here only the response is searched."""
+    case, out = run_golden("quirk_eos_in_prompt_cachedearly_stop", None)
     assert case["output"] == [[]] and case["args"]["eos_id"] in case["prompt"][0]
     stops = np.flatnonzero(out.tokens[0] == case["args"]["eos_id"])
     assert stops.size and stops[0] > 0 and (out.progress[0, : stops[0] + 1] == 1).all()
@@ -111,7 +111,7 @@ def test_an_eos_in_the_prompt_is_no_end():
 
 
 @pytest.mark.parametrize("name", mostly_slow(BATCHED, []))
-def test_a_batch_is_the_original_batch(name):
+def test_a_batch_equals_the_original_batch(name):
     case = BATCHED[name]
     a, prompt = case["args"], len(case["prompts"][0])
     rule, n = MaskPrediction(threshold=a["threshold"]), a["max_new_tokens"]
@@ -126,22 +126,22 @@ def test_a_batch_is_the_original_batch(name):
 # --- the cache
 
 
-def same(lm, prompts, rule, **arguments):
-    """A decode with the cache, checked against the one without it."""
-    with_, without = (
+def decode_both(lm, prompts, rule, **arguments):
+    """Decodes with the cache, checks the result against the one without it, and returns it."""
+    cached, plain = (
         generate(lm, prompts, rule, cache=cache, seed=5, trace=True, **arguments)
         for cache in (True, False)
     )
-    np.testing.assert_array_equal(with_.tokens, without.tokens)
-    np.testing.assert_array_equal(with_.forward_passes, without.forward_passes)
-    np.testing.assert_allclose(with_.progress, without.progress, atol=2e-3)
+    np.testing.assert_array_equal(cached.tokens, plain.tokens)
+    np.testing.assert_array_equal(cached.forward_passes, plain.forward_passes)
+    np.testing.assert_allclose(cached.progress, plain.progress, atol=2e-3)
     for name in ("tokens", "reedited"):
-        np.testing.assert_array_equal(getattr(with_.trace, name), getattr(without.trace, name))
+        np.testing.assert_array_equal(getattr(cached.trace, name), getattr(plain.trace, name))
     for name in ("progress", "confidence", "step_fraction"):
         np.testing.assert_allclose(
-            getattr(with_.trace, name), getattr(without.trace, name), atol=2e-3
+            getattr(cached.trace, name), getattr(plain.trace, name), atol=2e-3
         )
-    return with_
+    return cached
 
 
 RULES = {
@@ -161,9 +161,9 @@ RULES = {
 
 @pytest.mark.parametrize("name", mostly_slow(RULES, ["flow"]))
 def test_the_cache_changes_nothing(name):
-    """Prompts of which the blocks' length divides none, one, and that are shorter than a block."""
+    """With prompts of whole blocks and others, shorter than a block too."""
     lm, prompts = toy2(1, DENSE), random_prompts([9, 20, 2, 4], seed=1, top=36)
-    out = same(lm, prompts, RULES[name], gen_length=10, steps=8, block_length=4)
+    out = decode_both(lm, prompts, RULES[name], gen_length=10, steps=8, block_length=4)
     for row, prompt in enumerate(prompts):
         block = (len(prompt) + np.arange(10)) // 4 - len(prompt) // 4
         for step, (progress, passed) in enumerate(
@@ -176,7 +176,7 @@ def test_the_cache_changes_nothing(name):
 
 
 @pytest.mark.slow
-def test_a_row_alone_is_the_row_in_its_batch():
+def test_a_row_does_not_depend_on_its_batch():
     lm, prompts = toy2(1, DENSE), random_prompts([9, 20, 2, 4], seed=1, top=36)
     run = functools.partial(
         generate, lm, rule=RULES["guided"], gen_length=10, steps=8, block_length=4, seed=5
@@ -196,7 +196,7 @@ def test_the_cache_changes_nothing_in_any_model(seed):
     prompts = random_prompts(lengths, seed, top=36)
     rule = list(RULES.values())[seed % len(RULES)]
     more = {"eos_early_stop": rng.random() < 0.5, "early_exit": rng.choice([None, True])}
-    same(
+    decode_both(
         lm,
         prompts,
         rule,
@@ -208,7 +208,7 @@ def test_the_cache_changes_nothing_in_any_model(seed):
 
 
 def equations(jaxpr):
-    """All equations of a jaxpr and of those inside it."""
+    """Yields all equations of a jaxpr and its inner ones."""
     for equation in jaxpr.eqns:
         yield equation
         for value in jax.tree.leaves(
@@ -219,31 +219,29 @@ def equations(jaxpr):
 
 
 def length(equation):
-    """The length of a scan, None of anything else."""
+    """Returns the length of a scan, or None for other equations."""
     return equation.params["length"] if equation.primitive.name == "scan" else None
 
 
 def test_a_step_costs_one_block():
-    """Blocks are a scan around the scan of steps, which holds no array of the sequence's length but the cache's."""
-    lm, (ids, mask, keys) = toy2(0, DENSE), arrays(toy2(0, DENSE), [5, 20])
-    settings = DecodeConfig(
+    """With a cache, no product in the scan over steps has the length of the sequence."""
+    lm, (ids, mask, keys) = toy2(0, DENSE), prompt_arrays(toy2(0, DENSE), [5, 20])
+    config = DecodeConfig(
         gen_length=10, block_length=4, steps=2, block_causal=True, stop_at_eos=True
     )
     whole, cached = (
-        mask.shape[1] + settings.canvas,
-        mask.shape[1] // 4 * 4 + (settings.blocks - 1) * 4,
+        mask.shape[1] + config.canvas,
+        mask.shape[1] // 4 * 4 + (config.blocks - 1) * 4,
     )
 
     def products(cache):
         run = functools.partial(
-            decode, lm.model, lm.params, Threshold(), dataclasses.replace(settings, cache=cache)
+            decode, lm.model, lm.params, Threshold(), dataclasses.replace(config, cache=cache)
         )
         (outer,) = (
-            e
-            for e in equations(jax.make_jaxpr(run)(ids, mask, keys))
-            if length(e) == settings.blocks
+            e for e in equations(jax.make_jaxpr(run)(ids, mask, keys)) if length(e) == config.blocks
         )
-        (inner,) = (e for e in equations(outer.params["jaxpr"]) if length(e) == settings.steps)
+        (inner,) = (e for e in equations(outer.params["jaxpr"]) if length(e) == config.steps)
         dots = (e for e in equations(inner.params["jaxpr"]) if e.primitive.name == "dot_general")
         return {axis for e in dots for x in (*e.invars, *e.outvars) for axis in x.aval.shape}
 
@@ -263,13 +261,13 @@ def test_one_compilation_for_all_blocks():
 
 
 @pytest.mark.slow
-def test_the_scans_are_plain_loops():
+def test_the_scans_equal_plain_loops():
     lm = toy2(2, DENSE)
-    settings = DecodeConfig(5, 3, 2, block_causal=True, cache=True, stop_at_eos=True, trace=True)
-    inputs = arrays(lm, [5, 3])
-    scanned = jax.jit(lambda *a: decode(lm.model, lm.params, Flow(), settings, *a))(*inputs)
+    config = DecodeConfig(5, 3, 2, block_causal=True, cache=True, stop_at_eos=True, trace=True)
+    inputs = prompt_arrays(lm, [5, 3])
+    scanned = jax.jit(lambda *a: decode(lm.model, lm.params, Flow(), config, *a))(*inputs)
     with jax.disable_jit():
-        plain = decode(lm.model, lm.params, Flow(), settings, *inputs, scan=python_scan)
+        plain = decode(lm.model, lm.params, Flow(), config, *inputs, scan=python_scan)
     chex.assert_trees_all_close(scanned, plain, atol=2e-5)
 
 
@@ -291,18 +289,18 @@ def test_a_mesh_changes_no_token(spec, name):
     np.testing.assert_array_equal(run(sharded).tokens, run(LM(model, config, params, None)).tokens)
 
 
-def test_no_exact_cache_where_later_blocks_are_seen():
+def test_no_exact_cache_cachedattention_to_later_blocks():
     with pytest.raises(
         UserError,
-        match="^llada attends to later blocks, so it has no exact cache; leave cache out$",
+        match="^llada attends to later blocks, so it has no exact cache. Leave cache out.$",
     ):
         generate(stub(), [[1, 2]], Flow(), gen_length=8, steps=8, cache=True)
 
 
 @eight
 @pytest.mark.slow
-def test_decoding_takes_all_layers_experts_at_once(monkeypatch):
-    """With the kernel that does, where no device has to gather them; the result is the same. TPUs have it."""
+def test_a_decode_step_uses_the_stacked_experts_of_all_layers(monkeypatch):
+    """The stacked kernel runs if no device gathers experts, by default on TPUs."""
     x, params = jax.random.normal(jax.random.key(0), (2, 8, 32)), random_params(build(TINY2))
 
     def run(kernel, spec="1,1,1", only_text=False):

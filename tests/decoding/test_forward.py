@@ -1,4 +1,4 @@
-"""The prompt as it was some steps ago: exact where nothing can be old, old where it should be, and safe to batch."""
+"""Stale keys and values of the prompt: exact if none can be old, and independent of the batch."""
 
 from __future__ import annotations
 
@@ -18,25 +18,29 @@ from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
 from xflow_jax.errors import UserError
 
 PROMPTS = random_prompts([3, 20, 7, 1, 12])
-GUIDED = MaskPrediction(cfg_scale=0.5)  # in a doubled batch
+GUIDED = MaskPrediction(cfg_scale=0.5)  # doubles the batch
 SLOW = [("float32", Flow()), ("bfloat16", Flow()), ("bfloat16", GUIDED)]
 
 
 def run(lm, rule, prompts=PROMPTS, refresh=3, steps=8):
-    """Two blocks of four tokens, by default in four steps each, of which the first and the last read all anew."""
+    """Decodes two blocks of four tokens.
+
+    By default each has four steps, and the first and the last of them renew the prompt.
+    """
     return generate(lm, prompts, rule, 8, steps, block_length=4, trace=True, refresh=refresh)
 
 
-def test_every_step_is_off():
+def test_a_refresh_of_1_is_off():
     for rule in (Flow(), GUIDED):
         off, every = (run(toy(n_layers=1), rule, refresh=r) for r in (0, 1))
-        jax.tree.map(np.testing.assert_array_equal, off.trace, every.trace)
+        for ours, wanted in zip(*map(jax.tree.leaves, (every.trace, off.trace)), strict=True):
+            np.testing.assert_array_equal(ours, wanted)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", [Flow(), GUIDED])
-def test_the_first_step_of_a_block_reads_all_anew(rule):
-    """With one step in a block nothing is ever old."""
+def test_the_first_step_of_a_block_renews_the_prompt(rule):
+    """With one step in a block, nothing is ever old."""
     off, ours = (run(toy(), rule, refresh=r, steps=2) for r in (0, 3))
     np.testing.assert_array_equal(ours.tokens, off.tokens)
     np.testing.assert_allclose(ours.trace.confidence, off.trace.confidence, rtol=0, atol=1e-5)
@@ -47,41 +51,41 @@ def test_the_first_step_of_a_block_reads_all_anew(rule):
     [("float32", GUIDED), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
 )
 def test_one_layer_is_exact(dtype, rule):
-    """Its keys and values of the prompt come from the embeddings alone, so they are never old."""
-    lm, near = toy(n_layers=1), 2e-4
+    """With one layer, keys and values come from the embeddings alone and are never old."""
+    lm, tolerance = toy(n_layers=1), 2e-4
     if dtype == "bfloat16":
-        params, near = jax.tree.map(lambda x: x.astype(dtype), lm.params), 0.05
+        params, tolerance = jax.tree.map(lambda x: x.astype(dtype), lm.params), 0.05
         lm = dataclasses.replace(lm, model=lm.model.clone(dtype=jnp.bfloat16), params=params)
     off, ours = (run(lm, rule, refresh=r) for r in (0, 3))
-    np.testing.assert_allclose(ours.trace.confidence, off.trace.confidence, rtol=0, atol=near)
-    np.testing.assert_allclose(ours.progress, off.progress, rtol=0, atol=near)
+    np.testing.assert_allclose(ours.trace.confidence, off.trace.confidence, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(ours.progress, off.progress, rtol=0, atol=tolerance)
 
 
-class Twin:
-    """The model in NumPy, one sequence, with the prompt's keys and values kept by hand."""
+class NumpyModel:
+    """The model in NumPy, for one sequence, with stored keys and values of the prompt."""
 
     def __init__(self, lm, prompt):
         self.p, self.config = (
             jax.tree.map(lambda x: np.asarray(x, np.float64), lm.params),
             lm.config,
         )
-        self.prompt, self.kept = self.p["wte"]["embedding"][prompt], {}
+        self.prompt, self.stored = self.p["wte"]["embedding"][prompt], {}
 
-    def confidence(self, tokens, anew):
-        """Of a canvas of tokens [N]: the highest probability at each position [N]."""
+    def confidence(self, tokens, renew):
+        """Returns the highest probability at each position of a canvas [N]."""
         c, x = self.config, self.p["wte"]["embedding"][tokens]
-        x, start = (np.concatenate([self.prompt, x]), 0) if anew else (x, len(self.prompt))
+        x, start = (np.concatenate([self.prompt, x]), 0) if renew else (x, len(self.prompt))
         for layer in range(c.n_layers):
             part = jax.tree.map(lambda leaf, at=layer: leaf[at], self.p["blocks"])
             h = self.norm(x, part["attn_norm"])
-            q, k, v = (self.heads(h @ part[f"{name}_proj"]["kernel"]) for name in "qkv")
-            q, k = self.turn(q, start), self.turn(k, start)
-            if anew:
-                self.kept[layer] = k[:, : len(self.prompt)], v[:, : len(self.prompt)]
+            q, k, v = (self.split_heads(h @ part[f"{name}_proj"]["kernel"]) for name in "qkv")
+            q, k = self.rotate(q, start), self.rotate(k, start)
+            if renew:
+                self.stored[layer] = k[:, : len(self.prompt)], v[:, : len(self.prompt)]
             else:
                 k, v = (
                     np.concatenate([old, new], 1)
-                    for old, new in zip(self.kept[layer], (k, v), strict=True)
+                    for old, new in zip(self.stored[layer], (k, v), strict=True)
                 )
             scores = np.exp(np.einsum("hqd,hkd->hqk", q, k) / c.head_dim**0.5)
             h = np.einsum("hqk,hkd->qhd", scores / scores.sum(-1, keepdims=True), v).reshape(
@@ -104,10 +108,10 @@ class Twin:
             x / np.sqrt((x * x).mean(-1, keepdims=True) + self.config.rms_norm_eps) * part["scale"]
         )
 
-    def heads(self, x):
+    def split_heads(self, x):
         return x.reshape(len(x), self.config.n_heads, -1).transpose(1, 0, 2)
 
-    def turn(self, x, start):
+    def rotate(self, x, start):
         half = self.config.head_dim // 2
         angle = np.outer(
             start + np.arange(x.shape[1]), self.config.rope_theta ** (-np.arange(half) / half)
@@ -118,24 +122,25 @@ class Twin:
         )
 
 
-def test_a_twin_that_keeps_keys_and_values_by_hand():
-    """Every step's confidence, from what mask prediction had written by then; where old, it is not the exact one."""
+def test_confidences_equal_those_of_the_numpy_model():
+    """In every step, from the tokens written before it. With old keys and values they differ."""
     lm = toy()
-    trace, old = run(lm, MaskPrediction()).trace, 0.0
+    trace, difference = run(lm, MaskPrediction()).trace, 0.0
     for row, prompt in enumerate(PROMPTS):
-        twin, tokens = Twin(lm, prompt), np.full(8, lm.config.mask_id)
+        model, tokens = NumpyModel(lm, prompt), np.full(8, lm.config.mask_id)
         for step in range(8):
-            wanted = twin.confidence(tokens, anew=step % 4 in (0, 3))
+            wanted = model.confidence(tokens, renew=step % 4 in (0, 3))
             np.testing.assert_allclose(trace.confidence[step, row], wanted, rtol=0, atol=1e-4)
-            old = max(old, np.abs(Twin(lm, prompt).confidence(tokens, anew=True) - wanted).max())
+            exact = NumpyModel(lm, prompt).confidence(tokens, renew=True)
+            difference = max(difference, np.abs(exact - wanted).max())
             before = trace.progress[step - 1, row] if step else np.zeros(8)
             written = (trace.progress[step, row] == 1) & (before < 1)
             tokens = np.where(written, trace.tokens[step, row], tokens)
-    assert old > 0.01
+    assert difference > 0.01
 
 
 def test_rows_do_not_depend_on_their_batch():
-    """Alone and padded less, among others, and where others take steps that a row alone would skip."""
+    """A row alone has less padding, and skips steps that its batch takes."""
     rule = Threshold(0.4)
     together, programs = run(toy(), rule), decode_batch._cache_size()
     assert len(set(together.forward_passes.tolist())) > 1
@@ -154,7 +159,7 @@ def test_a_mesh_changes_no_token():
 
 
 @pytest.mark.parametrize("refresh", [-1, 2.0, True])
-def test_no_number_of_steps(refresh):
+def test_wrong_refresh(refresh):
     with pytest.raises(
         UserError, match=f"^refresh must be a whole number of at least 0, not {refresh}$"
     ):
@@ -163,6 +168,6 @@ def test_no_number_of_steps(refresh):
 
 def test_block_causal_models_have_an_exact_cache():
     with pytest.raises(
-        UserError, match="^llada2 is block-causal, so its cache is exact and never refreshed; leave"
+        UserError, match="^llada2 is block-causal, so its cache is exact and never refreshed. Leave"
     ):
         run(toy2(), Flow())

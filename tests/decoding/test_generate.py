@@ -1,4 +1,4 @@
-"""`generate`: what it promises to whoever calls it, whatever else is in the batch, and what it says to bad input."""
+"""`generate`: independence of the batch, results, and messages about bad input."""
 
 from __future__ import annotations
 
@@ -29,48 +29,48 @@ RULES = {
 run = functools.partial(generate, gen_length=6, steps=6, block_length=3)
 
 
-def everything(rule, lm=None, prompts=None, seed=3):
+def decode_all(rule, lm=None, prompts=None, seed=3):
     return run(lm or toy(), prompts or random_prompts(LENGTHS), rule, seed=seed)
 
 
 @pytest.mark.parametrize("name", list(RULES))
-def test_a_prompt_alone_in_a_batch_padded_or_not(name):
-    """Alone (padded to 16), among seven of mixed lengths (padded to 32), and among others of another order."""
+def test_a_prompt_does_not_depend_on_its_batch(name):
+    """Alone (padded to 16), among seven (padded to 32), and in another order."""
     rule, prompts = RULES[name], random_prompts(LENGTHS)
-    together = everything(rule)
+    together = decode_all(rule)
     for row in (0, 4):
-        alone = everything(rule, prompts=[prompts[row]])
+        alone = decode_all(rule, prompts=[prompts[row]])
         np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
         np.testing.assert_allclose(alone.progress[0], together.progress[row], atol=1e-4)
         assert alone.forward_passes[0] == together.forward_passes[row]
-    backwards = everything(rule, prompts=prompts[::-1])
+    backwards = decode_all(rule, prompts=prompts[::-1])
     np.testing.assert_array_equal(backwards.tokens[::-1], together.tokens)
     np.testing.assert_array_equal(backwards.forward_passes[::-1], together.forward_passes)
 
 
 def test_a_prompt_that_needs_no_padding():
-    """A prompt of 16 tokens is not padded alone, and is in a batch with a longer one."""
+    """A prompt of 16 tokens has no padding alone, and some beside a longer one."""
     prompts = random_prompts([16, 20])
     for rule in (RULES["flow"], RULES["mask"]):
-        both, alone = everything(rule, prompts=prompts), everything(rule, prompts=prompts[:1])
+        both, alone = decode_all(rule, prompts=prompts), decode_all(rule, prompts=prompts[:1])
         np.testing.assert_array_equal(both.tokens[0], alone.tokens[0])
 
 
 def test_seeds():
-    """The same seed repeats, another differs, and rules that draw nothing do not care."""
+    """Equal seeds repeat, others differ, and rules that draw nothing ignore them."""
     prompts = random_prompts(LENGTHS)
     first, again, other = (
-        everything(RULES["random"], prompts=prompts, seed=seed) for seed in (3, 3, 4)
+        decode_all(RULES["random"], prompts=prompts, seed=seed) for seed in (3, 3, 4)
     )
     np.testing.assert_array_equal(first.tokens, again.tokens)
     assert (first.tokens != other.tokens).any()
     np.testing.assert_array_equal(
-        everything(RULES["mask"]).tokens, everything(RULES["mask"], seed=4).tokens
+        decode_all(RULES["mask"]).tokens, decode_all(RULES["mask"], seed=4).tokens
     )
 
 
 def test_the_same_prompt_twice_draws_twice():
-    out = everything(RULES["random"], prompts=[random_prompts([5])[0]] * 7)
+    out = decode_all(RULES["random"], prompts=[random_prompts([5])[0]] * 7)
     assert len({tuple(row) for row in out.tokens.tolist()}) > 1
 
 
@@ -90,7 +90,7 @@ def test_shapes_and_types():
 
 def test_prompts_may_be_arrays():
     rows = random_prompts([4, 4])
-    wanted = everything(RULES["mask"], prompts=rows).tokens
+    wanted = decode_all(RULES["mask"], prompts=rows).tokens
     for prompts in (
         np.asarray(rows),
         [np.asarray(row) for row in rows],
@@ -100,15 +100,15 @@ def test_prompts_may_be_arrays():
 
 
 def test_texts():
-    """A text gets the chat template; answers are texts up to their first EOS."""
+    """A text gets the chat template, and a response ends at its first EOS."""
     lm = llada_tiny()
     ids = lm.tokenizer.apply_chat_template([{"role": "user", "content": "Add."}], return_dict=False)
     short = functools.partial(generate, lm, rule=MaskPrediction(), gen_length=6, steps=2)
     out, same = short(["Add."]), short([ids])
     np.testing.assert_array_equal(out.tokens, same.tokens)
-    answer = out.tokens[0].tolist()
-    answer = answer[: answer.index(lm.config.eos_id)] if lm.config.eos_id in answer else answer
-    assert out.texts == same.texts == [lm.tokenizer.decode(answer, skip_special_tokens=True)]
+    ids = out.tokens[0].tolist()
+    ids = ids[: ids.index(lm.config.eos_id)] if lm.config.eos_id in ids else ids
+    assert out.texts == same.texts == [lm.tokenizer.decode(ids, skip_special_tokens=True)]
 
 
 @pytest.mark.slow
@@ -117,14 +117,14 @@ def test_texts():
     "mesh, name", [("2,2,2", "flow"), ("1,8,1", "random"), ("2,1,1", "threshold")]
 )
 def test_a_mesh_changes_no_token(mesh, name):
-    sharded, plain = (everything(RULES[name], lm) for lm in (toy(mesh), toy()))
+    sharded, plain = (decode_all(RULES[name], lm) for lm in (toy(mesh), toy()))
     np.testing.assert_array_equal(sharded.tokens, plain.tokens)
     np.testing.assert_array_equal(sharded.forward_passes, plain.forward_passes)
     np.testing.assert_allclose(sharded.progress, plain.progress, atol=1e-4)
 
 
 @eight
-def test_a_mesh_and_a_trace_and_a_batch_that_it_does_not_divide():
+def test_a_mesh_that_does_not_divide_the_batch():
     prompts = random_prompts([4, 9, 5])
     sharded, plain = (run(lm, prompts, Flow(), trace=True) for lm in (toy("2,2,2"), toy()))
     assert sharded.trace.tokens.shape == (6, 3, 6)
@@ -142,39 +142,50 @@ BAD = [
     ({"prompts": [1, 2]}, "prompt 0 must be a text or a list of token ids, not 1"),
     ({"prompts": [[1], [2.5]]}, "prompt 1 must be a text or a list of token ids, not [2.5]"),
     ({"prompts": [[1], []]}, "prompt 1 is empty: give at least one token id"),
-    ({"prompts": [[1], [2, 24]]}, "prompt 1 holds the id 24; the vocabulary has ids 0 to 23"),
-    ({"prompts": [[-1]]}, "prompt 0 holds the id -1; the vocabulary has ids 0 to 23"),
+    ({"prompts": [[1], [2, 24]]}, "prompt 1 holds the id 24. The vocabulary has ids 0 to 23."),
+    ({"prompts": [[-1]]}, "prompt 0 holds the id -1. The vocabulary has ids 0 to 23."),
     ({"gen_length": 0}, "gen_length must be a whole number of at least 1, not 0"),
     ({"gen_length": 8.0}, "gen_length must be a whole number of at least 1, not 8.0"),
     ({"steps": 0}, "steps must be a whole number of at least 1, not 0"),
     ({"steps": -3}, "steps must be a whole number of at least 1, not -3"),
     ({"steps_per_block": 0}, "steps_per_block must be a whole number of at least 1, not 0"),
     ({"block_length": 0}, "block_length must be a whole number of at least 1, not 0"),
-    ({"block_length": 3}, "gen_length 8 is not a whole number of blocks of 3; use 6 or 9"),
-    ({"block_length": 16}, "gen_length 8 is not a whole number of blocks of 16; use 16"),
-    ({"block_length": 4, "steps": 5}, "5 steps do not divide over 2 blocks; use 4 or 6"),
-    ({"block_length": 4, "steps": 1}, "1 steps do not divide over 2 blocks; use 2"),
+    ({"block_length": 3}, "gen_length 8 is not a whole number of blocks of 3. Use 6 or 9."),
+    ({"block_length": 16}, "gen_length 8 is not a whole number of blocks of 16. Use 16."),
+    ({"block_length": 4, "steps": 5}, "5 steps do not divide over 2 blocks. Use 4 or 6."),
+    ({"block_length": 4, "steps": 1}, "1 steps do not divide over 2 blocks. Use 2."),
     (
         {"steps": 33},
-        "33 steps for a block of 8 tokens: it must be 1 to 32 (for the response of 8 tokens, at most 32)",
+        "33 steps for a block of 8 tokens: it must be 1 to 32 "
+        "(for the response of 8 tokens, at most 32)",
     ),
     (
         {"block_length": 4, "steps_per_block": 17},
-        "17 steps for a block of 4 tokens: it must be 1 to 16 (for the response of 8 tokens, at most 32)",
+        "17 steps for a block of 4 tokens: it must be 1 to 16 "
+        "(for the response of 8 tokens, at most 32)",
     ),
     (
         {"prompts": [[1], [2] * 121]},
-        "a prompt of 121 tokens and a response of 8 exceed the model's 128 positions; shorten one of them",
+        "a prompt of 121 tokens and a response of 8 exceed the model's 128 positions. "
+        "Shorten one of them.",
     ),
 ]
 
 
 @pytest.mark.parametrize("arguments, sentence", BAD, ids=[sentence[:40] for _, sentence in BAD])
-def test_bad_input_is_one_sentence(arguments, sentence):
+def test_bad_input(arguments, sentence):
     good = {"prompts": [[1, 2]], "rule": Flow(), "gen_length": 8, "steps": 8}
     with pytest.raises(UserError) as error:
         generate(toy(), **good | arguments)
     assert str(error.value) == sentence
+
+
+def test_lengths_may_be_numpy_integers():
+    n, block = np.int64(6), np.int32(3)
+    ours = generate(toy(), random_prompts([5]), RULES["mask"], n, n, block_length=block)
+    np.testing.assert_array_equal(
+        ours.tokens, run(toy(), random_prompts([5]), RULES["mask"]).tokens
+    )
 
 
 def test_a_prompt_that_just_fits():

@@ -212,7 +212,7 @@ def test_a_policy_is_fitted_to_a_rule():
         ("budget=1/7", "the budget 1/7 of 48 tokens makes"),
         ("reward=points", "reward is"),
         ("task=microcod", "did you mean microcode"),
-        ("switches=powr=3", "no option 'powr'; did you mean power"),
+        ("switches=powr=3", "no option 'powr', did you mean power"),
         ("policy.init=nowhere.safetensors", "no such file"),
         pytest.param("mesh=1,8,1", "8 devices", marks=eight),
         ("data=problems.jsonl", "reads no data file"),

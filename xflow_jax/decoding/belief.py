@@ -1,15 +1,13 @@
-"""From hidden states to what a decoder believes: the likeliest token of each position and how sure the model is.
+"""Belief at each position: token, confidence, top 4 and entropy.
 
-One pass over chunks of the vocabulary with a running maximum, log-sum-exp, entropy and top 4: the logits of a large
-vocabulary never stand in memory as a whole. Where a mesh is set, each device does so for its own part of the
-vocabulary, and what all of them found, a dozen numbers per position, is gathered at once. Everything after the matrix
-product is float32 (SPEC of the decoders: ties go to the lowest index, which only exact comparisons in one dtype keep).
+One pass over chunks of the vocabulary keeps a running maximum, log-sum-exp, entropy and top 4, so
+the logits of a large vocabulary are never in memory at once. With a mesh, each device covers its
+own part of the vocabulary, and one gather of a dozen numbers per position joins the parts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,27 +17,27 @@ from jax.sharding import PartitionSpec as P
 from xflow_jax.decoding.topk import merge_top_k, top_k
 from xflow_jax.models import Head, LogitsFn
 from xflow_jax.parallel import BATCH, LOGICAL, MESH_AXES, divides, platform
+from xflow_jax.types import Array, Bool, Float, Int, Key
 
-TOP = 4  # how many of the largest probabilities are kept: the policy's features need four
+TOP = 4  # largest probabilities that are kept, since the policy's features need four
 
-
-CHUNK = 16_384  # vocabulary entries at a time, at most
-
-
-LOGITS = 2**22  # logits at a time: in float32 they stay in an accelerator's scratch memory
-
-
-CHUNK_CPU, LOGITS_CPU = 4096, 2**20  # the same in the caches of a CPU
+# Largest number of vocabulary entries in a chunk, and of logits. In float32 these logits stay in
+# the scratch memory of an accelerator.
+CHUNK, LOGITS = 16_384, 2**22
+CHUNK_CPU, LOGITS_CPU = 4096, 2**20  # the same for the caches of a CPU
 
 
 @struct.dataclass
 class Belief:
-    """What one forward pass says of each response position.
+    """Predictions of one forward pass.
 
-    tokens int [B, N]: the chosen token (argmax, unless it was sampled). confidence float32 [B, N]: its probability.
-    top float32 [B, N, 4]: the largest probabilities, descending. top_tokens int [B, N, 4]: whose they are, the lowest
-    id first among equals; where fewer than four tokens are possible, the rest has probability 0 and its ids mean
-    nothing. entropy float32 [B, N]: in nats, of all of p.
+    Attributes:
+        tokens: the chosen tokens, int [B, N]. The argmax, unless tokens are sampled.
+        confidence: probability of each chosen token, float32 [B, N].
+        top: the four largest probabilities in descending order, float32 [B, N, 4].
+        top_tokens: their tokens, int [B, N, 4]. Among equal probabilities the lowest id comes
+            first. If fewer than four tokens are possible, the rest has probability 0 and any id.
+        entropy: of the complete distribution in nats, float32 [B, N].
     """
 
     tokens: jax.Array
@@ -51,14 +49,21 @@ class Belief:
 
 @dataclasses.dataclass(frozen=True)
 class BeliefOptions:
-    """What a decoder asks of the belief.
+    """Constraints, noise and guidance of a belief.
 
-    never: ids whose logits count as -inf. doubted: ids that may be chosen, but whose logits are -inf in the softmax, so
-    that choosing one has confidence 0. vocab_size: rows of the head from here on count as -inf (None = none do).
-    temperature T: a token is chosen as argmax(z + T g), g Gumbel noise: the originals' exp(z) / (-log u)^T without its
-    overflow. They draw u in float64, since in float32 it has 23 bits, g ends at 16, and of a large vocabulary the rare
-    tokens are never drawn: samples are colder than asked, and better by perplexity (arXiv:2409.02908). Here g comes
-    from 46 bits ("high"), which is as good. guidance: w of u + (w + 1)(c - u).
+    The official decoders draw from exp(z) / (-log u)^T. The same distribution is the argmax of
+    z + T g with Gumbel noise g, which does not overflow. They draw u in float64: in float32 it has
+    23 bits, so g ends at 16 and rare tokens of a large vocabulary are never drawn. Such samples are
+    colder than T and have a lower perplexity (arXiv:2409.02908). Here g comes from 46 bits (mode
+    "high" of jax.random.gumbel), which avoids this in float32.
+
+    Attributes:
+        never: ids whose logits count as -inf.
+        doubted: ids that can be chosen, but with confidence 0: their logits are -inf in the
+            softmax.
+        vocab_size: rows of the head from this one on count as -inf. None for no limit.
+        temperature: T of the Gumbel noise, at least 0.
+        guidance: w of classifier-free guidance, u + (w + 1)(c - u), at least 0.
     """
 
     never: tuple[int, ...] = ()
@@ -70,30 +75,47 @@ class BeliefOptions:
 
 def compute_belief(
     head: LogitsFn,
-    hidden: jax.Array,
+    hidden: Float[Array, "B N E"],
     rows: int,
     options: BeliefOptions = BeliefOptions(),
-    keys: jax.Array | None = None,
-    unconditional: jax.Array | None = None,
+    keys: Key[Array, " B"] | None = None,
+    unconditional: Float[Array, "B N E"] | None = None,
     chunk: int | None = None,
 ) -> Belief:
-    """The belief at hidden states [B, N, E]; `rows` is the height of the head's table.
+    """Computes the belief at each position.
 
-    head(hidden, start, size) gives the logits [B, N, size] of the vocabulary entries start ... start + size - 1; a
-    `Head` is spread over the mesh that is set. keys [B]: one random key per sequence, needed where the temperature is
-    not 0. unconditional [B, N, E]: hidden states of the pass without a prompt, for guidance. chunk: vocabulary entries
-    at a time (None: as many as memory close to the processor can hold). Neither chunks nor a mesh change a draw.
+    Neither chunks nor a mesh change it. Everything after the head is float32. Ties go to the lowest
+    index, and only exact comparisons in one dtype keep them.
+
+    Args:
+        head: head(hidden, start, size) returns the logits [B, N, size] of the vocabulary entries
+            from `start` on. A `Head` is sharded over the mesh, if one is set.
+        hidden: hidden states.
+        rows: V, rows of the head.
+        options: constraints, noise and guidance.
+        keys: one random key per sequence, needed for a temperature above 0.
+        unconditional: hidden states of the pass without a prompt, for guidance.
+        chunk: vocabulary entries of a chunk, or None for a size that suits the device.
     """
     with jax.named_scope("belief"):
         if isinstance(head, Head) and _is_sharded(head):
-            return _over_mesh(head, hidden, options, keys, unconditional, chunk)
-        return _finish(_run(head, hidden, rows, 0, options, keys, unconditional, chunk))
+            return _compute_sharded(head, hidden, options, keys, unconditional, chunk)
+        sums = _visit_vocabulary(head, hidden, rows, 0, options, keys, unconditional, chunk)
+        return _to_belief(sums)
 
 
 @struct.dataclass
 class _Running:
-    """What is known after some chunks, [B, N], and top, top_tokens [4, B, N]; `total` and `weighted` are sums of
-    e^(z - top[0]) and of z e^(z - top[0])."""
+    """Maxima and sums over the visited part of the vocabulary, [B, N].
+
+    Attributes:
+        best: largest logit with noise.
+        best_logit: logit of the same token without noise.
+        tokens: its id.
+        top, top_tokens: the largest logits and their ids, [4, B, N].
+        total: sum of e^(z - top[0]).
+        weighted: sum of z e^(z - top[0]).
+    """
 
     best: jax.Array
     best_logit: jax.Array
@@ -103,192 +125,146 @@ class _Running:
     total: jax.Array
     weighted: jax.Array
 
+    @classmethod
+    def empty(cls, b: int, n: int) -> _Running:
+        """Returns the state before the first chunk."""
+        return cls(
+            best=jnp.full((b, n), -jnp.inf),
+            best_logit=jnp.full((b, n), -jnp.inf),
+            tokens=jnp.zeros((b, n), jnp.int32),
+            top=jnp.full((TOP, b, n), -jnp.inf),
+            top_tokens=jnp.zeros((TOP, b, n), jnp.int32),
+            total=jnp.zeros((b, n)),
+            weighted=jnp.zeros((b, n)),
+        )
 
-def _run(
+
+def _visit_vocabulary(
     head: LogitsFn,
-    hidden: jax.Array,
+    hidden: Float[Array, "B N E"],
     rows: int,
-    first: int | jax.Array,
+    first: Int[Array, ""] | int,
     options: BeliefOptions,
-    keys: jax.Array | None,
-    unconditional: jax.Array | None,
+    keys: Key[Array, " B"] | None,
+    unconditional: Float[Array, "B N E"] | None,
     chunk: int | None,
 ) -> _Running:
-    """Visits the entries first ... first + rows - 1, which are the head's 0 ... rows - 1."""
+    """Visits all rows of the head, which begin at the id `first`."""
     b, n = hidden.shape[:2]
-    size = min(_chunk(b * n, rows) if chunk is None else chunk, rows)
+    size = min(_chunk_size(b * n, rows) if chunk is None else chunk, rows)
     starts = jnp.arange(0, rows, size)
-    nothing = _Running(
-        best=jnp.full((b, n), -jnp.inf),
-        best_logit=jnp.full((b, n), -jnp.inf),
-        tokens=jnp.zeros((b, n), jnp.int32),
-        top=jnp.full((TOP, b, n), -jnp.inf),
-        top_tokens=jnp.zeros((TOP, b, n), jnp.int32),
-        total=jnp.zeros((b, n)),
-        weighted=jnp.zeros((b, n)),
-    )
 
     def visit(state: _Running, start: jax.Array) -> tuple[_Running, None]:
-        # The last chunk is moved left to fit; what it sees twice counts once.
+        # The last chunk moves left to fit. Entries that it repeats are excluded.
         shifted = jnp.minimum(start, rows - size)
         local = shifted + jnp.arange(size)
         ids = first + local
-        raw = head(hidden, shifted, size)
+        z = head(hidden, shifted, size)
         if unconditional is not None:
             free = head(unconditional, shifted, size).astype(jnp.float32)
-            raw = free + (options.guidance + 1) * (raw.astype(jnp.float32) - free)
+            z = free + (options.guidance + 1) * (z.astype(jnp.float32) - free)
         possible = local >= start
         if options.vocab_size is not None:
             possible &= ids < options.vocab_size
-        raw = jnp.where(_without(ids, possible, options.never)[None, None, :], raw, -jnp.inf)
-        if options.temperature > 0 or options.doubted:
-            raw = raw.astype(jnp.float32)
-        logits = noisy = raw
-        if options.temperature > 0:
-            noisy = logits + options.temperature * jax.vmap(_noise, (0, None, None))(keys, ids, n)
-        if options.doubted:
-            logits = jnp.where(
-                _without(ids, possible, options.doubted)[None, None, :], logits, -jnp.inf
-            )
-        return _merge(state, noisy, logits, first + shifted, guided=unconditional is not None), None
+        noisy, logits = _constrain(z, ids, possible, options, keys)
+        guided = unconditional is not None
+        return _add_chunk(state, noisy, logits, first + shifted, guided), None
 
+    nothing = _Running.empty(b, n)
     if starts.size == 1:
         return visit(nothing, starts[0])[0]
     return jax.lax.scan(visit, nothing, starts)[0]
 
 
-def _chunk(positions: int, rows: int) -> int:
-    """Entries per chunk for so many positions: equal chunks, so that little is seen twice, of whole lanes."""
+def _chunk_size(positions: int, rows: int) -> int:
+    """Returns the entries of a chunk.
+
+    Chunks are equal and of whole lanes, so that little is repeated.
+    """
     if platform() != "cpu":
         most = min(CHUNK, max(LOGITS // positions, 512))
     elif positions * rows <= LOGITS:
-        most = rows  # a chunk of the head would be copied for its product, and few positions do not repay that
+        # A chunk of the head is copied for its product. Few positions do not repay the copy.
+        most = rows
     else:
         most = min(CHUNK_CPU, max(LOGITS_CPU // positions, 512))
     return -(-rows // -(-rows // most) // 128) * 128
 
 
-def _noise(key: jax.Array, ids: jax.Array, n: int) -> jax.Array:
-    """Gumbel noise [n, V'] of one sequence: an entry's own, whatever chunk or device it is computed in."""
-    draw = jax.vmap(
-        lambda token: jax.random.gumbel(jax.random.fold_in(key, token), (n,), mode="high"),
-        out_axes=1,
-    )
-    return draw(ids)
-
-
-def _finish(state: _Running) -> Belief:
-    log_sum = state.top[0] + jnp.log(state.total)
-    return Belief(
-        tokens=state.tokens,
-        confidence=jnp.exp(state.best_logit - log_sum),
-        top=jnp.moveaxis(jnp.exp(state.top - log_sum[None]), 0, -1),
-        top_tokens=jnp.moveaxis(state.top_tokens, 0, -1),
-        entropy=jnp.maximum(log_sum - state.weighted / state.total, 0.0),
-    )
-
-
-def _is_sharded(head: Head) -> bool:
-    """Whether there is a mesh set, of several devices, whose axes divide the table's."""
-    mesh, axes = jax.sharding.get_abstract_mesh(), (LOGICAL["vocab"], LOGICAL["embed"])
-    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names) or mesh.size == 1:
-        return False
-    width = head.table.shape[1 if head.tied else 0]
-    return all(divides(size, (axis,)) for size, axis in zip((head.rows, width), axes, strict=True))
-
-
-def _over_mesh(
-    head: Head,
-    hidden: jax.Array,
+def _constrain(
+    z: Float[Array, "B N v"],
+    ids: Int[Array, " v"],
+    possible: Bool[Array, " v"],
     options: BeliefOptions,
-    keys: jax.Array | None,
-    unconditional: jax.Array | None,
-    chunk: int | None,
-) -> Belief:
-    """`_run` on each device for its part of the vocabulary and of the batch, and one gather of what they found.
+    keys: Key[Array, " B"] | None,
+) -> tuple[Float[Array, "B N v"], Float[Array, "B N v"]]:
+    """Returns the logits with noise, and those of the softmax.
 
-    Where the table's dimension E is spread, too (fsdp), it is gathered for a chunk at a time.
+    Without options both are one array.
     """
-    mesh, vocab, embed = jax.sharding.get_abstract_mesh(), LOGICAL["vocab"], LOGICAL["embed"]
-    batch = P(BATCH) if divides(hidden.shape[0], BATCH) else P()
-    table = P(vocab, embed) if head.tied else P(embed, vocab)
-    head = head.replace(gather=embed if mesh.shape[embed] > 1 else None)
-
-    def local(head: Head, hidden: jax.Array, keys: Any, unconditional: Any) -> Belief:
-        first = jax.lax.axis_index(vocab) * head.rows
-        mine = _run(head, hidden, head.rows, first, options, keys, unconditional, chunk)
-        return _finish(mine if mesh.shape[vocab] == 1 else _gather(mine, vocab))
-
-    specs = (
-        head.replace(table=table, bias=None if head.bias is None else P(vocab)),
-        batch,
-        batch,
-        batch,
-    )
-    spread = jax.shard_map(local, in_specs=specs, out_specs=batch, check_vma=False)
-    return spread(head, hidden, keys, unconditional)
+    z = jnp.where(_exclude(ids, possible, options.never)[None, None, :], z, -jnp.inf)
+    if options.temperature > 0 or options.doubted:
+        z = z.astype(jnp.float32)
+    logits = noisy = z
+    if options.temperature > 0:
+        assert keys is not None
+        noise = jax.vmap(lambda key: _gumbel_noise(key, ids, z.shape[1]))(keys)
+        noisy = logits + options.temperature * noise
+    if options.doubted:
+        allowed = _exclude(ids, possible, options.doubted)
+        logits = jnp.where(allowed[None, None, :], logits, -jnp.inf)
+    return noisy, logits
 
 
-def _gather(mine: _Running, axis: str) -> _Running:
-    """What the devices of an axis found, each in its part of the vocabulary, in one collective operation."""
-    leaves, tree = jax.tree.flatten(mine)
-    bits = [
-        jax.lax.bitcast_convert_type(x, jnp.int32).reshape(-1, *mine.best.shape) for x in leaves
-    ]
-    every = jax.lax.all_gather(jnp.concatenate(bits), axis)
-    cuts = [sum(len(x) for x in bits[: i + 1]) for i in range(len(bits) - 1)]
-    parts = zip(jnp.split(every, cuts, axis=1), leaves, strict=True)
-    found = [jax.lax.bitcast_convert_type(part, x.dtype).reshape(-1, *x.shape) for part, x in parts]
-    return _combine(jax.tree.unflatten(tree, found))
-
-
-def _combine(parts: _Running) -> _Running:
-    """The state after all parts of the vocabulary from theirs, [parts, ...] in the vocabulary's order."""
-    top, ids = merge_top_k(
-        *(x.reshape(-1, *x.shape[2:]) for x in (parts.top, parts.top_tokens)), TOP
-    )
-    rescale = jnp.exp(parts.top[:, 0] - _finite(top[0])[None])
-    best = parts.best.max(axis=0)
-    winner = jnp.argmax(parts.best == best[None], axis=0)[None]
-    return _Running(
-        best=best,
-        best_logit=jnp.take_along_axis(parts.best_logit, winner, axis=0)[0],
-        tokens=jnp.take_along_axis(parts.tokens, winner, axis=0)[0],
-        top=top,
-        top_tokens=ids,
-        total=jnp.sum(parts.total * rescale, axis=0),
-        weighted=jnp.sum(parts.weighted * rescale, axis=0),
-    )
-
-
-def _without(ids: jax.Array, possible: jax.Array, banned: tuple[int, ...]) -> jax.Array:
-    for token in banned:
+def _exclude(
+    ids: Int[Array, " v"], possible: Bool[Array, " v"], excluded: tuple[int, ...]
+) -> Bool[Array, " v"]:
+    """Returns True at possible entries that are not excluded."""
+    for token in excluded:
         possible &= ids != token
     return possible
 
 
-def _merge(
-    state: _Running, noisy: jax.Array, logits: jax.Array, start: int | jax.Array, guided: bool
+def _gumbel_noise(key: Key[Array, ""], ids: Int[Array, " v"], n: int) -> Float[Array, "n v"]:
+    """Draws the noise of one sequence.
+
+    The noise of an entry is the same in any chunk and on any device.
+    """
+
+    def draw(token: jax.Array) -> jax.Array:
+        return jax.random.gumbel(jax.random.fold_in(key, token), (n,), mode="high")
+
+    return jax.vmap(draw, out_axes=1)(ids)
+
+
+def _add_chunk(
+    state: _Running,
+    noisy: Float[Array, "B N v"],
+    logits: Float[Array, "B N v"],
+    start: Int[Array, ""] | int,
+    guided: bool,
 ) -> _Running:
-    """The state after a chunk; logits and noisy float32, or the same array in the model's dtype."""
-    # Taken of plain logits: behind a softmax the compiler would fuse the two and be many times slower.
-    chunk_top, chunk_tokens = top_k(logits, min(TOP, logits.shape[-1]), rounded=guided)
-    plain, logits = noisy is logits, logits.astype(jnp.float32)
-    # The earlier chunk stands first, so that among equals the lower id does.
-    both = ((state.top, chunk_top), (state.top_tokens, chunk_tokens + start))
-    top, ids = merge_top_k(*map(jnp.concatenate, both), TOP)
-    finite = _finite(top[0])
-    total, weighted = _sums(logits, finite)
-    rescale = jnp.exp(state.top[0] - finite)
-    if plain:
+    """Adds the entries from id `start` on.
+
+    `noisy` and `logits` are float32, or one and the same array in the model's dtype.
+    """
+    # From plain logits: behind a softmax the compiler fuses the two, which is many times slower.
+    chunk_top, chunk_tokens = top_k(logits, min(TOP, logits.shape[-1]), recomputable=guided)
+    has_noise, logits = noisy is not logits, logits.astype(jnp.float32)
+    # The earlier chunk comes first, so that among equal logits the lower id does.
+    values = jnp.concatenate([state.top, chunk_top])
+    top, ids = merge_top_k(values, jnp.concatenate([state.top_tokens, chunk_tokens + start]), TOP)
+    shift = _finite_or_zero(top[0])
+    total, weighted = _exponential_sums(logits, shift)
+    rescale = jnp.exp(state.top[0] - shift)
+    if has_noise:
+        best, index = (x[0] for x in top_k(noisy, 1, recomputable=True))
+        best_logit = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
+    else:
         best = best_logit = chunk_top[0]
         index = chunk_tokens[0]
-    else:
-        best, index = (x[0] for x in top_k(noisy, 1, rounded=True))
-        best_logit = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
-    better = (
-        best > state.best
-    )  # strictly: of equals the earlier chunk, hence the lower index, stays
+    # Of equal logits the earlier chunk stays, and so the lower index.
+    better = best > state.best
     return _Running(
         best=jnp.where(better, best, state.best),
         best_logit=jnp.where(better, best_logit, state.best_logit),
@@ -300,13 +276,115 @@ def _merge(
     )
 
 
-def _sums(z: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sums of e^(z - shift) and of z e^(z - shift) over z [..., V], shift [...]; z may be -inf."""
+def _exponential_sums(
+    z: Float[Array, "B N v"], shift: Float[Array, "B N"]
+) -> tuple[Float[Array, "B N"], Float[Array, "B N"]]:
+    """Computes the sums of w = e^(z - shift) and z w.
+
+    z may be -inf.
+    """
     weights = jnp.exp(z - shift[..., None])
-    # With z clipped instead, XLA does not vectorise the loop on CPUs, which then takes several times as long.
+    # With z clipped instead, XLA does not vectorise the loop on CPUs, and is several times slower.
     return weights.sum(-1), jnp.where(weights > 0, weights * z, 0.0).sum(-1)
 
 
-def _finite(largest: jax.Array) -> jax.Array:
-    """What is subtracted before exponentials: 0 where nothing is possible."""
+def _finite_or_zero(largest: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns the largest logit, or 0 if no token is possible."""
     return jnp.where(jnp.isfinite(largest), largest, 0.0)
+
+
+def _to_belief(state: _Running) -> Belief:
+    """Normalises the sums over the complete vocabulary."""
+    log_sum = state.top[0] + jnp.log(state.total)
+    return Belief(
+        tokens=state.tokens,
+        confidence=jnp.exp(state.best_logit - log_sum),
+        top=jnp.moveaxis(jnp.exp(state.top - log_sum[None]), 0, -1),
+        top_tokens=jnp.moveaxis(state.top_tokens, 0, -1),
+        entropy=jnp.maximum(log_sum - state.weighted / state.total, 0.0),
+    )
+
+
+def _mesh_axis(name: str) -> str:
+    """Returns the mesh axis over which a logical axis is sharded."""
+    axis = LOGICAL[name]
+    assert axis is not None, name
+    return axis
+
+
+def _is_sharded(head: Head) -> bool:
+    """Returns True if a mesh is set that shards the head."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names) or mesh.size == 1:
+        return False
+    width = head.table.shape[1 if head.tied else 0]
+    sizes = {"vocab": head.rows, "embed": width}
+    return all(divides(size, (_mesh_axis(name),)) for name, size in sizes.items())
+
+
+def _compute_sharded(
+    head: Head,
+    hidden: Float[Array, "B N E"],
+    options: BeliefOptions,
+    keys: Key[Array, " B"] | None,
+    unconditional: Float[Array, "B N E"] | None,
+    chunk: int | None,
+) -> Belief:
+    """Computes the belief on the devices of a mesh.
+
+    Each device covers its part of the vocabulary and of the batch. One gather joins the parts. If
+    the table is sharded over E too (fsdp), each chunk of it is gathered.
+    """
+    mesh, vocab, embed = jax.sharding.get_abstract_mesh(), _mesh_axis("vocab"), _mesh_axis("embed")
+    batch = P(BATCH) if divides(hidden.shape[0], BATCH) else P()
+    table_spec = P(vocab, embed) if head.tied else P(embed, vocab)
+    gather = embed if mesh.shape[embed] > 1 else None
+
+    def local(
+        table: jax.Array,
+        bias: jax.Array | None,
+        hidden: jax.Array,
+        keys: jax.Array | None,
+        unconditional: jax.Array | None,
+    ) -> Belief:
+        part = dataclasses.replace(head, table=table, bias=bias, gather=gather)
+        first = jax.lax.axis_index(vocab) * part.rows
+        mine = _visit_vocabulary(
+            part, hidden, part.rows, first, options, keys, unconditional, chunk
+        )
+        return _to_belief(mine if mesh.shape[vocab] == 1 else _gather_parts(mine, vocab))
+
+    specs = (table_spec, P(vocab), batch, batch, batch)
+    sharded = jax.shard_map(local, in_specs=specs, out_specs=batch, check_vma=False)
+    return sharded(head.table, head.bias, hidden, keys, unconditional)
+
+
+def _gather_parts(mine: _Running, axis: str) -> _Running:
+    """Merges the parts of an axis by one collective operation."""
+    leaves, tree = jax.tree.flatten(mine)
+    bits = [
+        jax.lax.bitcast_convert_type(x, jnp.int32).reshape(-1, *mine.best.shape) for x in leaves
+    ]
+    gathered = jax.lax.all_gather(jnp.concatenate(bits), axis)
+    cuts = [sum(len(x) for x in bits[: i + 1]) for i in range(len(bits) - 1)]
+    parts = zip(jnp.split(gathered, cuts, axis=1), leaves, strict=True)
+    found = [jax.lax.bitcast_convert_type(part, x.dtype).reshape(-1, *x.shape) for part, x in parts]
+    return _merge_parts(jax.tree.unflatten(tree, found))
+
+
+def _merge_parts(parts: _Running) -> _Running:
+    """Merges states [parts, ...], in the order of the vocabulary."""
+    values, ids = (x.reshape(-1, *x.shape[2:]) for x in (parts.top, parts.top_tokens))
+    top, top_tokens = merge_top_k(values, ids, TOP)
+    rescale = jnp.exp(parts.top[:, 0] - _finite_or_zero(top[0])[None])
+    best = parts.best.max(axis=0)
+    winner = jnp.argmax(parts.best == best[None], axis=0)[None]
+    return _Running(
+        best=best,
+        best_logit=jnp.take_along_axis(parts.best_logit, winner, axis=0)[0],
+        tokens=jnp.take_along_axis(parts.tokens, winner, axis=0)[0],
+        top=top,
+        top_tokens=top_tokens,
+        total=jnp.sum(parts.total * rescale, axis=0),
+        weighted=jnp.sum(parts.weighted * rescale, axis=0),
+    )

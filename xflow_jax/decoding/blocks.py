@@ -1,8 +1,9 @@
-"""Blocks of the response: their length and number, the steps of each, and the schedule."""
+"""Blocks of the response: their length, their number, and the schedule."""
 
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import TYPE_CHECKING, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,12 @@ import numpy as np
 from xflow_jax.decoding.state import DecodeConfig, Step
 from xflow_jax.errors import UserError, require
 from xflow_jax.types import Array, Bool, Int, ModelConfig
+
+# A whole number from a user. Anything can arrive at run time, and the functions here check it.
+if TYPE_CHECKING:
+    Count: TypeAlias = int
+else:
+    Count = object
 
 
 def make_schedule(config: DecodeConfig) -> Step:
@@ -21,11 +28,11 @@ def make_schedule(config: DecodeConfig) -> Step:
     local = np.tile(np.arange(s), config.blocks)
     quota = config.block_length // s + (local < config.block_length % s)
     return Step(
-        index=np.arange(local.size, dtype=np.int32),
-        block=np.repeat(np.arange(config.blocks, dtype=np.int32), s),
-        rho=(local / max(s - 1, 1)).astype(np.float32),
-        quota=quota.astype(np.int32),
-        steps_left=(s - local).astype(np.float32),
+        index=jnp.arange(local.size, dtype=jnp.int32),
+        block=jnp.asarray(np.repeat(np.arange(config.blocks), s), jnp.int32),
+        rho=jnp.asarray(local / max(s - 1, 1), jnp.float32),
+        quota=jnp.asarray(quota, jnp.int32),
+        steps_left=jnp.asarray(s - local, jnp.float32),
     )
 
 
@@ -53,7 +60,7 @@ def block_layout(
     return (length + index) // size - length // size, length + index < end
 
 
-def resolve_block_length(model: ModelConfig, gen_length: int, block_length: int | None) -> int:
+def resolve_block_length(model: ModelConfig, gen_length: Count, block_length: Count | None) -> int:
     """Returns the positions of a block.
 
     Args:
@@ -67,25 +74,26 @@ def resolve_block_length(model: ModelConfig, gen_length: int, block_length: int 
     """
     for name, count in (("gen_length", gen_length), ("block_length", block_length)):
         require_count(name, count)
-    size = block_length or model.default_block_length or gen_length
+    size = int(block_length or model.default_block_length or gen_length)
     if not model.is_block_causal and gen_length % size:
         raise UserError(
-            f"gen_length {gen_length} is not a whole number of blocks of {size}; "
+            f"gen_length {gen_length} is not a whole number of blocks of {size}. "
             f"{nearest_multiples(gen_length, size)}"
         )
     return size
 
 
-def count_blocks(model: ModelConfig, gen_length: int, block_length: int | None) -> int:
-    """Returns the number of blocks over which the steps of a response divide.
+def count_blocks(model: ModelConfig, gen_length: Count, block_length: Count | None) -> int:
+    """Returns the number of blocks that share the steps.
 
     Arguments and errors are those of `resolve_block_length`.
     """
-    return max(gen_length // resolve_block_length(model, gen_length, block_length), 1)
+    size = resolve_block_length(model, gen_length, block_length)
+    return max(int(gen_length) // size, 1)
 
 
 def resolve_steps(
-    model: ModelConfig, budget: Fraction, gen_length: int, block_length: int | None
+    model: ModelConfig, budget: Fraction, gen_length: Count, block_length: Count | None
 ) -> int:
     """Returns the forward passes of a whole response: budget * gen_length.
 
@@ -108,17 +116,17 @@ def resolve_steps(
     over = f" for each of {blocks} blocks" if blocks > 1 else ""
     raise UserError(
         f"the budget {budget} of {gen_length} tokens makes {float(steps):g} steps, "
-        f"which is not a whole number{over}; use {' or '.join(near)}"
+        f"which is not a whole number{over}. Use {' or '.join(near)}."
     )
 
 
 def require_count(name: str, count: object) -> None:
-    """Raises UserError unless a count is None or a whole number of at least 1."""
-    right = isinstance(count, int | np.integer) and not isinstance(count, bool) and count >= 1
+    """Raises UserError unless a count is None or at least 1."""
+    right = isinstance(count, int | np.integer) and not isinstance(count, bool) and bool(count >= 1)
     require(count is None or right, f"{name} must be a whole number of at least 1, not {count}")
 
 
 def nearest_multiples(value: int, divisor: int) -> str:
-    """Returns advice such as "use 16 or 32": the multiples of `divisor` around `value`."""
+    """Returns advice with the multiples near a value: "Use 16 or 32."."""
     below = value // divisor * divisor
-    return f"use {below + divisor}" if not below else f"use {below} or {below + divisor}"
+    return f"Use {below + divisor}." if not below else f"Use {below} or {below + divisor}."

@@ -1,4 +1,4 @@
-"""Decoding as a flow: one state, one step, one scan. Start reading here: it is the paper.
+"""Decoding as a flow. Start reading here: it is the paper.
 
 Each response position has a progress t in [0, 1] and a state x in the space of input embeddings.
 x starts at the mask embedding m and moves toward the embedding of the predicted token. A rule
@@ -63,7 +63,10 @@ class DecodeContext:
 
     @property
     def copies(self) -> int:
-        """Rows per sequence in a forward pass. Guidance adds one that sees no prompt."""
+        """Rows per sequence in a forward pass.
+
+        Guidance adds one whose prompt is masked.
+        """
         return 2 if self.options.guidance else 1
 
     def embed(self, tokens: Int[Array, "*shape"]) -> Float[Array, "*shape E"]:
@@ -110,7 +113,7 @@ def decode(
     if options.guidance:
         masked = jnp.broadcast_to(m, prompt_x.shape).astype(prompt_x.dtype)
         prompt_x = jnp.concatenate([prompt_x, masked])
-        masks = tuple(jnp.tile(mask, (2, 1)) for mask in masks)
+        masks = (jnp.tile(prompt_mask, (2, 1)), jnp.tile(on_canvas, (2, 1)))
     forward = make_forward(model, params, config, prompt_x, *masks)
     context = DecodeContext(
         model, params, rule, config, forward, options, keys, block_of, on_canvas, m, scan
@@ -134,7 +137,7 @@ def decode(
 def _decode_block(
     context: DecodeContext, carry: tuple[DecodeState, Carry], steps: Step
 ) -> tuple[tuple[DecodeState, Carry], Trace | None]:
-    """Runs all steps of one block. `steps` is a slice of the schedule, [steps of a block]."""
+    """Runs the steps of one block, a slice of the schedule."""
     state, cache = carry
     block = steps.block[0]
     if context.config.blocks > 1:
@@ -154,7 +157,7 @@ def _begin_block(context: DecodeContext, state: DecodeState, block: Int[Array, "
     if config.stop_at_eos:
         in_response = old & (jnp.arange(config.canvas)[None, :] < config.gen_length)
         finished |= jnp.any(in_response & (state.tokens == model.eos_id), axis=-1)
-    return state.replace(x=x, t=jnp.where(old, 1.0, state.t), finished=finished)
+    return dataclasses.replace(state, x=x, t=jnp.where(old, 1.0, state.t), finished=finished)
 
 
 def _decode_step(
@@ -165,7 +168,7 @@ def _decode_step(
     here = (context.block_of == step.block) & context.on_canvas
     needed = here & context.rule.is_open(state) if context.config.early_exit else here
     busy = ~state.finished & jnp.any(needed, axis=-1)
-    step = step.replace(candidates=here & busy[:, None])
+    step = dataclasses.replace(step, candidates=here & busy[:, None])
     active = functools.partial(_active_step, context, step, busy)
     skipped = functools.partial(_skipped_step, context, step, active)
     return jax.lax.cond(jnp.any(busy), active, skipped, *carry)
@@ -177,7 +180,8 @@ def _active_step(
     """One forward pass, the rule's action, and the move along the flow."""
     config, candidates = context.config, step.candidates
     if context.rule.needs_keys:
-        step = step.replace(keys=jax.vmap(jax.random.fold_in, (0, None))(context.keys, step.index))
+        keys = jax.vmap(jax.random.fold_in, (0, None))(context.keys, step.index)
+        step = dataclasses.replace(step, keys=keys)
     belief, cache = _compute_belief(context, step, state, cache)
     action = context.rule(belief, state, step)
     x_pred = context.embed(belief.tokens)
@@ -187,11 +191,13 @@ def _active_step(
     if action.mixture is not None:
         mixed = jnp.einsum("bnk,bnke->bne", action.mixture, context.embed(belief.top_tokens))
         mixed += (1 - action.mixture.sum(-1, keepdims=True)) * context.m
-        after = after.replace(x=jnp.where((candidates & (after.t < 1))[..., None], mixed, after.x))
+        stays = (candidates & (after.t < 1))[..., None]
+        after = dataclasses.replace(after, x=jnp.where(stays, mixed, after.x))
     if action.memory is not None:
-        after = after.replace(memory=action.memory)
+        after = dataclasses.replace(after, memory=action.memory)
     finished = _find_finished(context, state, after) if config.eos_early_stop else state.finished
-    after = after.replace(forward_passes=state.forward_passes + busy, finished=finished)
+    passes = state.forward_passes + busy
+    after = dataclasses.replace(after, forward_passes=passes, finished=finished)
     trace = Trace(
         tokens=belief.tokens,
         progress=after.t,
@@ -208,11 +214,13 @@ def _active_step(
 def _skipped_step(
     context: DecodeContext, step: Step, active: Callable[..., Any], state: DecodeState, cache: Carry
 ) -> tuple[tuple[DecodeState, Carry], Trace | None]:
-    """Leaves the state as it is, with a trace of the same shapes as `active` gives."""
+    """Keeps the state, with a trace shaped like that of `active`."""
     config, zeros = context.config, jnp.zeros_like(state.t)
     if not config.trace:
         return (state, cache), None
-    notes = jax.eval_shape(active, state, cache)[1].notes if config.notes else None
+    notes = None
+    if config.notes:
+        notes = jax.eval_shape(lambda *carry: active(*carry)[1].notes, state, cache)
     trace = Trace(
         tokens=state.tokens,
         progress=state.t,
@@ -233,7 +241,7 @@ def _compute_belief(
     batch, model = state.t.shape[0], context.model
     h, cache = context.forward.hidden(cache, context.model_rows(state.x), step)
     belief = compute_belief(
-        make_head(model, context.params),
+        make_head(context.params),
         h[:batch],
         model.config.vocab_rows,
         context.options,
@@ -256,7 +264,7 @@ def advance(
     m: Float[Array, "1 1 E"],
     mask_id: int,
 ) -> DecodeState:
-    """Moves the candidates along the flow (Eqs. 4-8), or re-edits them (Eq. 10).
+    """Moves the candidates (Eqs. 4-8), or re-edits them (Eq. 10).
 
     The velocity (x_pred - x) / (1 - t) times the time a (1 - t) is a (x_pred - x). The division
     cancels and is never computed. A prediction of the mask token changes nothing.
@@ -285,7 +293,8 @@ def advance(
     x = jnp.where((real & back)[..., None], c[..., None] * x_pred + (1 - c[..., None]) * m, x)
     t = jnp.where(real & back, c, jnp.where(moving, t_ahead, state.t))
     written = candidates & (state.t < 1) | real & action.reset
-    return state.replace(x=x, t=t, tokens=jnp.where(written, belief.tokens, state.tokens))
+    tokens = jnp.where(written, belief.tokens, state.tokens)
+    return dataclasses.replace(state, x=x, t=t, tokens=tokens)
 
 
 def _find_finished(
@@ -333,4 +342,4 @@ def _onto_canvas(
     # A certain distribution outside the block, so that no rule divides by a sum of zero.
     certain = jnp.arange(belief.top.shape[-1])[None, None, :] == 0
     top = jnp.where(here[..., None], belief.top, certain)
-    return belief.replace(tokens=jnp.where(here, belief.tokens, tokens), top=top)
+    return dataclasses.replace(belief, tokens=jnp.where(here, belief.tokens, tokens), top=top)

@@ -113,10 +113,11 @@ class FullForward:
 
 
 class CachedForward(FullForward):
-    """Forward pass over the active block, on the exact cache of all before it (models/kv_cache.py).
+    """Forward pass over the active block, with an exact cache.
 
-    Rows are aligned to the left in the cache. The prompt's whole blocks are read at the start, all
-    at once. A block is read once more when the next one begins, with its final tokens.
+    The cache holds everything before the block (models/kv_cache.py). Rows are aligned to the left
+    in the cache. The prompt's whole blocks are read at the start, all at once. A block is read once
+    more when the next one begins, with its final tokens.
     """
 
     def init_cache(self) -> Cache:
@@ -170,7 +171,7 @@ class CachedForward(FullForward):
 
 
 class StalePromptForward(FullForward):
-    """Forward pass over the canvas, on keys and values of the prompt that are some steps old.
+    """Forward pass over the canvas, with stale prompt keys and values.
 
     For models whose prompt attends to the response, which have no exact cache. In the first step
     of a block, and every `config.refresh` steps of it, the pass covers all positions and renews
@@ -222,16 +223,20 @@ def make_forward(
 
 
 def _columns(x: Float[Array, "B L E"], columns: Int[Array, "B n"]) -> Float[Array, "B n E"]:
-    """Gathers positions of each row. Columns beyond the row are clipped, and their values unused."""
+    """Gathers positions of each row.
+
+    Columns outside the row are clipped, and their values are never used.
+    """
     return jnp.take_along_axis(x, jnp.clip(columns, 0, x.shape[1] - 1)[..., None], axis=1)
 
 
 def _constrain(cache: Cache) -> Cache:
-    """Keeps a cache [layers, B, M, K, D] on the devices that compute it, if a mesh is set."""
+    """Shards a cache [layers, B, M, K, D] like its computation."""
+    axis = LOGICAL["kv_heads"]
 
     def leaf(x: Array) -> Array:
         batch = BATCH if divides(x.shape[1], BATCH) else None
-        heads = LOGICAL["kv_heads"] if divides(x.shape[3], (LOGICAL["kv_heads"],)) else None
+        heads = axis if axis and divides(x.shape[3], (axis,)) else None
         if batch is None and heads is None:
             return x
         return jax.lax.with_sharding_constraint(x, P(None, batch, None, heads))

@@ -8,12 +8,14 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING, SupportsIndex, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from xflow_jax.decoding.blocks import (
+    Count,
     count_blocks,
     nearest_multiples,
     require_count,
@@ -22,10 +24,16 @@ from xflow_jax.decoding.blocks import (
 from xflow_jax.decoding.decode import decode
 from xflow_jax.decoding.rules.base import Rule
 from xflow_jax.decoding.state import DecodeConfig, Trace, read_out
-from xflow_jax.errors import UserError
+from xflow_jax.errors import UserError, require
 from xflow_jax.parallel import batch_sharding, fetch_to_host, put_sharded
-from xflow_jax.tokenizer import chat_ids, decode_answers, pad_left
+from xflow_jax.tokenizer import chat_ids, decode_responses, pad_left
 from xflow_jax.types import Array, Backbone, Bool, Float, Int, Key, LanguageModel, Params
+
+# Anything can arrive at run time, and `generate` checks it.
+if TYPE_CHECKING:
+    Prompts: TypeAlias = Sequence[str] | Sequence[Sequence[int]] | np.ndarray
+else:
+    Prompts = object
 
 # Prompts are padded to a multiple of this, so that most new lengths need no new compilation.
 PROMPT_MULTIPLE = 16
@@ -54,19 +62,19 @@ class Generation:
 
 def generate(
     lm: LanguageModel,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
+    prompts: Prompts,
     rule: Rule,
-    gen_length: int = 64,
-    steps: int = 16,
+    gen_length: Count = 64,
+    steps: Count = 16,
     *,
-    steps_per_block: int | None = None,
-    block_length: int | None = None,
+    steps_per_block: Count | None = None,
+    block_length: Count | None = None,
     eos_early_stop: bool = False,
     seed: int = 0,
     trace: bool = False,
     early_exit: bool | None = None,
     cache: bool | None = None,
-    refresh: int = 0,
+    refresh: Count = 0,
 ) -> Generation:
     """Decodes a response of up to `gen_length` tokens to each prompt.
 
@@ -84,8 +92,7 @@ def generate(
         seed: of rules that draw. Draws depend on the seed and the sequence's own prompt alone.
         trace: return every step.
         early_exit: skip passes that can change nothing, or None for the default of the rule.
-        cache: keep the keys and values of finished blocks, which changes no token. None means
-            wherever the model allows it.
+        cache: keep keys and values of finished blocks, with the same tokens. None: if possible.
         refresh: compute the prompt's keys and values only every `refresh` steps of a block, an
             approximation for models without an exact cache. 0 or 1 means every step.
 
@@ -97,13 +104,12 @@ def generate(
     """
     check_refresh(lm, refresh)
     rows = _token_rows(lm, prompts)
-    config = make_decode_config(
-        lm, max(map(len, rows)), gen_length, steps, steps_per_block, block_length
+    longest = max(map(len, rows))
+    config = make_decode_config(lm, longest, gen_length, steps, steps_per_block, block_length)
+    require(
+        not cache or config.cache,
+        f"{lm.config.family} attends to later blocks, so it has no exact cache. Leave cache out.",
     )
-    if cache and not config.cache:
-        raise UserError(
-            f"{lm.config.family} attends to later blocks, so it has no exact cache; leave cache out"
-        )
     config = dataclasses.replace(
         config,
         cache=config.cache if cache is None else cache,
@@ -137,7 +143,7 @@ def _decode_rows(
         trace = jax.tree.map(lambda x: x[:, : len(rows), : config.gen_length], trace)
     texts = None
     if lm.tokenizer is not None:
-        texts = decode_answers(lm.tokenizer, tokens, lm.config.eos_id)
+        texts = decode_responses(lm.tokenizer, tokens, lm.config.eos_id)
     return Generation(tokens, texts, progress, passes, trace)
 
 
@@ -162,9 +168,7 @@ def decode_batch(
     return *read_out(config, state, model.config.eos_id), state.forward_passes, trace
 
 
-def _token_rows(
-    lm: LanguageModel, prompts: Sequence[str] | Sequence[Sequence[int]]
-) -> list[list[int]]:
+def _token_rows(lm: LanguageModel, prompts: Prompts) -> list[list[int]]:
     """Converts prompts to lists of token ids, and checks them."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence | np.ndarray | jax.Array):
         what = "one text" if isinstance(prompts, str) else type(prompts).__name__
@@ -174,7 +178,7 @@ def _token_rows(
     return [_token_row(lm, number, prompt) for number, prompt in enumerate(prompts)]
 
 
-def _token_row(lm: LanguageModel, number: int, prompt: str | Iterable[int]) -> list[int]:
+def _token_row(lm: LanguageModel, number: int, prompt: object) -> list[int]:
     """Converts prompt `number` to token ids."""
     if isinstance(prompt, str):
         if lm.tokenizer is None:
@@ -183,7 +187,7 @@ def _token_row(lm: LanguageModel, number: int, prompt: str | Iterable[int]) -> l
             )
         return chat_ids(lm.tokenizer, prompt)
     try:
-        row = [operator.index(token) for token in prompt]
+        row = [operator.index(token) for token in cast(Iterable[SupportsIndex], prompt)]
     except TypeError:
         raise UserError(
             f"prompt {number} must be a text or a list of token ids, not {prompt!r:.60}"
@@ -193,13 +197,13 @@ def _token_row(lm: LanguageModel, number: int, prompt: str | Iterable[int]) -> l
     if bad := [token for token in row if not 0 <= token < lm.config.vocab_rows]:
         last = lm.config.vocab_rows - 1
         raise UserError(
-            f"prompt {number} holds the id {bad[0]}; the vocabulary has ids 0 to {last}"
+            f"prompt {number} holds the id {bad[0]}. The vocabulary has ids 0 to {last}."
         )
     return row
 
 
 def pad_prompts(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Pads rows of ids on the left to a length that many batches share.
+    """Pads rows of ids on the left, to a multiple of PROMPT_MULTIPLE.
 
     Returns:
         Token ids int32 [B, P], and a mask bool [B, P] that is False at padding.
@@ -211,17 +215,20 @@ def pad_prompts(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> tuple[np.nd
 def make_decode_config(
     lm: LanguageModel,
     longest: int,
-    gen_length: int,
-    steps: int,
-    steps_per_block: int | None,
-    block_length: int | None,
+    gen_length: Count,
+    steps: Count,
+    steps_per_block: Count | None,
+    block_length: Count | None,
 ) -> DecodeConfig:
     """Builds the DecodeConfig of a call of `generate`.
 
     Args:
         lm: the model.
         longest: tokens of the longest prompt.
-        gen_length, steps, steps_per_block, block_length: as in `generate`.
+        gen_length: N, positions of the response.
+        steps: forward passes for the whole response.
+        steps_per_block: forward passes for each block, instead of `steps`.
+        block_length: positions of a block, or None for the default of the model.
 
     Raises:
         UserError: if lengths or steps are invalid, or exceed the model's positions.
@@ -234,7 +241,7 @@ def make_decode_config(
         blocks = count_blocks(lm.config, gen_length, block_length)
         if steps % blocks:
             raise UserError(
-                f"{steps} steps do not divide over {blocks} blocks; "
+                f"{steps} steps do not divide over {blocks} blocks. "
                 f"{nearest_multiples(steps, blocks)}"
             )
         steps_per_block = steps // blocks
@@ -245,24 +252,29 @@ def make_decode_config(
             f"{MOST_STEPS * size} (for the response of {gen_length} tokens, at most {most})"
         )
     config = DecodeConfig(
-        gen_length, size, steps_per_block, block_causal=causal, cache=causal, stop_at_eos=causal
+        gen_length=int(gen_length),
+        block_length=size,
+        steps=int(steps_per_block),
+        block_causal=causal,
+        cache=causal,
+        stop_at_eos=causal,
     )
     if longest + config.canvas > lm.config.max_length:
         raise UserError(
             f"a prompt of {longest} tokens and a response of {config.canvas} exceed the model's "
-            f"{lm.config.max_length} positions; shorten one of them"
+            f"{lm.config.max_length} positions. Shorten one of them."
         )
     return config
 
 
-def check_refresh(lm: LanguageModel, refresh: int) -> None:
-    """Raises UserError if the prompt's keys and values cannot be refreshed at this interval."""
+def check_refresh(lm: LanguageModel, refresh: Count) -> None:
+    """Raises UserError if the model or the number forbids `refresh`."""
     if isinstance(refresh, bool) or not isinstance(refresh, int | np.integer) or refresh < 0:
         raise UserError(f"refresh must be a whole number of at least 0, not {refresh}")
     if refresh and lm.config.is_block_causal:
         raise UserError(
-            f"{lm.config.family} is block-causal, so its cache is exact and never refreshed; "
-            "leave refresh out"
+            f"{lm.config.family} is block-causal, so its cache is exact and never refreshed. "
+            "Leave refresh out."
         )
 
 
@@ -275,9 +287,10 @@ def _eot_id(lm: LanguageModel) -> int | None:
 
 
 def row_keys(key: Key[Array, ""], rows: Sequence[Sequence[int]]) -> Key[Array, " B"]:
-    """Folds each row's prompt, and the number of equal prompts before it, into `key`.
+    """Derives a key for each row from its prompt.
 
-    The other rows of a batch therefore do not change a row's draws.
+    Equal prompts are counted, so that their keys differ. The other rows of a batch do not change a
+    row's draws.
     """
     seen: Counter[int] = Counter()
     salts = []

@@ -1,4 +1,4 @@
-"""Data of a decode: static configuration, the carry of the scan, one step, and its trace."""
+"""Data of a decode: configuration, carry of the scan, step and trace."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from xflow_jax.types import Array, Float, Int
@@ -16,7 +17,9 @@ SETTLED = 0.99  # progress from which a position counts as decided
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """Static part of a decode. One compilation serves all decodes with an equal configuration.
+    """Static part of a decode.
+
+    One compilation serves all decodes with an equal configuration.
 
     Attributes:
         gen_length: N, positions of the response.
@@ -50,7 +53,10 @@ class DecodeConfig:
 
     @property
     def canvas(self) -> int:
-        """Positions that are decoded: N, plus what rounding up to a whole block can add."""
+        """Positions that are decoded.
+
+        These are N, plus those that rounding up to a whole block can add.
+        """
         return self.gen_length + (self.block_length - 1 if self.block_causal else 0)
 
     @property
@@ -83,7 +89,9 @@ class DecodeState:
 
 @struct.dataclass
 class Trace:
-    """Record of one step, arrays [B, N]. The scan stacks them to [T, B, N].
+    """Record of one step, arrays [B, N].
+
+    The scan stacks them to [T, B, N], and `generate` returns NumPy arrays.
 
     Skipped steps have zero confidence, step_fraction, top and notes. Under block-causal attention,
     positions outside the active block keep their tokens and have confidence 0.
@@ -98,19 +106,19 @@ class Trace:
         notes: what the rule returned as notes, a tree of arrays [B, ...], or None.
     """
 
-    tokens: jax.Array
-    progress: jax.Array
-    confidence: jax.Array
-    step_fraction: jax.Array
-    reedited: jax.Array
-    top: jax.Array
-    top_tokens: jax.Array
+    tokens: jax.Array | np.ndarray
+    progress: jax.Array | np.ndarray
+    confidence: jax.Array | np.ndarray
+    step_fraction: jax.Array | np.ndarray
+    reedited: jax.Array | np.ndarray
+    top: jax.Array | np.ndarray
+    top_tokens: jax.Array | np.ndarray
     notes: Any = None
 
 
 @struct.dataclass
 class Step:
-    """Slice of the schedule that a rule receives, with the positions that it may move.
+    """Slice of the schedule, with the positions that may move.
 
     Attributes:
         index: number of the step in the whole decode, a scalar.
@@ -134,7 +142,10 @@ class Step:
 def read_out(
     config: DecodeConfig, state: DecodeState, eos_id: int
 ) -> tuple[Int[Array, "B N"], Float[Array, "B N"]]:
-    """Returns (tokens, final progress). After the end of a sequence all tokens are EOS."""
+    """Returns (tokens, final progress).
+
+    After the end of a sequence all tokens are EOS.
+    """
     tokens, n = state.tokens[:, : config.gen_length], config.gen_length
     if config.stop_at_eos or config.eos_early_stop:
         is_eos = tokens == eos_id

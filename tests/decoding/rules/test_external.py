@@ -1,4 +1,4 @@
-"""Rules from files and modules of the user's own."""
+"""Rules of the user's own, from files and modules."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("source", ["my_rule.py", "{folder}/my_rule.py", "my_rule"])
-def test_a_rule_of_ones_own_decodes_like_the_same_rule_here(folder, source):
+def test_an_external_rule_decodes_like_its_built_in_twin(folder, source):
     text = source.format(folder=folder) + ":MyRule(tau=0.3)"
     label, rule = parse_rule(text)
     assert label == text and rule.tau == 0.3 and not rule.revises
@@ -66,7 +66,7 @@ def test_rules_of_both_kinds_in_one_list(folder):
     assert not rules[labels[1]].early_exit
 
 
-def test_the_hash_tells_versions_of_a_file_apart(folder):
+def test_versions_of_a_file_have_different_hashes(folder):
     before = source_hash(load_rule_class("my_rule.py", "MyRule"))
     (folder / "my_rule.py").write_text(RULE + "\n# changed\n")
     os.utime(folder / "my_rule.py", ns=(1, 1))
@@ -79,8 +79,8 @@ def test_the_hash_tells_versions_of_a_file_apart(folder):
     [
         ("nowhere.py:MyRule", None, "nowhere.py: there is no such file"),
         ("no.such.module:MyRule", None, "there is no rule and no module 'no.such.module'"),
-        ("my_rule.py:Mine", None, "my_rule.py has no class Mine; there are MyRule"),
-        ("my_rule.py:MyRule(tua=1)", None, "has no option 'tua'; did you mean tau?"),
+        ("my_rule.py:Mine", None, "my_rule.py has no class Mine. There are MyRule."),
+        ("my_rule.py:MyRule(tua=1)", None, "has no option 'tua', did you mean tau?"),
         ("my_rule.py:MyRule(tau)", None, "must look like my_rule.py:MyRule(option=value)"),
         ("my_rule.py:MyRule(tau=x)", None, 'tau is "x", but it must be a number'),
         ("my_rule.py:A", "class A:\n    pass\n", "A is no rule, it lacks early_exit"),

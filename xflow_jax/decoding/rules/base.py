@@ -1,4 +1,4 @@
-"""Protocol of a decoding rule, its action, and helpers that several rules share.
+"""Protocol of a decoding rule, its action, and shared helpers.
 
 A rule is a frozen dataclass. It receives the belief, the state before the step and a slice of the
 schedule, and returns an Action: how far each position moves. Mask prediction, threshold decoding
@@ -7,9 +7,8 @@ and their like are rules that only take steps of 0 or 1.
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,8 @@ from xflow_jax.decoding.belief import Belief, BeliefOptions
 from xflow_jax.decoding.state import SETTLED, DecodeState, Step
 from xflow_jax.errors import require
 from xflow_jax.types import Array, Bool, Float, Int, ModelConfig
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -46,7 +47,7 @@ class Rule(Protocol):
         ...
 
     def init_memory(self, batch: int, canvas: int) -> Any:
-        """Returns what the rule keeps from step to step, arrays [B, ...], or None."""
+        """Returns the first memory, a tree of arrays [B, ...], or None."""
         ...
 
     def is_open(self, state: DecodeState) -> Bool[Array, "B N"]:
@@ -58,8 +59,8 @@ class Rule(Protocol):
         ...
 
 
-def static_field(default: Any, **options: bool) -> Any:
-    """Declares an option of a rule that is part of the compiled program, not an array.
+def static_field(default: T, **options: bool) -> T:
+    """Declares an option that is part of the compiled program.
 
     Args:
         default: value of the option.
@@ -69,7 +70,10 @@ def static_field(default: Any, **options: bool) -> Any:
 
 
 def check_ranges(rule: Rule, **largest: float) -> None:
-    """Raises UserError unless each named option is None or between 0 and its largest value."""
+    """Raises UserError unless each option is None or in its range.
+
+    The range is from 0 to the given value.
+    """
     for name, top in largest.items():
         value = getattr(rule, name)
         bounds = "at least 0" if math.isinf(top) else f"between 0 and {top:g}"
@@ -106,7 +110,7 @@ class Action:
 
 
 class RuleDefaults:
-    """Default answers to the parts of the Rule protocol that most rules do not need."""
+    """Defaults for parts of the Rule protocol that few rules need."""
 
     @property
     def early_exit(self) -> bool:
@@ -137,9 +141,9 @@ class RuleDefaults:
         return state.t < self.settled
 
 
-@functools.partial(struct.dataclass, kw_only=True)
+@struct.dataclass(kw_only=True)
 class TokenConstraints(RuleDefaults):
-    """Base class of the rules here: options on which tokens may be predicted.
+    """Base class with options on the tokens that may be predicted.
 
     Attributes:
         suppress_mask: predict neither the mask token nor a row of the head without a token.
@@ -184,7 +188,7 @@ def select_highest(
 def quota_or_confident(
     scheduled: Bool[Array, "B N"], confident: Bool[Array, "B N"], quota: Int[Array, ""]
 ) -> Bool[Array, "B N"]:
-    """Selects a row's confident positions if they fill the quota, else the scheduled ones.
+    """Selects confident positions if they fill the quota, else the scheduled ones.
 
     This is the choice of LLaDA2.0's decoder.
     """

@@ -1,11 +1,13 @@
-"""Decoders of the field as rules on the same flow. They differ in which masks they write, and when.
+"""Decoders of the field as rules on the same flow.
 
-Each names its source. A decoder without a schedule of its own writes at least the first mask of its
-order in every step. Steps that remain after everything is written are skipped.
+They differ in the masks that they write in a step. Each names its source. A decoder without a
+schedule of its own writes at least the first mask of its order in every step. Steps that remain
+after everything is written are skipped.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -78,7 +80,7 @@ class Factor(TokenConstraints):
         check_ranges(self, factor=math.inf)
 
     def __call__(self, belief: Belief, state: DecodeState, step: Step) -> Action:
-        """Commits the longest prefix, by confidence, whose last member meets the bound."""
+        """Commits the longest prefix whose last member meets the bound."""
         masked = step.candidates & (state.t < 1)
         # Rank of each mask by confidence, counted from 1.
         rank = 1 + jnp.sum(ranks_before(belief.confidence, masked), axis=-1)
@@ -109,8 +111,9 @@ class EntropyBounded(TokenConstraints):
         check_ranges(self, gamma=math.inf)
 
     def __call__(self, belief: Belief, state: DecodeState, step: Step) -> Action:
-        """Commits that prefix. Its last member is its maximum, so the sum is over those before."""
+        """Commits the longest prefix that meets the bound."""
         masked = step.candidates & (state.t < 1)
+        # The last member of a prefix is its maximum, so the sum is over those before it.
         before = ranks_before(-belief.entropy, masked)
         spent = jnp.sum(jnp.where(before, belief.entropy[:, None, :], 0.0), axis=-1)
         return Action.unmask(masked & (spent <= self.gamma))
@@ -144,7 +147,7 @@ class Klass(TokenConstraints):
         check_ranges(self, tau=1.0, epsilon=math.inf, history=math.inf)
 
     def init_memory(self, batch: int, canvas: int) -> dict[str, jax.Array]:
-        """Returns the previous belief (zero: none yet) and the number of stable steps."""
+        """Returns the previous belief, zero at first, and a count."""
         return {
             "top": jnp.zeros((batch, canvas, TOP)),
             "top_tokens": jnp.zeros((batch, canvas, TOP), jnp.int32),
@@ -163,17 +166,20 @@ class Klass(TokenConstraints):
         ready = masked & (belief.confidence > self.tau) & (stable >= self.history)
         scheduled = select_highest(belief.confidence, masked, jnp.maximum(step.quota, 1))
         chosen = jnp.where(jnp.any(ready, axis=-1, keepdims=True), ready, scheduled)
-        return Action.unmask(chosen).replace(memory={**now, "stable": stable})
+        return dataclasses.replace(Action.unmask(chosen), memory={**now, "stable": stable})
 
 
 def top_divergence(
     belief: Belief, top: Float[Array, "B N 4"], top_tokens: Int[Array, "B N 4"]
 ) -> Float[Array, "B N"]:
-    """Computes KL(p now || p before) in nats over the four likeliest tokens and the rest.
+    """Computes KL(p now || p before) in nats.
+
+    The classes are the four likeliest tokens of now, and all others as one.
 
     Args:
         belief: predictions of this step.
-        top, top_tokens: the four largest probabilities of the step before and their tokens.
+        top: the four largest probabilities of the step before.
+        top_tokens: their tokens.
     """
     same = belief.top_tokens[..., :, None] == top_tokens[..., None, :]
     known = jnp.sum(jnp.where(same, top[..., None, :], 0.0), axis=-1)
@@ -228,13 +234,13 @@ class SoftMask(TokenConstraints):
         check_ranges(self, scale=1.0, steepness=math.inf)
 
     def __call__(self, belief: Belief, state: DecodeState, step: Step) -> Action:
-        """Commits the scheduled number of masks, and mixes the inputs of the others."""
+        """Commits the scheduled number, and mixes the other inputs."""
         masked = step.candidates & (state.t < 1)
         chosen = select_highest(order_score(belief, self.order), masked, step.quota)
         p = jnp.where(jnp.arange(TOP) < self.likeliest, belief.top, 0.0)
         share = self.scale * jax.nn.sigmoid(self.steepness * (-belief.entropy - self.offset))
         mixture = share[..., None] * p / p.sum(-1, keepdims=True)
-        return Action.unmask(chosen).replace(mixture=mixture)
+        return dataclasses.replace(Action.unmask(chosen), mixture=mixture)
 
 
 @struct.dataclass
@@ -275,7 +281,7 @@ class Editing(TokenConstraints):
         return (state.t < 1) | state.memory[:, None]
 
     def __call__(self, belief: Belief, state: DecodeState, step: Step) -> Action:
-        """Commits masks, and replaces tokens by a reset that is committed at once."""
+        """Commits masks, and replaces tokens by a committed reset."""
         c, written = belief.confidence, step.candidates & (state.t >= 1)
         masked = step.candidates & (state.t < 1)
         scheduled = select_highest(c, masked, step.quota)

@@ -1,4 +1,4 @@
-"""Rules of the user's own, loaded from a Python file or an importable module."""
+"""Rules of the user's own, from Python files or modules."""
 
 from __future__ import annotations
 
@@ -43,15 +43,16 @@ def load_rule_class(source: str, name: str) -> type:
     cls = getattr(module, name, None)
     if not isinstance(cls, type):
         found = [n for n, v in vars(module).items() if isinstance(v, type) and _is_local(v, module)]
-        hint = f"; there are {', '.join(found)}" if found else ""
+        hint = f". There are {', '.join(found)}." if found else ""
         raise UserError(f"{source} has no class {name}{hint}")
     missing = [member for member in MEMBERS if not callable(cls) or not hasattr(cls, member)]
     if missing:
         raise UserError(
-            f"{source}: {name} is no rule, it lacks {', '.join(missing)}; "
-            "derive it from xflow_jax.decoding.TokenConstraints"
+            f"{source}: {name} is no rule, it lacks {', '.join(missing)}. "
+            "Derive it from xflow_jax.decoding.TokenConstraints."
         )
-    if "__dataclass_params__" not in vars(cls) or not cls.__dataclass_params__.frozen:
+    options = vars(cls).get("__dataclass_params__")
+    if options is None or not options.frozen:
         raise UserError(
             f"{source}: {name} must be a frozen dataclass: write @flax.struct.dataclass above it"
         )
@@ -59,7 +60,7 @@ def load_rule_class(source: str, name: str) -> type:
 
 
 def source_hash(cls: type) -> str | None:
-    """Returns a short hash of the file of a rule from outside the package, otherwise None."""
+    """Returns a short hash of an external rule's file, or None."""
     if cls.__module__.partition(".")[0] == __name__.partition(".")[0]:
         return None
     file = inspect.getsourcefile(cls)
@@ -73,13 +74,16 @@ def _is_local(value: type, module: ModuleType) -> bool:
 def _load_file(source: str) -> ModuleType:
     path = Path(source).expanduser().resolve()
     if not path.is_file():
-        raise UserError(f"{source}: there is no such file; a rule of your own is FILE.py:Class")
+        raise UserError(f"{source}: there is no such file. A rule of your own is FILE.py:Class.")
     return _run_file(path, path.stat().st_mtime_ns)
 
 
 @functools.lru_cache
 def _run_file(path: Path, changed: int) -> ModuleType:
-    """Runs a file once as long as it does not change, so that its classes stay the same."""
+    """Runs a file once, until it changes.
+
+    Its classes therefore stay the same.
+    """
     name = f"rule_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -102,8 +106,8 @@ def _load_module(source: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is not None and source.startswith(error.name):
             raise UserError(
-                f"there is no rule and no module {source!r}; a rule of your own is FILE.py:Class "
-                "or package.module:Class"
+                f"there is no rule and no module {source!r}. A rule of your own is FILE.py:Class "
+                "or package.module:Class."
             ) from None
         raise _failure(source, error) from error
     except Exception as error:

@@ -66,7 +66,7 @@ class Flow(TokenConstraints):
     def __post_init__(self) -> None:
         require(
             self.policy is not None or not self.sample,
-            "only a policy can be sampled from; name its file",
+            "sample needs a policy, so name its file",
         )
         check_ranges(self, power=math.inf, jump=1.0, creep=1.0, reedit_margin=math.inf, settled=1.0)
 

@@ -70,7 +70,7 @@ def parse_rule(text: str, defaults: Iterable[tuple[str, object]] = ()) -> tuple[
         cls, name = load_rule_class(source, class_name), f"{source}:{class_name}"
         colon = rest or ""
     else:
-        raise UserError(f"there is no rule {name!r}; {_suggest(name, RULES)}")
+        raise UserError(f"there is no rule {name!r}{_suggest(name, RULES)}")
     known = rule_fields(cls)
     given = _options(name, rest, known) if colon else {}
     if (file := given.pop("policy", "none")) != "none":
@@ -94,7 +94,7 @@ def _options(name: str, text: str, known: dict[str, object]) -> dict[str, Any]:
                 f"the rule {name}:{text} must look like {form}, with commas between options"
             )
         if option not in known:
-            raise UserError(f"the rule {name} has no option {option!r}; {_suggest(option, known)}")
+            raise UserError(f"the rule {name} has no option {option!r}{_suggest(option, known)}")
         given[option] = value if option == "policy" else _value(name, option, value, known[option])
     return given
 
@@ -119,7 +119,9 @@ def parse_rules(text: str, defaults: Sequence[tuple[str, object]] = ()) -> dict[
 
 
 def parse_budget(text: str) -> Fraction:
-    """Parses a budget such as "1/4" or "0.25", the share of the full number of steps.
+    """Parses a budget such as "1/4" or "0.25".
+
+    A budget is a share of the full number of steps.
 
     Raises:
         UserError: for a text that is no number in (0, 1].
@@ -141,12 +143,13 @@ def parse_budgets(text: str) -> list[Fraction]:
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:
+    """Returns the end of a message: the nearest known name, or all."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+    return f", did you mean {near[0]}?" if near else f". There are {', '.join(known)}."
 
 
 def _value(rule: str, option: str, text: str, hint: object) -> Any:
-    """Converts the text of an option to the type that the rule declares."""
+    """Converts an option's text to the type in the rule."""
     value: Any = {"true": True, "false": False, "none": None}.get(text.lower(), text)
     if isinstance(value, str):
         for kind in (int, float):

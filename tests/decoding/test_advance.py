@@ -1,0 +1,66 @@
+"""`advance`: the effect of an action on the state."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from tests.decoding.helpers import NO, YES, belief_of, state_of
+from xflow_jax.decoding.decode import advance
+from xflow_jax.decoding.rules.base import Action
+
+
+def after(t, x, c, tokens, standing, a, reset, commit, candidates, mask_id=99):
+    """Runs `advance` in one dimension. Token k has the embedding 10 k, and m is -1."""
+    belief, state = belief_of(c, tokens=tokens), state_of(t, x, standing)
+    action = Action(*(jnp.asarray(v)[None] for v in (np.float32(a), reset, commit)))
+    x_pred = belief.tokens[..., None] * 10.0
+    m = jnp.full((1, 1, 1), -1.0)
+    out = advance(state, belief, action, jnp.asarray(candidates)[None], x_pred, m, mask_id)
+    return out.x[0, :, 0], out.t[0], out.tokens[0]
+
+
+def test_advance_by_hand():
+    x, t, tokens = after(
+        t=[0.5, 0.5, 0.5, 1.0, 1.0, 0.5, 0.0],
+        x=[2.0, 2.0, 2.0, 30.0, 30.0, 2.0, -1.0],
+        c=[0.6, 0.6, 0.2, 0.6, 0.2, 0.6, 0.6],
+        tokens=[1, 2, 3, 4, 5, 6, 99],
+        standing=[7, 7, 7, 3, 3, 7, 8],
+        a=[0.25, 1.0, 0.5, 0.5, 0.5, 0.5, 1.0],
+        reset=[NO, NO, YES, NO, YES, NO, NO],
+        commit=[NO] * 7,
+        candidates=[YES, YES, YES, YES, YES, NO, YES],
+    )
+    # In order: moved by a quarter, arrived, reset to c x_pred + (1 - c) m, stays at t = 1,
+    # re-edited there, not a candidate, and a predicted mask token that changes only the prediction.
+    wanted = [4.0, 20.0, 0.2 * 30 - 0.8, 30.0, 0.2 * 50 - 0.8, 2.0, -1.0]
+    np.testing.assert_allclose(x, wanted, rtol=1e-6)
+    np.testing.assert_allclose(t, [0.625, 1.0, 0.2, 1.0, 0.2, 0.5, 0.0], rtol=1e-6)
+    assert tokens.tolist() == [1, 2, 3, 3, 5, 7, 99]
+
+
+def test_a_commitment_has_precedence_over_a_step_and_a_reset():
+    x, t, tokens = after(
+        t=[0.5, 0.5, 1.0],
+        x=[2.0, 2.0, 30.0],
+        c=[0.6, 0.2, 0.2],
+        tokens=[1, 2, 5],
+        standing=[7, 7, 3],
+        a=[0.25, 0.5, 0.5],
+        reset=[NO, YES, YES],
+        commit=[YES, YES, YES],
+        candidates=[YES, YES, YES],
+    )
+    assert x.tolist() == [10.0, 20.0, 50.0]
+    assert t.tolist() == [1.0, 1.0, 1.0] and tokens.tolist() == [1, 2, 5]
+
+
+def test_the_division_of_the_velocity_cancels():
+    """The move equals (x_pred - x) / (1 - t) a (1 - t), for t close to 1 too."""
+    t = np.array([0.0, 0.9, 1 - 2**-24])
+    x, new, _ = after(
+        t, [2.0] * 3, [0.9] * 3, [3] * 3, [9] * 3, [0.5] * 3, [NO] * 3, [NO] * 3, [YES] * 3
+    )
+    np.testing.assert_allclose(x, 2 + (30 - 2) / (1 - t) * 0.5 * (1 - t), rtol=1e-6)
+    assert (new >= t).all() and (new <= 1).all()
