@@ -111,7 +111,7 @@ def train(
     run = Run(config.out, config.keep)
     needs_base = config.tune == "lora"
     if run.latest is None or needs_base:
-        state, base = program.begin(load(directory, dtype=config.kept, mesh=program.mesh).params)
+        state, base = program.begin(load(directory, dtype=config.param_dtype, mesh=program.mesh).params)
     else:
         state, base = program.arguments[0], None
     if run.latest is None:
