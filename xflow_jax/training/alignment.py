@@ -143,7 +143,7 @@ def make_alignment_loss(model: Backbone, config: AlignmentConfig) -> LossFn:
 def _model_variables(
     model: Backbone, config: AlignmentConfig, params: Params, base: Params | None
 ) -> dict[str, Params]:
-    """Returns the variables of the model: its parameters, and the adapters with LoRA."""
+    """Returns the variables of the model, with the adapters of LoRA."""
     full = compute_copy(model, params) if config.tune == "all" else base
     if full is None:
         raise ValueError("LoRA needs the frozen parameters `base`")
@@ -226,10 +226,10 @@ def _mean_gradients(
     base: Params | None,
     count: int,
 ) -> tuple[Params, Metrics]:
-    """Averages gradients and metrics over `count` equal parts of a batch, in float32.
+    """Averages gradients and metrics over equal parts of a batch.
 
-    optax.microbatching.microbatch does the same, but it has no random key for each part, and it
-    adds bfloat16 gradients in bfloat16.
+    Sums are float32. optax.microbatching.microbatch would add bfloat16 gradients in bfloat16, and
+    it has no random key for each part.
     """
     # Part i has the rows i, i + count, ..., so each part is sharded as the batch is.
     parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)

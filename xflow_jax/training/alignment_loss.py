@@ -1,4 +1,4 @@
-"""Fused loss of the alignment: errors of Eq. 12 and cross-entropy, chunk by chunk.
+"""Fused errors of the alignment (Eq. 12) and cross-entropy.
 
 Forward and backward pass visit the vocabulary in chunks, as attention kernels visit keys. The
 logits Z of all chunks together are never in memory.
@@ -53,7 +53,10 @@ def alignment_errors(
 
 
 class _ChunkLayout(NamedTuple):
-    """Vocabulary as [shards, parts, rows]. A chunk is one part of every shard."""
+    """Vocabulary as [shards, parts, rows].
+
+    A chunk is one part of every shard.
+    """
 
     shards: int
     parts: int
@@ -85,7 +88,7 @@ class _Residuals(NamedTuple):
 
 
 class _Running(NamedTuple):
-    """Sums over the chunks so far, relative to the running maximum of Z."""
+    """Sums over the chunks so far, relative to the maximum of Z."""
 
     top: jax.Array
     total: jax.Array
@@ -124,7 +127,7 @@ def _errors_forward(
     target: jax.Array,
     tokens: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], _Residuals]:
-    """Computes ((error, nll), residuals) with a running maximum of Z and relative sums."""
+    """Computes ((error, nll), residuals) with a running maximum of Z."""
     head = _Head(layout, hidden, kernel, bias, table)
     b, n, e = hidden.shape
 
@@ -242,7 +245,7 @@ def _read_chunk(layout: _ChunkLayout, x: jax.Array, part: jax.Array, axis: int) 
 def _write_chunk(
     layout: _ChunkLayout, x: jax.Array, chunk: jax.Array, part: jax.Array, axis: int
 ) -> jax.Array:
-    """Returns x [..., V, ...] with a chunk [..., s, v, ...] replaced."""
+    """Writes a chunk [..., s, v, ...] into x [..., V, ...]."""
     if layout.shards == 1:
         return jax.lax.dynamic_update_slice_in_dim(
             x, jnp.squeeze(chunk, axis), part * layout.rows, axis
@@ -254,7 +257,7 @@ def _write_chunk(
 def _is_token(
     layout: _ChunkLayout, part: jax.Array, tokens: Int[Array, "B N"]
 ) -> Bool[Array, "B N s v"]:
-    """Returns True at the entry of a chunk that is the position's own token."""
+    """Returns True at each position's own token in a chunk."""
     shards, parts, size = layout
     ids = (jnp.arange(shards)[:, None] * parts + part) * size + jnp.arange(size)[None]
     return ids[None, None] == tokens[..., None, None]
@@ -270,7 +273,7 @@ def _loop_over_chunks(
 
 
 def _constrain_sharding(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Shards x over axes of the mesh, one per dimension, as far as the mesh divides it."""
+    """Shards each dimension over an axis of the mesh that divides it."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     spec = []

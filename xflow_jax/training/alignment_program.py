@@ -36,7 +36,9 @@ StepArguments: TypeAlias = tuple[
 
 @dataclass(frozen=True, eq=False)
 class AlignProgram:
-    """The jitted functions of an alignment, to be run or lowered inside `scope()`.
+    """The jitted functions of an alignment.
+
+    They are run or lowered inside `scope()`.
 
     Attributes:
         mesh: the mesh.
@@ -139,7 +141,7 @@ def check_lengths(model_config: ModelConfig, config: AlignmentConfig) -> None:
 
 
 def check_batch(config: AlignmentConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Checks that every device gets equally many rows of each part of a batch.
+    """Checks that the devices divide each part of a batch equally.
 
     Args:
         config: configuration of the alignment.

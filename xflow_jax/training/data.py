@@ -1,4 +1,4 @@
-"""Training data: sources with random access, and batches whose position can be saved.
+"""Training data: random-access sources, and batches with a saved position.
 
 grain reads the batches. It is imported only if a run needs them.
 """
@@ -40,7 +40,7 @@ class Source(Protocol):
 
 @runtime_checkable
 class BatchIterator(Protocol):
-    """An endless iterator over batches, as grain makes it. Its position can be saved exactly."""
+    """Iterator over batches whose position can be saved, as grain's."""
 
     def __iter__(self) -> Iterator[Example]: ...
     def __next__(self) -> Example: ...
@@ -71,7 +71,7 @@ class MicrocodePairs:
         return ENDLESS
 
     def __getitem__(self, index: int) -> Example:
-        """Returns the pair of an index. Pairs that are too long come from another training set."""
+        """Returns a pair. Another training set replaces pairs that are too long."""
         seed = self.seed
         style = microcode.WIDE_STYLE if index < self.wide else microcode.USUAL_STYLE
         while True:
@@ -193,7 +193,7 @@ def _make_example(
 
 
 def _expand_patterns(paths: Sequence[str | Path]) -> list[str]:
-    """Returns the files of paths and patterns. A pattern without a match stays as it is."""
+    """Replaces each pattern by its files. Without a match it stays."""
     return [
         file
         for path in map(str, paths)
@@ -202,13 +202,14 @@ def _expand_patterns(paths: Sequence[str | Path]) -> list[str]:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """Reads the lines of a jsonl file, without a last line that a crash cut off.
+    """Reads the lines of a jsonl file, without an incomplete last line.
 
     Args:
         path: the file.
 
     Returns:
-        The lines. The last one is left out if it has no line break and is not JSON.
+        The lines. The last one is left out if it has no line break and is not JSON, because a
+        crash cut it off.
 
     Raises:
         UserError: if the file cannot be read.
@@ -246,7 +247,9 @@ def read_records(path: str | Path) -> Iterator[tuple[str, object]]:
 
 
 def batch_iterator(source: Source, batch_size: int) -> BatchIterator:
-    """Iterates over a source in batches, in order. A thread reads ahead.
+    """Iterates over a source in batches, in order.
+
+    A thread reads ahead.
 
     Args:
         source: the examples.
@@ -264,10 +267,10 @@ def batch_iterator(source: Source, batch_size: int) -> BatchIterator:
 def shuffled_batches(
     source: Source, batch_size: int, seed: int, rows: np.ndarray | None = None
 ) -> BatchIterator:
-    """Iterates over endless shuffled epochs of a source in batches. A thread reads ahead.
+    """Iterates over endless shuffled epochs of a source in batches.
 
-    Every process goes through the same batches. So the position is the same in all of them, and
-    stays valid if the number of processes changes.
+    A thread reads ahead. Every process goes through the same batches. So the position is the same
+    in all of them, and stays valid if the number of processes changes.
 
     Args:
         source: the examples.
@@ -311,7 +314,7 @@ def stack_examples(examples: Sequence[Example]) -> Example:
 
 
 def local_rows(sharding: Sharding, batch_size: int) -> np.ndarray:
-    """Finds the rows of a batch that the devices of this process hold.
+    """Finds the rows of a batch on the devices of this process.
 
     Args:
         sharding: sharding of the batch.

@@ -19,7 +19,7 @@ Storage = Literal["float32", "stochastic", "kahan"]
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """An optax chain: clipping of the global norm, then an optimiser with a schedule.
+    """An optax chain: clipping of the global norm, then an optimiser.
 
     Attributes:
         name: the optimiser. Adafactor keeps sums over rows and columns instead of two moments, so
@@ -171,7 +171,7 @@ def _stochastic_update(p: jax.Array, update: jax.Array, key: Key[Array, ""]) -> 
 def _kahan_update(
     p: jax.Array, update: jax.Array, remainder: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the update from p to the nearest bfloat16 number, and the new remainder."""
+    """Returns (update to the nearest bfloat16 number, new remainder)."""
     if p.dtype != jnp.bfloat16:
         return update, remainder
     wide = p.astype(jnp.float32)
