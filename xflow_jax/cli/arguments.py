@@ -7,14 +7,17 @@ import difflib
 from collections.abc import Sequence
 from typing import NoReturn
 
+from xflow_jax.errors import require
+
 MODEL = (
-    "directory of a model (Hugging Face format or converted), its name on the hub, or tiny, "
-    "the bundled one"
+    "tiny (the bundled model), a directory (Hugging Face format or converted), or a name on the hub"
 )
 RULE = (
-    "flow, mask, threshold, factor, eb, klass, softmask or edit, with options like flow:power=4 or "
-    "mask:order=entropy,temperature=0.5"
+    "flow, mask, threshold, factor, eb, klass, softmask or edit, with options "
+    "like flow:power=4 or mask:order=entropy,temperature=0.5, or a rule of your own "
+    "from a Python file, like my_rule.py:MyRule(tau=0.3)"
 )
+ALL_DEVICES = "all devices on fsdp"
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints the message and exits with status 2."""
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
     def parse_all(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parses like parse_args, and suggests the nearest option for an unknown one."""
@@ -30,37 +33,88 @@ class Parser(argparse.ArgumentParser):
         if rest:
             parser = args.parser
             known = [option for action in parser._actions for option in action.option_strings]
-            near = difflib.get_close_matches(rest[0].partition("=")[0], known, n=1, cutoff=0.5)
-            hint = f", did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(rest[0].partition("=")[0], known)
             parser.error(f"unknown argument {rest[0]!r}{hint}")
         return args
 
 
-def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --dtype, --mesh and --seed."""
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """Returns ", did you mean X?" with the nearest name, or ""."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def whole_number(text: str) -> int:
+    """Parses the value of an option.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything but a whole number.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+
+
+def require_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raises UserError if one of these options is below 1."""
+    for name in names:
+        value = getattr(args, name)
+        option = "--" + name.replace("_", "-")
+        require(value is None or value >= 1, f"{option} must be at least 1, not {value}")
+
+
+def add_number(
+    parser: argparse._ActionsContainer,
+    option: str,
+    help_: str,
+    default: int | None = None,
+    metavar: str = "N",
+) -> None:
+    """Adds an option with a whole number and its default."""
+    if default is not None:
+        help_ += " (default: %(default)s)"
+    parser.add_argument(option, type=whole_number, default=default, metavar=metavar, help=help_)
+
+
+def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --dtype."""
     parser.add_argument(
         "--dtype",
         default="float32",
         metavar="TYPE",
-        help="float32 or bfloat16 (default: %(default)s)",
+        help="float32 or bfloat16, for parameters and computation (default: %(default)s)",
     )
+
+
+def add_mesh_argument(parser: argparse.ArgumentParser, default: str = ALL_DEVICES) -> None:
+    """Adds --mesh. The text `default` names the mesh without this option."""
     parser.add_argument(
         "--mesh",
         metavar="D,F,T",
-        help="sizes of data, fsdp and tensor, like 1,8,1 (default: all devices on fsdp)",
+        help=f"sizes of the mesh axes data, fsdp and tensor, like 1,8,1 (default: {default})",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of rules that draw (default: %(default)s)"
-    )
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --dtype, --mesh and --seed."""
+    add_dtype_argument(parser)
+    add_mesh_argument(parser)
+    add_number(parser, "--seed", "random seed, for rules that draw", 0)
 
 
 def add_refresh_argument(parser: argparse.ArgumentParser) -> None:
     """Adds --refresh."""
-    parser.add_argument(
+    add_number(
+        parser,
         "--refresh",
-        type=int,
-        default=0,
+        "compute the prompt's keys and values only every R steps of a block, an approximation "
+        "for models without an exact cache, like LLaDA (default: every step)",
         metavar="R",
-        help="LLaDA: compute the prompt's keys and values only every R steps of a block, "
-        "an approximation (default: in every step)",
     )
+    parser.set_defaults(refresh=0)
+
+
+def add_block_length_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --block-length."""
+    add_number(parser, "--block-length", "tokens of a block (default: the model's own)")

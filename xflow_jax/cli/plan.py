@@ -1,8 +1,7 @@
-"""Will it fit, and how fast can it be? `xflow plan` compiles the real programs for TPU slices that are not there.
+"""The command `xflow plan`: memory and speed of programs on given hardware.
 
-The compiler is the one of the TPUs, from the package libtpu (extra [plan]); no TPU is needed. It says what memory the
-program takes; FLOPs, memory traffic and collectives are read from what it made (plan_hlo.py), and the peak rates of the
-chip (plan_chips.py) turn them into the least time of a step.
+TPU programs are compiled by the TPU compiler of the package libtpu (extra [plan]). No TPU is
+needed.
 """
 
 from __future__ import annotations
@@ -10,17 +9,20 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import jax
 
 from xflow_jax.checkpoints import write_atomic
+from xflow_jax.cli.arguments import add_mesh_argument, add_number, require_positive
 from xflow_jax.errors import UserError, require
 from xflow_jax.models import PRESETS
 from xflow_jax.planning import (
     GPUS,
     PROGRAMS,
+    PlanRequest,
     markdown_page,
     parse_device,
     parse_topology,
@@ -31,114 +33,157 @@ from xflow_jax.planning import (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of `xflow plan`."""
+    """Adds the arguments of `xflow plan`."""
+    parser.epilog = "The exit status is 1 if a program does not fit."
     parser.add_argument(
-        "--preset", required=True, metavar="LIST", help=f"with commas between: {', '.join(PRESETS)}"
+        "--preset",
+        required=True,
+        metavar="LIST",
+        help=f"models, separated by commas: {', '.join(PRESETS)}",
     )
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument(
-        "--topology", metavar="LIST", help="slices like v5p:4x4x4 or v5e-8, with commas between"
+    hardware = parser.add_mutually_exclusive_group(required=True)
+    hardware.add_argument(
+        "--topology",
+        metavar="LIST",
+        help="TPU slices to compile for, separated by commas, like v5p:4x4x4 or v5e-8",
     )
-    where.add_argument(
+    hardware.add_argument(
         "--device",
         metavar="DEVICE",
-        help=f"arithmetic alone: {', '.join(f'gpu:{n}' for n in GPUS)}[:N]",
+        help="GPUs to plan for by arithmetic alone, like gpu:h200:8: "
+        + ", ".join(f"gpu:{name}" for name in GPUS),
     )
     parser.add_argument(
         "--program",
         default="decode",
         metavar="LIST",
-        help=f"{', '.join(PROGRAMS)} (default: decode)",
+        help=f"programs, separated by commas: {', '.join(PROGRAMS)} (default: %(default)s)",
     )
+    add_mesh_argument(parser, default="the fastest that fits")
     parser.add_argument(
-        "--mesh",
-        metavar="D,F,T",
-        help="sizes of data, fsdp, tensor (default: the fastest that fits)",
+        "--sweep", action="store_true", help="plan several meshes, by arithmetic the fastest first"
     )
-    parser.add_argument(
-        "--sweep", action="store_true", help="several meshes, the best by arithmetic first"
-    )
-    parser.add_argument(
-        "--most", type=int, default=8, metavar="N", help="meshes of a sweep (default: %(default)s)"
-    )
+    add_number(parser, "--most", "most meshes of a sweep", 8)
     parser.add_argument(
         "--batch",
         default="1",
         metavar="LIST",
-        help="rows of decodes, or max: as many as fit (default: 1)",
+        help="rows of a decode, separated by commas, or max for as many as fit "
+        "(default: %(default)s)",
+    )
+    add_number(parser, "--train-batch", "rows of an align or a rollout", 64)
+    add_number(parser, "--prompt-length", "tokens of a prompt", 128)
+    add_number(parser, "--gen-length", "tokens of a response", 512)
+    add_number(parser, "--steps", "forward passes of a decode (default: a quarter of the tokens)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set a key of the alignment's configuration (repeat the option for several)",
     )
     parser.add_argument(
-        "--train-batch",
-        type=int,
-        default=64,
-        metavar="N",
-        help="of align and rollout (default: 64)",
+        "--json", metavar="FILE", help="file for the rows. The same command continues there"
     )
-    parser.add_argument(
-        "--prompt-length", type=int, default=128, metavar="N", help="(default: %(default)s)"
-    )
-    parser.add_argument(
-        "--gen-length", type=int, default=512, metavar="N", help="(default: %(default)s)"
-    )
-    parser.add_argument(
-        "--steps", type=int, metavar="N", help="forward passes (default: a quarter of the tokens)"
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the alignment"
-    )
-    parser.add_argument(
-        "--json", metavar="FILE", help="keep the rows here; the same command again continues"
-    )
-    parser.add_argument("--hlo", metavar="DIR", help="keep the compiled programs' text here")
-    parser.add_argument("--markdown", metavar="FILE", help="write the table as a page")
+    parser.add_argument("--hlo", metavar="DIR", help="folder for the text of compiled programs")
+    parser.add_argument("--markdown", metavar="FILE", help="file for the table as a page")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints a table; the exit status: 1 where something does not fit. UserError on bad input."""
-    args.preset = _choices("preset", args.preset, list(PRESETS))
-    args.program = _choices("program", args.program, list(PROGRAMS))
-    args.topology = args.topology.split(",") if args.topology else []
-    args.batch = _batches(args.batch)
-    require(args.train_batch > 0, f"train_batch must be at least 1, not {args.train_batch}")
-    for text in args.topology:
-        parse_topology(text)
-    if args.device:
-        parse_device(args.device)
-    elif importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            'the TPU compiler is missing; it comes with the extra [plan]: pip install "xflow-jax[plan]"'
-        )
-    if not args.device:
-        jax.config.update("jax_platforms", "cpu")  # nothing is run, so no accelerator is taken
-        jax.config.update(
-            "jax_enable_compilation_cache", False
-        )  # what comes out of it tells less of itself
+    """Plans the programs and prints a table.
+
+    Args:
+        args: the arguments of `xflow plan`.
+
+    Returns:
+        The exit status, 1 if a program does not fit.
+
+    Raises:
+        UserError: for bad input, or without the TPU compiler.
+    """
+    request = _request(args)
+    if not request.device:
+        if importlib.util.find_spec("libtpu") is None:
+            raise UserError(
+                "the TPU compiler is missing. It comes with the extra [plan]: "
+                'pip install "xflow-jax[plan]"'
+            )
+        # Nothing is run, so no accelerator is taken. A program that comes from the compilation
+        # cache reports less about itself.
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_enable_compilation_cache", False)
     file = Path(args.json) if args.json else None
-    kept = json.loads(file.read_text())["rows"] if file and file.exists() else []
+    previous_rows = json.loads(file.read_text())["rows"] if file and file.exists() else []
     rows = []
-    for row in plan_rows(args, kept):
+    for row in plan_rows(request, previous_rows):
         rows.append(row)
         print(row_sentence(row), flush=True)
         if file:
-            others = [r for r in kept if r not in rows]
+            others = [r for r in previous_rows if r not in rows]
             write_atomic(file, json.dumps({"rows": rows + others}, indent=1) + "\n")
     print(plan_table(rows))
     if args.markdown:
-        write_atomic(Path(args.markdown), markdown_page(rows, args))
+        write_atomic(Path(args.markdown), markdown_page(rows, request, _command(args)))
     return 0 if all(row["fits"] for row in rows) else 1
 
 
-def _choices(name: str, text: str, known: list[str]) -> list[str]:
-    chosen = text.split(",")
-    for one in chosen:
-        require(one in known, f"there is no {name} {one!r}; there are {', '.join(known)}")
-    return chosen
-
-
-def _batches(text: str) -> list[Any]:
-    parts = text.split(",")
-    right = all(part == "max" or (part.isdigit() and int(part) > 0) for part in parts)
-    require(
-        right, f"the batch {text!r} must be positive whole numbers or max, with commas between them"
+def _request(args: argparse.Namespace) -> PlanRequest:
+    """Converts the arguments. Raises UserError for bad input."""
+    presets = _names("preset", args.preset, list(PRESETS))
+    programs = _names("program", args.program, PROGRAMS)
+    batches = _batches(args.batch)
+    require_positive(args, "most", "train_batch", "prompt_length", "gen_length", "steps")
+    topologies = tuple(args.topology.split(",")) if args.topology else ()
+    for text in topologies:
+        parse_topology(text)
+    if args.device:
+        parse_device(args.device)
+    return PlanRequest(
+        presets=presets,
+        topologies=topologies,
+        device=args.device,
+        programs=programs,
+        batches=batches,
+        train_batch=args.train_batch,
+        mesh=args.mesh,
+        sweep=args.sweep,
+        max_meshes=args.most,
+        prompt_length=args.prompt_length,
+        gen_length=args.gen_length,
+        steps=args.steps,
+        overrides=tuple(args.set),
+        hlo_folder=Path(args.hlo) if args.hlo else None,
     )
-    return [part if part == "max" else int(part) for part in parts]
+
+
+def _names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """Splits a list of names, and checks each."""
+    names = tuple(text.split(","))
+    for name in names:
+        require(name in known, f"there is no {option} {name!r}. There are {', '.join(known)}.")
+    return names
+
+
+def _batches(text: str) -> tuple[int | Literal["max"], ...]:
+    batches: list[int | Literal["max"]] = []
+    for part in text.split(","):
+        if part == "max":
+            batches.append("max")
+        else:
+            require(
+                part.isdigit() and int(part) > 0,
+                f"the batch {text!r} must be positive whole numbers or max, "
+                "with commas between them",
+            )
+            batches.append(int(part))
+    return tuple(batches)
+
+
+def _command(args: argparse.Namespace) -> str:
+    """Returns the command line for the page."""
+    parts = [f"xflow plan --preset {args.preset}"]
+    for name in ("device", "topology", "program", "mesh", "steps", "json", "markdown", "batch"):
+        if getattr(args, name):
+            parts.append(f"--{name} {getattr(args, name)}")
+    parts += ["--sweep"] if args.sweep else []
+    return " ".join(parts + [f"--set {text}" for text in args.set])

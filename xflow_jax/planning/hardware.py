@@ -1,4 +1,4 @@
-"""What the planner knows of chips: makers' peak rates, memory, links, and the topologies of TPU slices by name."""
+"""Peak rates of chips, and the topologies of TPU slices."""
 
 from __future__ import annotations
 
@@ -13,9 +13,19 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """A chip's peaks: bfloat16 FLOP/s, bytes of memory that a program can have, bytes/s of memory and of a link in one
-    direction. axes: of the torus, with a link to both neighbours on each; pod: the most chips on one torus. clock: in
-    Hz, what the peak takes of the matrix units that the maker names (the rate itself is not published)."""
+    """Peak rates of a chip.
+
+    Attributes:
+        name: the maker's name.
+        flops: FLOP/s in bfloat16.
+        memory: bytes that a program can have.
+        bandwidth: bytes/s of the memory.
+        link: bytes/s of one link in one direction.
+        axes: axes of the torus. A chip has a link to both neighbours on each axis.
+        pod: largest number of chips on one torus.
+        clock: Hz at which the matrix units that the maker names reach the peak. The clock itself
+            is not published.
+    """
 
     name: str
     flops: float
@@ -27,16 +37,15 @@ class Chip:
     clock: float = 0.0
 
 
-# TPUs: Google Cloud's pages of each version (peak compute, memory bandwidth, interconnect bandwidth per chip over its
-# ports, pod size), memory as the compiler leaves it to programs. GPUs: NVIDIA's data sheets, dense bfloat16; NVLink is
-# taken as one axis.
+# Google Cloud's page of each TPU version: peak compute, memory bandwidth, interconnect bandwidth
+# per chip over its ports, pod size. The memory is what the compiler leaves to programs.
 CHIPS: dict[str, Chip] = {
     "v5e": Chip("TPU v5e", 197e12, 15.75 * GIB, 819e9, 50e9, 2, 256, 1.5e9),
     "v5p": Chip("TPU v5p", 459e12, 95.74 * GIB, 2765e9, 100e9, 3, 8960, 1.75e9),
     "v6e": Chip("TPU v6e", 918e12, 31.25 * GIB, 1638e9, 100e9, 2, 256, 1.75e9),
 }
 
-
+# NVIDIA's data sheets, dense bfloat16. NVLink counts as one axis.
 GPUS: dict[str, Chip] = {
     "a100": Chip("A100 80GB SXM", 312e12, 80e9, 2039e9, 300e9, 1, 8),
     "h100": Chip("H100 SXM", 989e12, 80e9, 3350e9, 450e9, 1, 8),
@@ -44,12 +53,18 @@ GPUS: dict[str, Chip] = {
     "b200": Chip("B200", 2250e12, 180e9, 8000e9, 900e9, 1, 8),
 }
 
-
-# Slices of 2D pods by the number of their chips, as they are sold; the others are cubes of 3D.
-_FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-
-
-_CUBES = {
+# Number of chips -> shape of the slices on sale, for 2D and for 3D pods.
+_SLICES_2D = {
+    1: "1x1",
+    4: "2x2",
+    8: "2x4",
+    16: "4x4",
+    32: "4x8",
+    64: "8x8",
+    128: "8x16",
+    256: "16x16",
+}
+_SLICES_3D = {
     4: "2x2x1",
     8: "2x2x2",
     16: "2x2x4",
@@ -63,7 +78,13 @@ _CUBES = {
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice: `text` is the compiler's name of it, like v5e:2x4."""
+    """A TPU slice.
+
+    Attributes:
+        chip: its chips.
+        text: the compiler's name of the slice, like "v5e:2x4".
+        shape: chips along each axis.
+    """
 
     chip: Chip
     text: str
@@ -71,53 +92,77 @@ class Topology:
 
     @property
     def chips(self) -> int:
+        """Number of chips."""
         return math.prod(self.shape)
 
 
 def parse_topology(text: str) -> Topology:
-    """The topology that "v5p:4x4x4" or, as slices are sold, "v5e-8" or "v5p-128" says.
+    """Parses the name of a TPU slice.
 
-    The number after a dash counts chips, but for v5p TensorCores, two per chip. UserError with what is known otherwise.
+    Args:
+        text: a shape like "v5p:4x4x4", or a product name like "v5e-8" or "v5p-128". The number in
+            a product name counts chips, but for v5p TensorCores, two per chip.
+
+    Raises:
+        UserError: for an unknown slice, with the known ones.
     """
     found = re.fullmatch(r"(v\d\w*?)(?::(\d+(?:x\d+)*)|-(\d+))", text.strip())
-    known = f"known are {', '.join(CHIPS)}, with a shape like v5e:2x4 or v5p:4x4x4, or as sold, like v6e-64"
-    require(bool(found) and found[1] in CHIPS, f"there is no topology {text!r}; {known}")
+    if not found or found[1] not in CHIPS:
+        raise UserError(
+            f"there is no topology {text!r}. There are {', '.join(CHIPS)}, "
+            "with a shape as in v5e:2x4 or v5p:4x4x4, or as a product like v6e-64."
+        )
     version, shape, count = found.groups()
     chip = CHIPS[version]
     if count:
-        chips, sizes = int(count), _CUBES if chip.axes == 3 else _FLAT
-        if chip.axes == 3:
-            require(
-                chips % 2 == 0,
-                f"{text}: {version} counts TensorCores, two per chip, so the number must be even",
-            )
-            chips //= 2
-        if chips not in sizes:
-            sold = ", ".join(f"{version}-{n * (2 if chip.axes == 3 else 1)}" for n in sizes)
-            raise UserError(
-                f"there is no slice {text!r}; there are {sold}, or a shape like {version}:{sizes[8]}"
-            )
-        shape = sizes[chips]
+        shape = _product_shape(text, version, int(count))
     sizes = tuple(int(n) for n in shape.split("x"))
     example = "4x4x4" if chip.axes == 3 else "4x4"
     require(
         len(sizes) == chip.axes and min(sizes) > 0,
-        f"the topology {text!r} needs {chip.axes} sizes, of a {chip.axes}D torus, like {version}:{example}",
+        f"the topology {text!r} needs {chip.axes} sizes, of a {chip.axes}D torus, "
+        f"like {version}:{example}",
     )
     require(
         math.prod(sizes) <= chip.pod,
-        f"the topology {text!r} has {math.prod(sizes)} chips, but a pod of {version} has {chip.pod}",
+        f"the topology {text!r} has {math.prod(sizes)} chips, "
+        f"but a pod of {version} has {chip.pod}",
     )
     return Topology(chip, f"{version}:{shape}", sizes)
 
 
+def _product_shape(text: str, version: str, count: int) -> str:
+    """Returns the shape of a product, like "2x4" of v5e-8."""
+    is_3d = CHIPS[version].axes == 3
+    cores = 2 if is_3d else 1  # TensorCores that the name counts for each chip
+    shapes = _SLICES_3D if is_3d else _SLICES_2D
+    require(
+        count % cores == 0,
+        f"{text}: {version} counts TensorCores, two per chip, so the number must be even",
+    )
+    if count // cores not in shapes:
+        names = ", ".join(f"{version}-{chips * cores}" for chips in shapes)
+        raise UserError(
+            f"there is no slice {text!r}. There are {names}, or a shape like {version}:{shapes[8]}."
+        )
+    return shapes[count // cores]
+
+
 def parse_device(text: str) -> tuple[Chip, int]:
-    """(chip, how many) of "gpu:h200" or "gpu:h200:8", the devices of one NVLink domain; UserError otherwise."""
+    """Parses "gpu:h200" or "gpu:h200:8", devices of one NVLink domain.
+
+    Returns:
+        The chip and the number of devices.
+
+    Raises:
+        UserError: for an unknown device or more devices than a domain has.
+    """
     kind, _, rest = text.partition(":")
     name, _, count = rest.partition(":")
     require(
         kind == "gpu" and name in GPUS and (not count or count.isdigit()),
-        f"there is no device {text!r}; known are {', '.join(f'gpu:{n}' for n in GPUS)}, with a count like gpu:h200:8",
+        f"there is no device {text!r}. There are {', '.join(f'gpu:{n}' for n in GPUS)}, "
+        "with a count as in gpu:h200:8.",
     )
     number = int(count or 1)
     require(
@@ -128,10 +173,20 @@ def parse_device(text: str) -> tuple[Chip, int]:
 
 
 def link_seconds(kind: str, size: float, group: int, axes: int, closed: bool, link: float) -> float:
-    """The least time of a collective of `size` bytes (as plan_hlo.Collective counts) over a group of so many chips.
+    """Computes the least time of a collective.
 
-    axes: of the torus that the group spans, all used at once; closed: whether each is a ring, so that both directions
-    of it carry. A ring moves (g - 1) / g of the data past each chip, twice for an all-reduce.
+    A ring moves (g - 1) / g of the data past each chip, and twice that for an all-reduce.
+
+    Args:
+        kind: HLO's name of the collective.
+        size: bytes, as `hlo_cost.Collective` counts them.
+        group: number of chips that take part together.
+        axes: axes of the torus that the group spans. All are used at once.
+        closed: True if each axis is a ring, so that both directions carry data.
+        link: bytes/s of one link in one direction.
+
+    Returns:
+        Seconds.
     """
     if group < 2:
         return 0.0

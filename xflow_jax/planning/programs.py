@@ -1,102 +1,104 @@
-"""The programs that `xflow plan` compiles, which are the ones that run, and what they must cost at the least."""
+"""Programs that `xflow plan` compiles. They are the ones that run."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from xflow_jax.decoding import Flow, decode_batch, make_decode_config
 from xflow_jax.lm import LM
-from xflow_jax.models import abstract_params, build, shardings, tensor_split_sizes
+from xflow_jax.models import abstract_params, build, shardings
 from xflow_jax.parallel import BATCH, batch_sharding, divides, replicated
-from xflow_jax.planning.cost_model import BLOCK, Workload, _policy
-from xflow_jax.training import rollout
+from xflow_jax.planning.cost_model import Workload, abstract_policy, uses_lora
+from xflow_jax.toml_config import with_overrides
+from xflow_jax.training import AlignmentConfig, align_program, rollout
+from xflow_jax.types import ModelConfig
 
 
 @dataclass(frozen=True, eq=False)
 class Lowerable:
-    """A jitted function with its abstract arguments, to be lowered inside `scope`; it makes `steps` steps."""
+    """A jitted function with its abstract arguments.
 
-    fn: Any = field(repr=False)
-    arguments: tuple[Any, ...] = field(repr=False)
-    scope: Callable[[], contextlib.AbstractContextManager] = field(repr=False)
+    Attributes:
+        fn: the function.
+        arguments: shapes, dtypes and shardings, and the static arguments.
+        scope: makes the context in which the function is lowered.
+        steps: number of steps that the function runs.
+    """
+
+    fn: jax.stages.Wrapped = field(repr=False)
+    arguments: tuple[object, ...] = field(repr=False)
+    scope: Callable[[], contextlib.AbstractContextManager[None]] = field(repr=False)
     steps: int = 1
 
-    def compile(self) -> Any:
-        """jax.stages.Compiled of it; whatever the compiler raises."""
+    def compile(self) -> jax.stages.Compiled:
+        """Compiles the function, and passes on what the compiler raises."""
         with self.scope():
             return self.fn.lower(*self.arguments).compile()
 
 
-def make_lowerable(config: Any, work: Workload, mesh: Mesh) -> Lowerable:
-    """The program on a mesh, whose devices need not be here. UserError where it cannot be."""
-    if work.program == "align":
-        from xflow_jax.training import align_program
+def make_lowerable(config: ModelConfig, work: Workload, mesh: Mesh) -> Lowerable:
+    """Builds a program on a mesh whose devices need not be attached.
 
+    Args:
+        config: the model.
+        work: the program.
+        mesh: the mesh.
+
+    Raises:
+        UserError: if the model, the mesh and the lengths do not go together.
+    """
+    if work.program == "align":
         program = align_program(config, alignment_config(config, work), mesh)
-        return Lowerable(program.step, program.arguments, program.scope)
+        step = cast(jax.stages.Wrapped, program.step)
+        return Lowerable(step, program.arguments, program.scope)
     model = build(config, jnp.bfloat16, param_dtype=jnp.bfloat16)
     params = abstract_params(model)
     placed = jax.tree.map(_placed, params, shardings(params, mesh, config.family))
     lm = LM(model, config, placed, None, mesh)
-    settings = make_decode_config(lm, work.prompt, work.response, work.steps, None, None)
+    decode_config = make_decode_config(
+        lm, work.prompt_length, work.gen_length, work.steps, None, None
+    )
     with jax.set_mesh(mesh):
         rows = batch_sharding(mesh) if divides(work.batch, BATCH) else replicated(mesh)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), work.batch))
+    prompt = (work.batch, work.prompt_length)
     batch = (
-        _placed(jax.ShapeDtypeStruct((work.batch, work.prompt), jnp.int32), rows),
-        _placed(jax.ShapeDtypeStruct((work.batch, work.prompt), jnp.bool), rows),
+        _placed(jax.ShapeDtypeStruct(prompt, jnp.int32), rows),
+        _placed(jax.ShapeDtypeStruct(prompt, jnp.bool), rows),
         _placed(keys, rows),
     )
-    flow = Flow(policy=jax.tree.map(lambda x: _placed(x, replicated(mesh)), _policy()))
+    flow = Flow(policy=jax.tree.map(lambda x: _placed(x, replicated(mesh)), abstract_policy()))
     fn = decode_batch if work.program == "decode" else rollout
-    return Lowerable(
-        fn, (model, placed, flow, settings, *batch), lm.scope, settings.blocks * settings.steps
-    )
+    steps = decode_config.blocks * decode_config.steps
+    return Lowerable(fn, (model, placed, flow, decode_config, *batch), lm.scope, steps)
 
 
-def alignment_config(config: Any, work: Workload) -> Any:
-    """Settings of an alignment at scale: bfloat16; all of a LLaDA with Adafactor, LoRA beside a LLaDA2.0."""
-    from xflow_jax.toml_config import with_overrides
-    from xflow_jax.training import AlignmentConfig as AlignSettings
+def alignment_config(config: ModelConfig, work: Workload) -> AlignmentConfig:
+    """Builds the configuration of an alignment at scale, in bfloat16.
 
-    causal = config.is_block_causal
-    base = {
-        "prompt_length": work.prompt,
-        "gen_length": work.response,
+    A mixture of experts trains LoRA adapters. Any other model trains all parameters with
+    Adafactor.
+    """
+    values: dict[str, object] = {
+        "prompt_length": work.prompt_length,
+        "gen_length": work.gen_length,
         "batch_size": work.batch,
-        "block_length": BLOCK if causal else 0,
+        "block_length": config.default_block_length or 0,
         "dtype": "bfloat16",
-        **(
-            {"tune": "lora"}
-            if causal
-            else {"storage": "stochastic", "optimizer": {"name": "adafactor"}}
-        ),
     }
-    return with_overrides(AlignSettings, base, work.overrides)
+    if uses_lora(config):
+        values |= {"tune": "lora"}
+    else:
+        values |= {"storage": "stochastic", "optimizer": {"name": "adafactor"}}
+    return with_overrides(AlignmentConfig, values, work.overrides)
 
 
-def _placed(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+def _placed(x: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def candidate_meshes(config: Any, devices: int) -> list[tuple[int, int, int]]:
-    """All (data, fsdp, tensor) of so many devices whose tensor axis divides heads, experts, widths and vocabulary."""
-    sizes = [config.vocab_rows, *tensor_split_sizes(config)]
-    splits = [
-        t
-        for t in range(1, devices + 1)
-        if devices % t == 0 and all(size % t == 0 for size in sizes)
-    ]
-    return [
-        (devices // t // f, f, t)
-        for t in splits
-        for f in range(1, devices // t + 1)
-        if devices // t % f == 0 and config.hidden_size % f == 0
-    ]
