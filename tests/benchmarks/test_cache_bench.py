@@ -1,4 +1,4 @@
-"""The measurement of what the cache saves, on a toy."""
+"""Time of a step without and with a cache, of a toy."""
 
 import dataclasses
 
@@ -18,21 +18,21 @@ from xflow_jax.models.presets import PRESETS
 
 
 @pytest.mark.slow
-def test_both_ways_are_timed_and_agree():
+def test_both_variants_are_timed_and_agree():
     config = dataclasses.replace(TINY2, num_experts=None, num_hidden_layers=1)
     lm, ticks = toy2(0, config), iter([8.0, 2.0, 6.0, 1.0, 9.0, 3.0])
-    ways = cache_bench.cache_variants(lm, make_decode_config(lm, 4, 8, 4, None, 4), 0)
+    variants = cache_bench.cache_variants(lm, make_decode_config(lm, 4, 8, 4, None, 4), 0)
     result = cache_bench.measure_variants(
-        lm, MaskPrediction(), ways, 2, 4, 3, seconds=lambda program: next(ticks)
+        lm, MaskPrediction(), variants, 2, 4, 3, timer=lambda program: next(ticks)
     )
     assert result == cache_bench.CacheRatio(
-        steps=4, plain=2.0, saving=0.5, ratio=4.0, agreement=1.0
+        steps=4, without=2.0, cached=0.5, ratio=4.0, agreement=1.0
     )
     said = cache_bench.ratio_sentence(result)
     assert said.startswith(
         "a step takes 2000.0 ms without and 500.0 ms with the cache, 4.00 times less"
     )
-    assert said.endswith("over 4 steps; the same tokens")
+    assert said.endswith("over 4 steps, the same tokens")
     almost = cache_bench.ratio_sentence(dataclasses.replace(result, agreement=0.9999))
     assert almost.endswith("99.99 % of the tokens are equal")
 
@@ -56,17 +56,18 @@ def test_a_prompt_read_every_other_step(capsys):
     assert "over 2 steps" in said
 
 
-def test_without_what_could_be_saved():
+def test_models_without_the_cache():
     lm = stub()
     with pytest.raises(
-        UserError, match="^llada attends to later blocks, so it has no exact cache; choose a llada2"
+        UserError,
+        match="^llada attends to later blocks, so it has no exact cache. Choose a block-causal",
     ):
         cache_bench.cache_variants(lm, make_decode_config(lm, 4, 8, 4, None, 4), 0)
     with pytest.raises(UserError, match="^llada2 is block-causal, so its cache is exact"):
         lm = toy2(0, TINY2)
         cache_bench.cache_variants(lm, make_decode_config(lm, 4, 8, 4, None, 4), 2)
     with pytest.raises(
-        UserError, match="^refresh must be at least 2 to be compared with every step, not 1"
+        UserError, match="^--refresh must be at least 2 to differ from every step, not 1"
     ):
         bench.run(arguments("--model=tiny", "--refresh=1"))
 

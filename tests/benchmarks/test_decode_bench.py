@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic, its one measurement on a toy, and what it says to bad input."""
+"""Arithmetic of the benchmark, a measurement of a toy, and bad input."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ import pytest
 
 from tests.helpers import stub, toy
 from tests.llada2_helpers import TINY2, toy2
-from xflow_jax.benchmarks import decode_bench
+from xflow_jax.benchmarks import decode_bench, timer, workload
 from xflow_jax.cli import bench
-from xflow_jax.decoding import generate
-from xflow_jax.decoding.generate import make_decode_config
+from xflow_jax.decoding.generate import make_decode_config, pad_prompts
 from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
 from xflow_jax.errors import UserError
 
@@ -67,11 +66,11 @@ def test_a_run_prints_and_keeps_its_numbers(toys, monkeypatch, tmp_path, capsys)
 
 
 def test_the_forward_pass_that_is_timed_is_the_decoders():
-    """As many passes as the decode makes, of the whole length, with the head on the response alone."""
+    """As many passes as in the decode, of the whole length. The head computes the response only."""
     lm = toy()
-    settings = make_decode_config(lm, 5, 8, 4, None, 4)
+    decode_config = make_decode_config(lm, 5, 8, 4, None, 4)
     x, mask = jnp.ones((3, 13, 16)), jnp.ones((3, 13), bool)
-    h, logits = decode_bench._passes(lm.model, lm.params, settings, True, x, mask)
+    h, logits = decode_bench._full_passes(lm.model, lm.params, decode_config, True, x, mask)
     wanted = x
     for _ in range(4):
         wanted = lm.model.apply({"params": lm.params}, wanted, mask, method="hidden")
@@ -80,20 +79,20 @@ def test_the_forward_pass_that_is_timed_is_the_decoders():
     assert jnp.allclose(
         logits, lm.model.apply({"params": lm.params}, wanted[:, -8:], method="head"), atol=1e-3
     )
-    alone, nothing = decode_bench._passes(lm.model, lm.params, settings, False, x, mask)
+    alone, nothing = decode_bench._full_passes(lm.model, lm.params, decode_config, False, x, mask)
     assert jnp.allclose(alone, h, atol=1e-6) and nothing.shape == ()
 
 
 @pytest.mark.slow
 def test_the_passes_with_a_cache_are_the_decoders():
-    """Of a model with the exact cache, the parts are those of the decode: here of nothing but a head."""
+    """The parts of a decode with the exact cache. This model is little more than a head."""
     lm = toy2(0, dataclasses.replace(TINY2, num_experts=None, num_hidden_layers=1))
-    settings = dataclasses.replace(make_decode_config(lm, 8, 8, 4, None, 4), stop_at_eos=False)
+    decode_config = dataclasses.replace(make_decode_config(lm, 8, 8, 4, None, 4), stop_at_eos=False)
     prompt, mask = jnp.arange(16).reshape(2, 8), jnp.ones((2, 8), bool)
     x, cache, logits = decode_bench._cached_passes(
-        lm.model, lm.params, settings, True, 2, prompt, mask
+        lm.model, lm.params, decode_config, True, 2, prompt, mask
     )
-    assert x.shape == (2, settings.canvas, TINY2.hidden_size) and logits.shape == (
+    assert x.shape == (2, decode_config.canvas, TINY2.hidden_size) and logits.shape == (
         2,
         4,
         lm.config.vocab_rows,
@@ -101,11 +100,14 @@ def test_the_passes_with_a_cache_are_the_decoders():
     assert all(
         jnp.any(part[:, :, :12] != 0, axis=(0, 3, 4)).all() for part in jax.tree.leaves(cache)
     )
-    timing = decode_bench.measure_decode(lm, MaskPrediction(), settings, 1, 8, rate=1e9, rounds=1)
+    timing = decode_bench.measure_decode(
+        lm, MaskPrediction(), decode_config, 1, 8, rate=1e9, rounds=1
+    )
     assert math.isclose(timing.warm, 4 * timing.step)
-    padded = generate.pad_prompts(lm, [[0] * 8])[0].shape[1]
+    padded = pad_prompts(lm, [[0] * 8])[0].shape[1]
     assert math.isclose(
-        timing.floor, decode_bench.step_flops(lm.config, 1, 4, padded + settings.canvas, 4) / 1e9
+        timing.floor,
+        decode_bench.step_flops(lm.config, 1, 4, padded + decode_config.canvas, 4) / 1e9,
     )
 
 
@@ -124,23 +126,24 @@ def test_flops_by_hand():
 def test_guidance_counts_its_doubled_batch(monkeypatch):
     monkeypatch.setattr(decode_bench, "LEAST_SECONDS", 0.0)
     lm = stub()
-    settings = make_decode_config(lm, 5, 4, 2, None, None)
+    decode_config = make_decode_config(lm, 5, 4, 2, None, None)
     rules = (MaskPrediction(), MaskPrediction(cfg_scale=1.0))
     plain, guided = (
-        decode_bench.measure_decode(lm, rule, settings, 2, 5, rate=1e9, rounds=1) for rule in rules
+        decode_bench.measure_decode(lm, rule, decode_config, 2, 5, rate=1e9, rounds=1)
+        for rule in rules
     )
     assert math.isclose(guided.floor, 2 * plain.floor)
 
 
 def test_rates_are_of_real_products():
-    rate = decode_bench.matmul_rate(jnp.float32, rounds=1)
+    rate = timer.matmul_rate(jnp.float32, rounds=1)
     assert 1e8 < rate < 1e16
 
 
 def test_presets_have_random_weights(monkeypatch):
     small = dataclasses.replace(toy().config, n_layers=1)
-    monkeypatch.setitem(decode_bench.SHAPES, "small", small)
-    lm = decode_bench.load_or_make("small", "bfloat16")
+    monkeypatch.setitem(workload.RANDOM_MODELS, "small", small)
+    lm = workload.load_or_make("small", "bfloat16")
     assert lm.config == small and lm.tokenizer is None
     assert {x.dtype for x in jax.tree.leaves(lm.params)} == {jnp.dtype("bfloat16")}
 
@@ -150,17 +153,17 @@ def test_presets_have_random_weights(monkeypatch):
     [
         (
             ["--batch-sizes=1,x"],
-            "the batch sizes must be positive whole numbers with commas between them, not '1,x'",
+            "--batch-sizes must be positive whole numbers with commas between them, not '1,x'",
         ),
         (
             ["--batch-sizes=0"],
-            "the batch sizes must be positive whole numbers with commas between them, not '0'",
+            "--batch-sizes must be positive whole numbers with commas between them, not '0'",
         ),
-        (["--prompt-length=0"], "prompt_length must be at least 1, not 0"),
-        (["--rounds=0"], "rounds must be at least 1, not 0"),
+        (["--prompt-length=0"], "--prompt-length must be at least 1, not 0"),
+        (["--rounds=0"], "--rounds must be at least 1, not 0"),
         (["--steps=0"], "steps must be a whole number of at least 1, not 0"),
         (["--prompt-length=121", "--gen-length=8"], "exceed the model's 128 positions"),
-        (["--rule=flaw"], "there is no rule 'flaw'; did you mean flow?"),
+        (["--rule=flaw"], "there is no rule 'flaw', did you mean flow?"),
     ],
 )
 def test_bad_input(toys, argv, message):
@@ -171,16 +174,15 @@ def test_bad_input(toys, argv, message):
 
 def test_models_that_are_not_there():
     with pytest.raises(UserError, match="dtype is 'float16'"):
-        decode_bench.load_or_make("llada-8b", "float16")
+        workload.load_or_make("llada-8b", "float16")
     with pytest.raises(UserError):
-        decode_bench.load_or_make("/no/such/directory", "float32")
+        workload.load_or_make("/no/such/directory", "float32")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs the extra [bench]")
 def test_pytorch_writes_the_same_tokens(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(
-        decode_bench.SHAPES, "toy", toy().config
-    )  # fresh weights: no confidence is 1, where ties are anyone's
+    # With fresh weights no confidence is 1, so there are no ties.
+    monkeypatch.setitem(workload.RANDOM_MODELS, "toy", toy().config)
     file = tmp_path / "bench.json"
     argv = ("--batch-sizes=3", "--gen-length=8", "--steps=3", "--prompt-length=5", "--rounds=1")
     bench.run(arguments("--model=toy", "--against=torch", f"--json={file}", *argv))
@@ -191,5 +193,5 @@ def test_pytorch_writes_the_same_tokens(monkeypatch, tmp_path, capsys):
 
 def test_without_pytorch_one_sentence_names_the_extra(toys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r"PyTorch is missing; it comes with the extra \[bench\]"):
+    with pytest.raises(UserError, match=r"PyTorch is missing. It comes with the extra \[bench\]"):
         bench.run(arguments("--model=toy", "--against=torch"))

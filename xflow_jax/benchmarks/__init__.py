@@ -1,23 +1,20 @@
-"""Speed of decoding: tokens per second and where the time of a step goes."""
+"""Speed of decoding, and the time of each part of a step."""
 
-from xflow_jax.benchmarks import cache_bench
-from xflow_jax.benchmarks.decode_bench import (
-    SHAPES,
-    compare_with_torch,
-    load_or_make,
-    matmul_rate,
-    measure_decode,
-    seconds,
-    timing_table,
-)
+from xflow_jax.benchmarks.cache_bench import cache_variants, measure_variants, ratio_sentence
+from xflow_jax.benchmarks.decode_bench import measure_decode, timing_table
+from xflow_jax.benchmarks.timer import matmul_rate
+from xflow_jax.benchmarks.torch_baseline import compare_with_torch
+from xflow_jax.benchmarks.workload import RANDOM_MODELS, count_parameters, load_or_make
 
 __all__ = [
-    "SHAPES",
-    "cache_bench",
+    "RANDOM_MODELS",
+    "cache_variants",
     "compare_with_torch",
+    "count_parameters",
     "load_or_make",
     "matmul_rate",
     "measure_decode",
-    "seconds",
+    "measure_variants",
+    "ratio_sentence",
     "timing_table",
 ]

@@ -1,7 +1,7 @@
-"""What reading less in a step saves, beside the same decode without it: `xflow bench --cache-ratio`, of the exact cache
-of block-causal decoding, and `xflow bench --refresh R`, of a prompt that is read in every R-th step only.
+"""Time of a step with a cache and without it.
 
-Both ways are timed in turns, so that another load on the machine falls on them alike.
+The cache is the exact one of block-causal decoding, or keys and values of the prompt that are
+renewed only every few steps.
 """
 
 from __future__ import annotations
@@ -9,25 +9,35 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 
-from xflow_jax.decoding import DecodeConfig, Rule, check_refresh, decode_batch, pad_prompts
+from xflow_jax.benchmarks.timer import median_ratio, run_seconds, time_in_turns
+from xflow_jax.benchmarks.workload import random_prompts
+from xflow_jax.decoding import DecodeConfig, Rule, check_refresh, decode_batch
 from xflow_jax.errors import UserError
 from xflow_jax.lm import LM
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheRatio:
-    """plain, saving: seconds of a step, medians of whole decodes over their steps; what the saving costs besides (a
-    cache reads the prompt, and each finished block once) is in it. ratio: the median of the rounds' own. agreement:
-    the share of equal tokens."""
+    """Time of a step without and with a cache.
+
+    Both are medians of whole decodes divided by their steps. The time with the cache includes what
+    the cache costs: the pass of the prompt, and one more pass of each finished block.
+
+    Attributes:
+        steps: steps of a decode.
+        without: seconds of a step without the cache.
+        cached: seconds of a step with the cache.
+        ratio: without / cached, as the median of the rounds' own ratios.
+        agreement: share of equal tokens.
+    """
 
     steps: int
-    plain: float
-    saving: float
+    without: float
+    cached: float
     ratio: float
     agreement: float
 
@@ -35,9 +45,18 @@ class CacheRatio:
 def cache_variants(
     lm: LM, decode_config: DecodeConfig, refresh: int
 ) -> tuple[DecodeConfig, DecodeConfig]:
-    """The decode that reads all in every step, and the one that does not; no step is skipped, an EOS stops nothing.
+    """Returns the decode without and with a cache.
 
-    refresh: read the prompt in every so many steps; 0: with the exact cache. UserError where there is none.
+    All steps run, and EOS ends no sequence.
+
+    Args:
+        lm: the model.
+        decode_config: lengths and steps.
+        refresh: steps after which the prompt's keys and values are renewed, or 0 for the exact
+            cache.
+
+    Raises:
+        UserError: if the model does not have such a cache.
     """
     decode_config = dataclasses.replace(decode_config, stop_at_eos=False, early_exit=False)
     if refresh:
@@ -45,7 +64,8 @@ def cache_variants(
         return decode_config, dataclasses.replace(decode_config, refresh=refresh)
     if not decode_config.cache:
         raise UserError(
-            f"{lm.config.family} attends to later blocks, so it has no exact cache; choose a llada2 model"
+            f"{lm.config.family} attends to later blocks, so it has no exact cache. "
+            "Choose a block-causal model, like LLaDA2.0."
         )
     return dataclasses.replace(decode_config, cache=False), decode_config
 
@@ -53,47 +73,53 @@ def cache_variants(
 def measure_variants(
     lm: LM,
     rule: Rule,
-    ways: tuple[DecodeConfig, DecodeConfig],
+    variants: tuple[DecodeConfig, DecodeConfig],
     batch: int,
     prompt_length: int,
     rounds: int,
-    seconds: Callable[[Callable[[], Any]], float],
+    timer: Callable[[Callable[[], object]], float] = run_seconds,
 ) -> CacheRatio:
-    """Times decodes of `batch` random prompts in both ways.
+    """Times decodes of random prompts without and with a cache, in turns.
 
-    seconds: runs a program to its end and says how long it took.
+    Args:
+        lm: the model.
+        rule: the rule.
+        variants: the decodes of `cache_variants`.
+        batch: number of prompts.
+        prompt_length: tokens of each prompt.
+        rounds: number of rounds.
+        timer: measures the seconds of one run.
     """
-    rows = (
-        np.random.default_rng(0).integers(0, lm.config.vocab_size, (batch, prompt_length)).tolist()
-    )
-    ids, mask = jax.device_put(pad_prompts(lm, rows))
-    keys = jax.random.split(jax.random.key(0), batch)
+    ids, mask, keys = random_prompts(lm, batch, prompt_length)
+
+    def program(
+        decode_config: DecodeConfig,
+    ) -> Callable[[], tuple[jax.Array, jax.Array, jax.Array, object]]:
+        return lambda: decode_batch(lm.model, lm.params, rule, decode_config, ids, mask, keys)
+
+    without, cached = map(program, variants)
     with lm.scope():
-        # The first run compiles.
-        outs = [decode_batch(lm.model, lm.params, rule, way, ids, mask, keys) for way in ways]
-        tokens, passes = zip(*(jax.device_get((out[0], out[2])) for out in outs), strict=True)
-        times = [
-            [
-                seconds(
-                    lambda way=way: decode_batch(lm.model, lm.params, rule, way, ids, mask, keys)
-                )
-                for way in ways
-            ]
-            for _ in range(rounds)
-        ]
-    steps = int(passes[0].max())
-    plain, saving = (statistics.median(column) / steps for column in zip(*times, strict=True))
-    ratio = statistics.median(without / with_ for without, with_ in times)
-    return CacheRatio(steps, plain, saving, ratio, float(np.mean(tokens[0] == tokens[1])))
+        # The first runs compile.
+        tokens, _, passes, _ = jax.device_get(without())
+        same = tokens == jax.device_get(cached()[0])
+        times = time_in_turns({"without": without, "cached": cached}, rounds, timer)
+    steps = int(passes.max())
+    return CacheRatio(
+        steps,
+        statistics.median(times["without"]) / steps,
+        statistics.median(times["cached"]) / steps,
+        median_ratio(times["without"], times["cached"]),
+        float(np.mean(same)),
+    )
 
 
 def ratio_sentence(result: CacheRatio, refresh: int = 0) -> str:
-    """A measurement in words."""
-    less = f"the prompt read every {refresh} steps" if refresh else "the cache"
-    times = f"{1e3 * result.plain:.1f} ms without and {1e3 * result.saving:.1f} ms with {less}"
-    same = (
-        "the same tokens"
-        if result.agreement == 1
-        else f"{100 * result.agreement:.2f} % of the tokens are equal"
+    """Formats a measurement as a sentence. Arguments are those of `cache_variants`."""
+    name = f"the prompt read every {refresh} steps" if refresh else "the cache"
+    times = f"{1e3 * result.without:.1f} ms without and {1e3 * result.cached:.1f} ms with {name}"
+    tokens = "the same tokens"
+    if result.agreement != 1:
+        tokens = f"{100 * result.agreement:.2f} % of the tokens are equal"
+    return (
+        f"a step takes {times}, {result.ratio:.2f} times less, over {result.steps} steps, {tokens}"
     )
-    return f"a step takes {times}, {result.ratio:.2f} times less, over {result.steps} steps; {same}"

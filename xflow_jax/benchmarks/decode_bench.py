@@ -1,75 +1,62 @@
-"""Where the time of a decode goes: `xflow bench --model DIR|tiny|PRESET`.
+"""Time of a decode and of its parts.
 
-Three programs are timed side by side: the decode itself, its backbone with the head's matrix product, and the backbone
-alone. Their rounds alternate and medians are reported, so that another load on the machine falls on all three alike.
+Three programs are timed in turns: the decode itself, its backbone with the head's matrix product,
+and the backbone alone. The differences of their medians are the parts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import resource
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from xflow_jax.benchmarks.timer import median_ratio, peak_memory, run_seconds, time_in_turns
+from xflow_jax.benchmarks.workload import random_prompts
 from xflow_jax.decoding import (
     CachedForward,
     DecodeConfig,
-    MaskPrediction,
     Rule,
+    Step,
     block_layout,
     decode_batch,
     make_schedule,
-    pad_prompts,
 )
-from xflow_jax.errors import UserError
-from xflow_jax.lm import DTYPES, LM, load
-from xflow_jax.models import (
-    PRESETS,
-    LLaDAConfig,
-    abstract_params,
-    build,
-    forward_flops,
-    init_params,
-    make_head,
-    shardings,
-)
-from xflow_jax.parallel import make_mesh
+from xflow_jax.lm import LM
+from xflow_jax.models import forward_flops, make_head
+from xflow_jax.types import Backbone, Cache, ModelConfig, Params
 
-# A vocabulary as large as LLaDA's behind a backbone that a CPU can run: 97 M parameters.
-MID = LLaDAConfig(
-    d_model=320,
-    n_layers=12,
-    n_heads=5,
-    mlp_hidden_size=960,
-    vocab_size=126464,
-    mask_token_id=126336,
-    eos_token_id=126081,
-    rope_theta=500000.0,
-)
+LEAST_SECONDS = 3.0  # least time of the measurement of each batch size
+MOST_ROUNDS = 99  # most rounds to reach it
 
-
-SHAPES = PRESETS | {"mid": MID}
-
-
-LEAST_SECONDS = 3.0  # of measurement for each batch size
+Program: TypeAlias = Callable[[], object]
+Carry: TypeAlias = tuple[jax.Array, Cache | None, jax.Array]  # x, cache, logits
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """One batch size, in seconds. A step is one forward pass with all that the decoder does around it.
+    """Times of one batch size, in seconds.
 
-    tokens_per_second: response tokens of a whole decode. backbone: of a step; head: the matrix product to the logits;
-    outside: the rest of the step, belief, rule and update. outside_share: outside / step, a median of its own. floor: a
-    step's matrix products at the machine's measured rate; floor_share: floor / step. cold: the first decode of the
-    process, compilation included; warm: the median of later ones. peak_memory: in bytes, see `peak_memory`.
+    A step is one forward pass with all that the decoder does around it.
+
+    Attributes:
+        batch: number of sequences.
+        tokens_per_second: response tokens of a whole decode.
+        step: time of a step.
+        backbone: its part in the backbone.
+        head: its part in the matrix product to the logits.
+        outside: the rest of the step: belief, rule and update.
+        outside_share: outside / step, as the median of the rounds' own ratios.
+        floor: time of a step's matrix products at the measured rate of the machine.
+        floor_share: floor / step.
+        cold: first decode of the process, with compilation.
+        warm: median of the later ones.
+        peak_memory: bytes, see `peak_memory`.
     """
 
     batch: int
@@ -95,58 +82,45 @@ def measure_decode(
     rate: float,
     rounds: int,
 ) -> Timing:
-    """Times a decode of `batch` random prompts and its parts; rate: FLOP/s of `matmul_rate`."""
-    rng = np.random.default_rng(0)
-    rows = rng.integers(0, lm.config.vocab_size, (batch, prompt_length)).tolist()
-    ids, mask = (jnp.asarray(x) for x in pad_prompts(lm, rows))
-    keys = jax.random.split(jax.random.key(0), batch)
-    copies = 2 if rule.belief_options(lm.config, None).guidance else 1  # guidance doubles the batch
-    decode_config = dataclasses.replace(decode_config, stop_at_eos=False)
+    """Times a decode of random prompts and its parts.
 
-    def decoded() -> Any:
+    Args:
+        lm: the model.
+        rule: the rule.
+        decode_config: lengths and steps. EOS ends no sequence.
+        batch: number of prompts.
+        prompt_length: tokens of each prompt.
+        rate: FLOP/s of `matmul_rate`.
+        rounds: least number of rounds.
+    """
+    decode_config = dataclasses.replace(decode_config, stop_at_eos=False)
+    ids, mask, keys = random_prompts(lm, batch, prompt_length)
+    copies = 2 if rule.belief_options(lm.config, None).guidance else 1  # guidance doubles the batch
+
+    def decode_once() -> tuple[object, ...]:
         return decode_batch(lm.model, lm.params, rule, decode_config, ids, mask, keys)
 
     began = time.perf_counter()
     with lm.scope():
-        steps = int(decoded()[2].max())
+        steps = int(
+            decode_batch(lm.model, lm.params, rule, decode_config, ids, mask, keys)[2].max()
+        )
     cold = time.perf_counter() - began
-    width, seen = ids.shape[1] + decode_config.canvas, jnp.tile(mask, (copies, 1))
-    if decode_config.cache:
-        queries = headed = decode_config.block_length
-        passes, given = (
-            _cached_passes,
-            (steps // decode_config.steps, jnp.tile(ids, (copies, 1)), seen),
-        )
-    else:
-        queries, headed = width, decode_config.canvas
-        x = jnp.asarray(
-            rng.normal(size=(batch * copies, width, lm.params["wte"]["embedding"].shape[1])),
-            lm.dtype,
-        )
-        passes, given = (
-            _passes,
-            (x, jnp.pad(seen, ((0, 0), (0, decode_config.canvas)), constant_values=True)),
-        )
-    programs = {
-        "warm": decoded,
-        "with_head": lambda: passes(lm.model, lm.params, decode_config, True, *given),
-        "backbone": lambda: passes(lm.model, lm.params, decode_config, False, *given),
-    }
+    tiled = jnp.tile(ids, (copies, 1)), jnp.tile(mask, (copies, 1))
+    programs = {"decode": decode_once, **_partial_programs(lm, decode_config, *tiled, steps)}
     with lm.scope():
-        times, once = {name: [] for name in programs}, 0.0
         for program in programs.values():
-            seconds(program)  # compiles
-            once += seconds(program)
+            run_seconds(program)  # compiles
+        once = sum(map(run_seconds, programs.values()))
         # Short programs need more rounds for a steady median.
-        for _ in range(max(rounds, min(99, int(LEAST_SECONDS / once)))):
-            for name, program in programs.items():
-                times[name].append(seconds(program))
+        enough = min(MOST_ROUNDS, int(LEAST_SECONDS / once))
+        times = time_in_turns(programs, max(rounds, enough))
     warm, with_head, backbone = (statistics.median(t) for t in times.values())
-    # Of neighbours in time: the median of quotients is steadier than the quotient of medians.
-    share = statistics.median(
-        1 - part / all_ for part, all_ in zip(times["with_head"], times["warm"], strict=True)
-    )
-    floor = step_flops(lm.config, batch * copies, queries, width, headed) / rate
+    length = ids.shape[1] + decode_config.canvas
+    queries, logit_positions = length, decode_config.canvas
+    if decode_config.cache:
+        queries = logit_positions = decode_config.block_length
+    flops = step_flops(lm.config, batch * copies, queries, length, logit_positions)
     return Timing(
         batch=batch,
         tokens_per_second=batch * decode_config.gen_length / warm,
@@ -154,195 +128,166 @@ def measure_decode(
         backbone=backbone / steps,
         head=(with_head - backbone) / steps,
         outside=(warm - with_head) / steps,
-        outside_share=share,
-        floor=floor,
-        floor_share=floor * steps / warm,
+        outside_share=1 - median_ratio(times["with_head"], times["decode"]),
+        floor=flops / rate,
+        floor_share=flops / rate * steps / warm,
         cold=cold,
         warm=warm,
         peak_memory=peak_memory(),
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class TorchComparison:
-    """The same decode by PyTorch beside ours, medians of alternating rounds.
+def _partial_programs(
+    lm: LM, decode_config: DecodeConfig, prompt: jax.Array, mask: jax.Array, steps: int
+) -> dict[str, Program]:
+    """Builds the forward passes of a decode, with and without the head.
 
-    tokens_per_second: of both. speedup: ours / theirs, a median of its own. agreement: share of equal tokens.
+    Args:
+        lm: the model.
+        decode_config: lengths and steps.
+        prompt: token ids of the rows that the backbone computes, int [B, P].
+        mask: False at padding, bool [B, P].
+        steps: forward passes of the decode.
     """
-
-    batch: int
-    ours: float
-    theirs: float
-    speedup: float
-    agreement: float
-
-
-def compare_with_torch(
-    lm: LM, decode_config: DecodeConfig, batch: int, prompt_length: int, rounds: int
-) -> TorchComparison:
-    """Times mask prediction on random prompts against `bench_torch.torch_decoder` with the same weights."""
-    from xflow_jax.benchmarks.torch_baseline import torch_decoder
-
-    theirs = torch_decoder(lm.config, lm.params, str(lm.dtype))
-    prompt = np.random.default_rng(0).integers(0, lm.config.vocab_size, (batch, prompt_length))
-    ids, mask = jnp.asarray(prompt, jnp.int32), jnp.ones(prompt.shape, bool)
-    keys = jax.random.split(jax.random.key(0), batch)
-    steps, length = decode_config.blocks * decode_config.steps, decode_config.gen_length
-    programs = (
-        lambda: np.asarray(
-            decode_batch(lm.model, lm.params, MaskPrediction(), decode_config, ids, mask, keys)[0]
-        ),
-        lambda: theirs(prompt, length, steps),
-    )
-    with lm.scope():
-        ours, wanted = (program() for program in programs)
-        times = [[_timed(program) for program in programs] for _ in range(rounds)]
-    mine, other = (
-        batch * length / statistics.median(column) for column in zip(*times, strict=True)
-    )
-    speedup = statistics.median(b / a for a, b in times)
-    return TorchComparison(batch, mine, other, speedup, float(np.mean(ours == wanted)))
-
-
-def _timed(program: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    program()
-    return time.perf_counter() - began
+    args = lm.model, lm.params, decode_config
+    if decode_config.cache:
+        blocks = steps // decode_config.steps
+        return {
+            "with_head": lambda: _cached_passes(*args, True, blocks, prompt, mask),
+            "backbone": lambda: _cached_passes(*args, False, blocks, prompt, mask),
+        }
+    length = prompt.shape[1] + decode_config.canvas
+    shape = (prompt.shape[0], length, lm.params["wte"]["embedding"].shape[1])
+    x = jax.random.normal(jax.random.key(0), shape, lm.dtype)
+    padding = ((0, 0), (0, decode_config.canvas))
+    on_row = jnp.pad(mask, padding, constant_values=True)
+    return {
+        "with_head": lambda: _full_passes(*args, True, x, on_row),
+        "backbone": lambda: _full_passes(*args, False, x, on_row),
+    }
 
 
 @partial(jax.jit, static_argnames=("model", "decode_config", "head"))
-def _passes(
-    model: Any, params: Any, decode_config: DecodeConfig, head: bool, x: jax.Array, mask: jax.Array
-) -> Any:
-    """As many forward passes as a decode makes, each on what the last one left: x [B, L, E] -> the last (x, logits)."""
-    logits_of = make_head(model, params)
+def _full_passes(
+    model: Backbone,
+    params: Params,
+    decode_config: DecodeConfig,
+    head: bool,
+    x: jax.Array,
+    mask: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the forward passes of a decode over all positions.
+
+    Each pass is on the result of the last one.
+
+    Args:
+        model: the backbone.
+        params: its parameters.
+        decode_config: lengths and steps.
+        head: True to run the head on the canvas as well.
+        x: [B, L, E].
+        mask: False at padding, bool [B, L].
+
+    Returns:
+        The last hidden states [B, L, E] and logits [B, canvas, V], a scalar without the head.
+    """
+    logits_of = make_head(params)
     rows, canvas = model.config.vocab_rows, decode_config.canvas
 
-    def one(
+    def one_pass(
         carry: tuple[jax.Array, jax.Array], _: None
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         h = model.apply({"params": params}, carry[0], mask, method="hidden")
-        # Kept in the carry: nothing may be cut off as unused.
+        # The logits stay in the carry, so that XLA cannot remove them as unused.
         return (h, logits_of(h[:, -canvas:], 0, rows) if head else carry[1]), None
 
     logits = jnp.zeros((x.shape[0], canvas, rows) if head else (), x.dtype)
-    return jax.lax.scan(one, (x, logits), None, length=decode_config.blocks * decode_config.steps)[
-        0
-    ]
+    steps = decode_config.blocks * decode_config.steps
+    return jax.lax.scan(one_pass, (x, logits), None, length=steps)[0]
 
 
 @partial(jax.jit, static_argnames=("model", "decode_config", "head", "blocks"))
 def _cached_passes(
-    model: Any,
-    params: Any,
+    model: Backbone,
+    params: Params,
     decode_config: DecodeConfig,
     head: bool,
     blocks: int,
     prompt: jax.Array,
     mask: jax.Array,
-) -> Any:
-    """The same of a decode with the exact cache: the prompt's pass, those of each block's steps, and the one that reads
-    it into the cache. prompt int, mask bool [B, P] -> the last (x [B, canvas, E], cache, logits)."""
-    logits_of, rows = make_head(model, params), model.config.vocab_rows
+) -> Carry:
+    """Runs the forward passes of a decode with the exact cache.
+
+    These are the pass of the prompt, the steps of each block, and the pass that adds it to the
+    cache.
+
+    Args:
+        model: the backbone.
+        params: its parameters.
+        decode_config: lengths and steps.
+        head: True to run the head on the active block as well.
+        blocks: number of blocks.
+        prompt: token ids, int [B, P].
+        mask: False at padding, bool [B, P].
+
+    Returns:
+        The last hidden states [B, canvas, E], the cache, and the logits [B, block_length, V], a
+        scalar without the head.
+    """
+    logits_of, rows = make_head(params), model.config.vocab_rows
     prompt_x = model.apply({"params": params}, prompt, method="embed")
-    sight = CachedForward(
-        model, params, decode_config, prompt_x, mask, block_layout(decode_config, mask)[1]
-    )
+    on_canvas = block_layout(decode_config, mask)[1]
+    forward = CachedForward(model, params, decode_config, prompt_x, mask, on_canvas)
 
-    def one_step(carry: Any, step: Any) -> tuple[Any, None]:
-        x, kept, logits = carry
-        h, kept = sight.hidden(kept, x, step)
-        x = jax.lax.dynamic_update_slice_in_dim(
-            x, h, 0, axis=1
-        )  # so that each pass is of what the last one left
-        return (x, kept, logits_of(h, 0, rows) if head else logits), None
+    def one_step(carry: Carry, step: Step) -> tuple[Carry, None]:
+        x, cache, logits = carry
+        h, cache = forward.hidden(cache, x, step)
+        # Each pass depends on the result of the last one.
+        x = jax.lax.dynamic_update_slice_in_dim(x, h, 0, axis=1)
+        return (x, cache, logits_of(h, 0, rows) if head else logits), None
 
-    def one_block(carry: Any, steps: Any) -> tuple[Any, None]:
-        x, kept, logits = carry
-        kept = sight.begin_block(kept, x, steps.block[0], jnp.array(True))
-        return jax.lax.scan(one_step, (x, kept, logits), steps)[0], None
+    def one_block(carry: Carry, steps: Step) -> tuple[Carry, None]:
+        x, cache, logits = carry
+        cache = forward.begin_block(cache, x, steps.block[0], jnp.array(True))
+        return jax.lax.scan(one_step, (x, cache, logits), steps)[0], None
 
     x = jnp.zeros((prompt.shape[0], decode_config.canvas, prompt_x.shape[-1]), prompt_x.dtype)
     logits = jnp.zeros((x.shape[0], decode_config.block_length, rows) if head else (), x.dtype)
     steps = jax.tree.map(
         lambda part: part.reshape(decode_config.blocks, -1)[:blocks], make_schedule(decode_config)
     )
-    return jax.lax.scan(one_block, (x, sight.init_cache(), logits), steps)[0]
+    start: Carry = (x, forward.init_cache(), logits)
+    return jax.lax.scan(one_block, start, steps)[0]
 
 
-def seconds(program: Callable[[], Any]) -> float:
-    """Of one run, its results on the device."""
-    began = time.perf_counter()
-    jax.block_until_ready(program())
-    return time.perf_counter() - began
+def step_flops(
+    config: ModelConfig, rows: int, queries: int, keys: int, logit_positions: int
+) -> float:
+    """Computes the FLOPs of the matrix products of one step.
+
+    Args:
+        config: the model.
+        rows: sequences of the batch.
+        queries: positions of each row that the layers compute.
+        keys: positions that these attend to.
+        logit_positions: positions of each row that the head computes.
+    """
+    head = 2.0 * rows * logit_positions * config.hidden_size * config.vocab_rows
+    return forward_flops(config, rows, queries, keys) + head
 
 
-def matmul_rate(dtype: Any, rounds: int = 5) -> float:
-    """FLOP/s of square matrix products in `dtype`: the best over sizes and rounds, which nothing else can exceed."""
-    product, best = jax.jit(jnp.matmul), 0.0
-    for size in (512, 1024, 2048, 4096, 8192):
-        a = jnp.ones((size, size), dtype)
-        product(a, a).block_until_ready()
-        taken = min(seconds(lambda a=a: product(a, a)) for _ in range(rounds))
-        best = max(best, 2 * size**3 / taken)
-        if taken > 0.02:  # the next one is eight times as much work
-            break
-    return best
-
-
-def step_flops(config: Any, rows: int, queries: int, keys: int, headed: int) -> float:
-    """FLOPs of the matrix products of one step: the layers on `queries` positions of each row, attention of these to
-    `keys` positions, the head on `headed`."""
-    return (
-        forward_flops(config, rows, queries, keys)
-        + 2.0 * rows * headed * config.hidden_size * config.vocab_rows
-    )
-
-
-def peak_memory() -> int:
-    """The most bytes so far: of the first device where it says so, else of the process."""
-    stats = jax.devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"]
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def load_or_make(name: str, dtype: str, mesh: str | None = None) -> LM:
-    """The model in a directory, the bundled one ("tiny"), or random weights of a known shape, over a mesh or not."""
-    if name not in SHAPES:
-        return load(name, dtype, mesh)
-    if dtype not in DTYPES:
-        raise UserError(f"dtype is {dtype!r}, but it must be {' or '.join(DTYPES)}")
-    model, mesh = (
-        build(SHAPES[name], jnp.dtype(dtype), param_dtype=jnp.dtype(dtype)),
-        mesh and make_mesh(mesh),
-    )
-    placed = None if mesh is None else shardings(abstract_params(model), mesh, model.config.family)
-    params = jax.jit(partial(init_params, model), out_shardings=placed)(jax.random.key(0))
-    return LM(model, SHAPES[name], params, None, mesh)
-
-
-def timing_table(timings: list[Timing]) -> str:
-    """A row for each batch size, milliseconds and percent."""
-    head = (
-        "batch",
-        "tokens/s",
-        "step ms",
-        "backbone",
-        "head",
-        "outside",
-        "outside %",
-        "of floor %",
-    )
-    rows = [(*head, "cold s", "warm s", "peak MB")]
+def timing_table(timings: Sequence[Timing]) -> str:
+    """Formats a line for each batch size: milliseconds and percent."""
+    times = ("step ms", "backbone", "head", "outside")
+    header = ("batch", "tokens/s", *times, "outside %", "of floor %", "cold s", "warm s", "peak MB")
+    lines: list[tuple[str, ...]] = [header]
     for t in timings:
         parts = (f"{1e3 * s:.3f}" for s in (t.step, t.backbone, t.head, t.outside))
         shares = (f"{100 * t.outside_share:.1f}", f"{100 * t.floor_share:.1f}")
         ends = (f"{t.cold:.2f}", f"{t.warm:.3f}", f"{t.peak_memory / 1e6:.0f}")
-        rows.append((str(t.batch), f"{t.tokens_per_second:.0f}", *parts, *shares, *ends))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines.append((str(t.batch), f"{t.tokens_per_second:.0f}", *parts, *shares, *ends))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
     )

@@ -1,126 +1,210 @@
-"""The same decode in PyTorch: a plain model of its own layers, equal weights, and the official schedule.
+"""Speed of the same decode in PyTorch with equal weights.
 
-For `xflow bench --against torch`, which needs the extra [bench]. torch is imported inside the functions only.
+PyTorch comes with the extra [bench]. It is imported only inside functions.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xflow_jax.benchmarks.timer import median_ratio, time_in_turns
+from xflow_jax.benchmarks.workload import random_prompts
+from xflow_jax.decoding import DecodeConfig, MaskPrediction, decode_batch
 from xflow_jax.errors import UserError, require
+from xflow_jax.lm import LM
 from xflow_jax.models import LLaDAConfig
+from xflow_jax.types import ModelConfig, Params
+
+Tensor: TypeAlias = Any  # torch.Tensor, whose module is imported only inside functions
+# (prompt int [B, P], response length, steps) -> tokens int [B, N]
+Decoder: TypeAlias = Callable[[np.ndarray, int, int], np.ndarray]
 
 
-def torch_decoder(
-    config: Any, params: Any, dtype: str
-) -> Callable[[np.ndarray, int, int], np.ndarray]:
-    """decode(prompt int [B, P], response length, steps) -> tokens int [B, N]: mask prediction as LLaDA's code does it.
+@dataclass(frozen=True)
+class TorchComparison:
+    """The same decode by this library and by PyTorch.
 
-    At each step a forward pass of all positions, the softmax of all logits, and the surest masked tokens, as many as
-    the schedule says, are written. UserError without PyTorch, and for anything but a LLaDA without biases.
+    Attributes:
+        batch: number of sequences.
+        ours: response tokens per second of this library, a median.
+        theirs: response tokens per second of PyTorch, a median.
+        speedup: ours / theirs, as the median of the rounds' own ratios.
+        agreement: share of equal tokens.
+    """
+
+    batch: int
+    ours: float
+    theirs: float
+    speedup: float
+    agreement: float
+
+
+def compare_with_torch(
+    lm: LM, decode_config: DecodeConfig, batch: int, prompt_length: int, rounds: int
+) -> TorchComparison:
+    """Times mask prediction on random prompts here and in PyTorch, in turns.
+
+    Args:
+        lm: a LLaDA model.
+        decode_config: lengths and steps.
+        batch: number of prompts.
+        prompt_length: tokens of each prompt.
+        rounds: number of rounds.
+
+    Raises:
+        UserError: as `torch_decoder`.
+    """
+    decoder = torch_decoder(lm.config, lm.params, str(lm.dtype))
+    ids, mask, keys = random_prompts(lm, batch, prompt_length)
+    # Without padding, which the PyTorch model does not know.
+    ids, mask = ids[:, -prompt_length:], mask[:, -prompt_length:]
+    prompt = np.asarray(ids)
+    length, steps = decode_config.gen_length, decode_config.blocks * decode_config.steps
+
+    def run_jax() -> np.ndarray:
+        rule = MaskPrediction()
+        return np.asarray(
+            decode_batch(lm.model, lm.params, rule, decode_config, ids, mask, keys)[0]
+        )
+
+    def run_torch() -> np.ndarray:
+        return decoder(prompt, length, steps)
+
+    with lm.scope():
+        same = run_jax() == run_torch()
+        times = time_in_turns({"jax": run_jax, "torch": run_torch}, rounds)
+    return TorchComparison(
+        batch,
+        batch * length / statistics.median(times["jax"]),
+        batch * length / statistics.median(times["torch"]),
+        median_ratio(times["torch"], times["jax"]),
+        float(np.mean(same)),
+    )
+
+
+def torch_decoder(config: ModelConfig, params: Params, dtype: str) -> Decoder:
+    """Builds mask prediction as in the official LLaDA code.
+
+    Each step runs a forward pass of all positions and the softmax of all logits. It writes the
+    masked tokens of the highest confidence, as many as the schedule says.
+
+    Args:
+        config: a LLaDA model without biases and with a head of its own.
+        params: its parameters.
+        dtype: "float32" or "bfloat16".
+
+    Raises:
+        UserError: without PyTorch, or for any other model.
     """
     try:
         import torch
     except ImportError:
         raise UserError(
-            'PyTorch is missing; it comes with the extra [bench]: pip install "xflow-jax[bench]"'
+            'PyTorch is missing. It comes with the extra [bench]: pip install "xflow-jax[bench]"'
         ) from None
+    if not isinstance(config, LLaDAConfig):
+        raise UserError("the comparison with PyTorch is for LLaDA models only")
     require(
-        isinstance(config, LLaDAConfig)
-        and not config.include_bias
-        and not config.qkv_bias
-        and not config.weight_tying,
+        not config.include_bias and not config.qkv_bias and not config.weight_tying,
         "the comparison with PyTorch is for LLaDA without biases and with a head of its own",
     )
-    model = _model(torch, config, params, getattr(torch, dtype))
+    model = _TorchModel(config, params, dtype)
 
     @torch.inference_mode()
     def decode(prompt: np.ndarray, length: int, steps: int) -> np.ndarray:
-        b = prompt.shape[0]
-        blank = torch.full((b, length), config.mask_id)
+        blank = torch.full((prompt.shape[0], length), config.mask_id)
         x = torch.cat([torch.from_numpy(np.asarray(prompt, np.int64)), blank], dim=1)
         for step in range(steps):
             quota = length // steps + (step < length % steps)
-            logits = model(x)
+            logits = model.logits(x)
             best = logits.argmax(dim=-1)
             confidence = torch.softmax(logits.float(), dim=-1).gather(-1, best[..., None])[..., 0]
             masked = x == config.mask_id
             confidence = torch.where(masked, confidence, -torch.inf)
-            chosen = torch.zeros_like(masked).scatter_(
-                1, confidence.topk(quota, dim=1).indices, True
-            )
+            surest = confidence.topk(quota, dim=1).indices
+            chosen = torch.zeros_like(masked).scatter_(1, surest, True)
             x = torch.where(chosen & masked, best, x)
         return x[:, prompt.shape[1] :].numpy()
 
     return decode
 
 
-def _model(torch: Any, config: LLaDAConfig, params: Any, dtype: Any) -> Any:
-    """The module, with our weights: kernels are [in, out] here and [out, in] there."""
-    nn, functional = torch.nn, torch.nn.functional
-    c = config
+class _TorchModel:
+    """LLaDA in PyTorch.
 
-    def weight(x: Any) -> Any:
-        return torch.from_numpy(np.array(jnp.asarray(x, jnp.float32))).to(dtype)
+    Kernels are [out, in], while those of this library are [in, out].
+    """
 
-    def linear(kernel: Any) -> Any:
-        layer = nn.Linear(*kernel.shape, bias=False, dtype=dtype, device="meta")
-        layer.weight = nn.Parameter(weight(kernel).T.contiguous(), requires_grad=False)
-        return layer
+    def __init__(self, config: LLaDAConfig, params: Params, dtype: str):
+        import torch
 
-    def norm(scale: Any) -> Any:
-        layer = nn.RMSNorm(scale.shape[0], eps=c.rms_norm_eps, dtype=dtype)
-        layer.weight = nn.Parameter(weight(scale), requires_grad=False)
-        return layer
+        def convert(x: jax.Array) -> Tensor:
+            return torch.from_numpy(np.array(jnp.asarray(x, jnp.float32))).to(getattr(torch, dtype))
 
-    class Block(nn.Module):
-        def __init__(self, p: Any):
-            super().__init__()
-            names = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
-            self.attn_norm, self.ff_norm = (
-                norm(p["attn_norm"]["scale"]),
-                norm(p["ff_norm"]["scale"]),
-            )
-            self.linear = nn.ModuleDict({name: linear(p[name]["kernel"]) for name in names})
+        def convert_layer(path: tuple[jax.tree_util.DictKey, ...], x: jax.Array) -> Tensor:
+            return convert(x).T.contiguous() if path[-1].key == "kernel" else convert(x)
 
-        def forward(self, x: Any, cos: Any, sin: Any) -> Any:
-            h, f = self.attn_norm(x), self.linear
-            heads = (f[f"{name}_proj"](h).unflatten(-1, (-1, c.head_dim)) for name in "qkv")
-            q, k, v = (part.transpose(1, 2) for part in heads)
-            q, k = (turn(part, cos, sin) for part in (q, k))
-            h = functional.scaled_dot_product_attention(
-                q, k, v, enable_gqa=c.num_kv_heads != c.n_heads
-            )
-            x = x + f["attn_out"](h.transpose(1, 2).flatten(-2))
-            h = self.ff_norm(x)
-            return x + f["ff_out"](functional.silu(f["ff_proj"](h)) * f["up_proj"](h))
+        self.config = config
+        self.embedding = convert(params["wte"]["embedding"])
+        layers = [
+            jax.tree.map(lambda x, n=n: x[n], params["blocks"]) for n in range(config.n_layers)
+        ]
+        self.layers = [jax.tree_util.tree_map_with_path(convert_layer, layer) for layer in layers]
+        self.norm = convert(params["ln_f"]["scale"])
+        self.head = convert(params["ff_out"]["kernel"]).T.contiguous()
+        angles = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+        self.frequency = config.rope_theta**-angles
 
-    def turn(x: Any, cos: Any, sin: Any) -> Any:
-        first, second = x.float().chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(
-            x.dtype
-        )
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Computes logits [B, L, V] of tokens [B, L]."""
+        import torch
+        from torch.nn import functional
 
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Embedding.from_pretrained(weight(params["wte"]["embedding"]))
-            layer = lambda n: jax.tree.map(lambda x: np.asarray(x[n]), params["blocks"])  # noqa: E731
-            self.blocks = nn.ModuleList([Block(layer(n)) for n in range(c.n_layers)])
-            self.norm, self.head = norm(params["ln_f"]["scale"]), linear(params["ff_out"]["kernel"])
-            self.frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2).float() / c.head_dim)
+        angle = torch.outer(torch.arange(tokens.shape[1]).float(), self.frequency)
+        cos, sin = angle.cos(), angle.sin()
+        x = functional.embedding(tokens, self.embedding)
+        for layer in self.layers:
+            x = x + self._attention(layer, self._rms_norm(x, layer["attn_norm"]["scale"]), cos, sin)
+            h = self._rms_norm(x, layer["ff_norm"]["scale"])
+            gate = functional.silu(functional.linear(h, layer["ff_proj"]["kernel"]))
+            up = functional.linear(h, layer["up_proj"]["kernel"])
+            x = x + functional.linear(gate * up, layer["ff_out"]["kernel"])
+        return functional.linear(self._rms_norm(x, self.norm), self.head)
 
-        def forward(self, tokens: Any) -> Any:
-            angle = torch.outer(torch.arange(tokens.shape[1]).float(), self.frequency)
-            cos, sin = angle.cos(), angle.sin()
-            x = self.embed(tokens)
-            for block in self.blocks:
-                x = block(x, cos, sin)
-            return self.head(self.norm(x))
+    def _rms_norm(self, x: Tensor, scale: Tensor) -> Tensor:
+        from torch.nn import functional
 
-    return Model().eval()
+        return functional.rms_norm(x, scale.shape, scale, self.config.rms_norm_eps)
+
+    def _attention(
+        self,
+        layer: dict[str, dict[str, Tensor]],
+        h: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor:
+        from torch.nn import functional
+
+        c = self.config
+        projected = (functional.linear(h, layer[f"{name}_proj"]["kernel"]) for name in "qkv")
+        q, k, v = (x.unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for x in projected)
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        grouped = c.num_kv_heads != c.n_heads
+        out = functional.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+        return functional.linear(out.transpose(1, 2).flatten(-2), layer["attn_out"]["kernel"])
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Applies rotary positions in float32."""
+    import torch
+
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.to(x.dtype)

@@ -1,108 +1,105 @@
-"""Where the time of a decode goes: `xflow bench --model DIR|tiny|PRESET`.
-
-Three programs are timed side by side: the decode itself, its backbone with the head's matrix product, and the backbone
-alone. Their rounds alternate and medians are reported, so that another load on the machine falls on all three alike.
-"""
+"""The command `xflow bench`: speed of decoding and of its parts."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 from tqdm import tqdm
 
 from xflow_jax.benchmarks import (
-    SHAPES,
-    cache_bench,
+    RANDOM_MODELS,
+    cache_variants,
     compare_with_torch,
+    count_parameters,
     load_or_make,
     matmul_rate,
     measure_decode,
-    seconds,
+    measure_variants,
+    ratio_sentence,
     timing_table,
 )
 from xflow_jax.checkpoints import refuse_existing, write_atomic
+from xflow_jax.cli.arguments import (
+    MODEL,
+    RULE,
+    add_block_length_argument,
+    add_dtype_argument,
+    add_mesh_argument,
+    add_number,
+    require_positive,
+)
 from xflow_jax.decoding import DecodeConfig, Rule, make_decode_config, parse_rule
-from xflow_jax.errors import UserError
+from xflow_jax.errors import UserError, require
 from xflow_jax.lm import LM
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of `xflow bench`."""
-    models = f"a directory, tiny, or, with random weights, {', '.join(SHAPES)}"
-    parser.add_argument("--model", required=True, metavar="DIR", help=models)
+    """Adds the arguments of `xflow bench`."""
     parser.add_argument(
-        "--rule",
-        default="flow",
-        metavar="RULE",
-        help="mask, threshold, flow (default: %(default)s)",
+        "--model",
+        required=True,
+        metavar="DIR",
+        help=f"{MODEL}, or a model with random weights: {', '.join(RANDOM_MODELS)}",
     )
     parser.add_argument(
-        "--batch-sizes", default="1,8,64", metavar="LIST", help="(default: %(default)s)"
+        "--rule", default="flow", metavar="RULE", help=RULE + " (default: %(default)s)"
     )
     parser.add_argument(
-        "--gen-length",
-        type=int,
-        default=48,
-        metavar="N",
-        help="of responses (default: %(default)s)",
+        "--batch-sizes",
+        default="1,8,64",
+        metavar="LIST",
+        help="numbers of prompts that are decoded together (default: %(default)s)",
     )
+    add_number(parser, "--prompt-length", "tokens of a prompt", 40)
+    add_number(parser, "--gen-length", "tokens of a response", 48)
+    add_block_length_argument(parser)
+    add_number(
+        parser,
+        "--steps",
+        "forward passes for the whole response (default: a quarter of its tokens)",
+    )
+    add_number(parser, "--rounds", "least number of measurements of each program", 7)
+    add_dtype_argument(parser)
+    add_mesh_argument(parser, default="one device")
+    parser.add_argument("--json", metavar="FILE", help="new file for all numbers")
     parser.add_argument(
-        "--block-length",
-        type=int,
-        metavar="N",
-        help="of blocks (default: as the model was made for)",
+        "--against",
+        choices=("torch",),
+        help="compare mask prediction with the same model in plain PyTorch",
     )
-    parser.add_argument(
-        "--steps", type=int, metavar="N", help="forward passes (default: a quarter of the tokens)"
-    )
-    parser.add_argument(
-        "--prompt-length",
-        type=int,
-        default=40,
-        metavar="N",
-        help="of prompts (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=7, metavar="N", help="repetitions (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--dtype",
-        default="float32",
-        metavar="TYPE",
-        help="float32 or bfloat16 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--against", choices=("torch",), help="mask prediction beside a plain PyTorch model instead"
-    )
-    parser.add_argument(
-        "--mesh", metavar="D,F,T", help="sizes of data, fsdp and tensor (default: one device)"
-    )
-    parser.add_argument("--json", metavar="FILE", help="keep every number in a new file")
-    only = parser.add_mutually_exclusive_group()
-    only.add_argument(
+    cache = parser.add_mutually_exclusive_group()
+    cache.add_argument(
         "--cache-ratio",
         action="store_true",
-        help="only: a step with the exact cache and without it",
+        help="compare a step with the exact cache with one without it",
     )
-    only.add_argument(
+    add_number(
+        cache,
         "--refresh",
-        type=int,
+        "compare a step that computes the prompt's keys and values only every R steps with one "
+        "that always does",
         metavar="R",
-        help="only: a step with the prompt read every R steps and in every one",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures and prints a table; every step is taken, early exits are off. UserError on bad input."""
-    sizes = _sizes(args.batch_sizes)
-    for name, value in (("prompt_length", args.prompt_length), ("rounds", args.rounds)):
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, not {value}")
+    """Measures a decode and prints a table.
+
+    Every step is taken: early exits are off.
+
+    Args:
+        args: the arguments of `xflow bench`.
+
+    Raises:
+        UserError: for bad input.
+    """
+    sizes = _batch_sizes(args.batch_sizes)
+    require_positive(args, "prompt_length", "rounds")
     if args.json:
         refuse_existing(Path(args.json))
     label, rule = parse_rule(args.rule)
@@ -112,81 +109,93 @@ def run(args: argparse.Namespace) -> None:
         lm, args.prompt_length, args.gen_length, steps, None, args.block_length
     )
     if args.cache_ratio or args.refresh is not None:
-        return _two_ways(args, lm, rule, decode_config, sizes)
+        _compare_cache(args, lm, rule, decode_config, sizes)
+        return
     with lm.scope():
         rate = matmul_rate(lm.dtype)
-    device = jax.devices()[0]
-    parameters = sum(x.size for x in jax.tree.leaves(lm.params))
+    parameters, device = count_parameters(lm), jax.devices()[0].device_kind
     print(
-        f"{args.model}: {parameters / 1e6:.2f} M parameters in {lm.dtype}, on {device.device_kind}, which multiplies "
-        f"matrices at {rate / 1e9:.0f} GFLOP/s\n{label}: prompts of {args.prompt_length} tokens, responses of "
-        f"{args.gen_length} in {steps} steps, none skipped; {args.rounds} rounds or more"
+        f"{args.model}: {parameters / 1e6:.2f} M parameters in {lm.dtype}, on {device}, "
+        f"which multiplies matrices at {rate / 1e9:.0f} GFLOP/s\n"
+        f"{label}: prompts of {args.prompt_length} tokens, responses of {args.gen_length} "
+        f"in {steps} steps, none skipped, {args.rounds} rounds or more"
     )
     if args.against:
-        print("mask prediction beside PyTorch on the same weights:")
-        rivals = []
-        for batch in sizes:
-            rivals.append(
-                r := compare_with_torch(lm, decode_config, batch, args.prompt_length, args.rounds)
-            )
-            print(
-                f"batch {r.batch}: {r.ours:.1f} tokens/s, PyTorch {r.theirs:.1f}: {r.speedup:.2f} times; "
-                f"{100 * r.agreement:.1f} % of the tokens are equal",
-                flush=True,
-            )
-        _keep(args, device, parameters, rate, {"rivals": [dataclasses.asdict(r) for r in rivals]})
-        return
-    timings = []
-    for batch in tqdm(sizes, desc="batch sizes", leave=False, disable=None):
-        timings.append(
-            measure_decode(lm, rule, decode_config, batch, args.prompt_length, rate, args.rounds)
-        )
-    print(timing_table(timings))
-    _keep(args, device, parameters, rate, {"timings": [dataclasses.asdict(t) for t in timings]})
-
-
-def _keep(
-    args: argparse.Namespace, device: Any, parameters: int, rate: float, found: dict[str, Any]
-) -> None:
-    """Writes what was measured, and under what, where --json asks for it."""
+        results = _compare_torch(args, lm, decode_config, sizes)
+    else:
+        results = _measure(args, lm, rule, decode_config, sizes, rate)
     if args.json:
-        facts = vars(args) | {
-            "device": device.device_kind,
-            "parameters": parameters,
-            "matmul_flops_per_second": rate,
-        }
-        facts = {k: v for k, v in facts.items() if isinstance(v, str | int | float | None)}
-        write_atomic(Path(args.json), json.dumps(facts | found, indent=1) + "\n")
+        facts = {"device": device, "parameters": parameters, "matmul_flops_per_second": rate}
+        _write_json(args, {**facts, **results})
 
 
-def _two_ways(
+def _measure(
+    args: argparse.Namespace,
+    lm: LM,
+    rule: Rule,
+    decode_config: DecodeConfig,
+    sizes: list[int],
+    rate: float,
+) -> dict[str, object]:
+    """Times the parts of a step and prints the table."""
+    timings = [
+        measure_decode(lm, rule, decode_config, batch, args.prompt_length, rate, args.rounds)
+        for batch in tqdm(sizes, desc="batch sizes", leave=False, disable=None)
+    ]
+    print(timing_table(timings))
+    return {"timings": [dataclasses.asdict(t) for t in timings]}
+
+
+def _compare_torch(
+    args: argparse.Namespace, lm: LM, decode_config: DecodeConfig, sizes: list[int]
+) -> dict[str, object]:
+    """Times mask prediction here and in PyTorch, and prints the results."""
+    print("mask prediction beside PyTorch on the same weights:")
+    results = []
+    for batch in sizes:
+        r = compare_with_torch(lm, decode_config, batch, args.prompt_length, args.rounds)
+        results.append(dataclasses.asdict(r))
+        print(
+            f"batch {r.batch}: {r.ours:.1f} tokens/s, PyTorch {r.theirs:.1f}: "
+            f"{r.speedup:.2f} times, {100 * r.agreement:.1f} % of the tokens are equal",
+            flush=True,
+        )
+    return {"rivals": results}
+
+
+def _compare_cache(
     args: argparse.Namespace, lm: LM, rule: Rule, decode_config: DecodeConfig, sizes: list[int]
 ) -> None:
-    if args.refresh is not None and args.refresh < 2:
-        raise UserError(
-            f"refresh must be at least 2 to be compared with every step, not {args.refresh}"
-        )
+    """Times a step without and with a cache, and prints the results."""
+    require(
+        args.refresh is None or args.refresh >= 2,
+        f"--refresh must be at least 2 to differ from every step, not {args.refresh}",
+    )
     refresh = args.refresh or 0
-    ways = cache_bench.cache_variants(lm, decode_config, refresh)
-    parameters = sum(x.size for x in jax.tree.leaves(lm.params))
+    variants = cache_variants(lm, decode_config, refresh)
     print(
-        f"{args.model}: {parameters / 1e6:.1f} M parameters, prompts of {args.prompt_length} tokens, responses of "
-        f"{decode_config.gen_length} in blocks of {decode_config.block_length} with {decode_config.steps} steps each"
+        f"{args.model}: {count_parameters(lm) / 1e6:.1f} M parameters, "
+        f"prompts of {args.prompt_length} tokens, responses of {decode_config.gen_length} "
+        f"in blocks of {decode_config.block_length} with {decode_config.steps} steps each"
     )
     for batch in sizes:
-        result = cache_bench.measure_variants(
-            lm, rule, ways, batch, args.prompt_length, args.rounds, seconds
-        )
-        print(f"batch {batch}: {cache_bench.ratio_sentence(result, refresh)}", flush=True)
+        result = measure_variants(lm, rule, variants, batch, args.prompt_length, args.rounds)
+        print(f"batch {batch}: {ratio_sentence(result, refresh)}", flush=True)
 
 
-def _sizes(text: str) -> list[int]:
+def _write_json(args: argparse.Namespace, results: Mapping[str, object]) -> None:
+    """Writes the arguments and the results to the file of --json."""
+    options = {k: v for k, v in vars(args).items() if isinstance(v, str | int | float | None)}
+    write_atomic(Path(args.json), json.dumps(options | dict(results), indent=1) + "\n")
+
+
+def _batch_sizes(text: str) -> list[int]:
     try:
         sizes = [int(part) for part in text.split(",")]
     except ValueError:
         sizes = []
     if not sizes or min(sizes) < 1:
         raise UserError(
-            f"the batch sizes must be positive whole numbers with commas between them, not {text!r}"
+            f"--batch-sizes must be positive whole numbers with commas between them, not {text!r}"
         )
     return sizes

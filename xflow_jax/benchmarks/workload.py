@@ -1,0 +1,80 @@
+"""Models with random weights and random prompts."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xflow_jax.decoding import pad_prompts
+from xflow_jax.errors import UserError
+from xflow_jax.lm import DTYPES, LM, load
+from xflow_jax.models import (
+    PRESETS,
+    LLaDAConfig,
+    abstract_params,
+    build,
+    init_params,
+    shardings,
+)
+from xflow_jax.parallel import make_mesh
+from xflow_jax.types import ModelConfig
+
+# A vocabulary as large as LLaDA's behind a backbone that a CPU can run: 97 M parameters.
+MID = LLaDAConfig(
+    d_model=320,
+    n_layers=12,
+    n_heads=5,
+    mlp_hidden_size=960,
+    vocab_size=126464,
+    mask_token_id=126336,
+    eos_token_id=126081,
+    rope_theta=500000.0,
+)
+RANDOM_MODELS: dict[str, ModelConfig] = {**PRESETS, "mid": MID}  # with random weights
+
+
+def load_or_make(name: str, dtype: str, mesh: str | None = None) -> LM:
+    """Loads a model, or makes one with random weights.
+
+    Args:
+        name: key of RANDOM_MODELS for random weights, or what `load` takes.
+        dtype: float32 or bfloat16.
+        mesh: sizes of data, fsdp and tensor, like "1,8,1", or None for one device.
+
+    Raises:
+        UserError: as `load`.
+    """
+    if name not in RANDOM_MODELS:
+        return load(name, dtype, mesh)
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}, but it must be {' or '.join(DTYPES)}")
+    config = RANDOM_MODELS[name]
+    model = build(config, jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
+    devices = make_mesh(mesh) if mesh else None
+    placed = None
+    if devices is not None:
+        placed = shardings(abstract_params(model), devices, config.family)
+    params = jax.jit(partial(init_params, model), out_shardings=placed)(jax.random.key(0))
+    return LM(model, config, params, None, devices)
+
+
+def random_prompts(
+    lm: LM, batch: int, prompt_length: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Draws prompts of equal length, always the same ones.
+
+    Returns:
+        Token ids int32 [B, P], mask bool [B, P], and a random key for each row.
+    """
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, lm.config.vocab_size, (batch, prompt_length)).tolist()
+    ids, mask = jax.device_put(pad_prompts(lm, rows))
+    return ids, mask, jax.random.split(jax.random.key(0), batch)
+
+
+def count_parameters(lm: LM) -> int:
+    """Counts the parameters of a model."""
+    return sum(x.size for x in jax.tree.leaves(lm.params))
