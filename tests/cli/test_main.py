@@ -1,4 +1,4 @@
-"""The command as a user meets it: help at once, one sentence for a mistake, and what each command leaves behind."""
+"""The command `xflow`: its help, one sentence for a mistake, and the files of each command."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import pytest
 import xflow_jax as xf
 from tests.helpers import tiny_lm
 from xflow_jax.checkpoints.hf_export import write_hf
-from xflow_jax.cli import demo, main
+from xflow_jax.cli import demo, demo_run, main
+from xflow_jax.cli.arguments import RULE
 from xflow_jax.decoding.rules.flow import Flow
+from xflow_jax.decoding.rules.parsing import RULES
 from xflow_jax.evaluation.verdicts import judge_prompts, verdict_sentence
 
 TOKENIZER = Path(xf.__file__).parent / "tiny"
@@ -31,7 +33,7 @@ def model(tmp_path_factory) -> str:
 
 
 def refused(capsys, *argv: str) -> str:
-    """The one sentence with which the command refuses."""
+    """Runs a command that must fail, and returns its error message."""
     try:
         status = main.main(argv)
     except SystemExit as leave:
@@ -42,24 +44,58 @@ def refused(capsys, *argv: str) -> str:
     return captured.err
 
 
-def test_help_comes_without_jax():
-    code = "import sys, xflow_jax.cli.main as c\ntry:\n    c.main(['--help'])\nfinally:\n    assert 'jax' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in ("demo", "generate", "evaluate"))
-    same = subprocess.run(
+WITHOUT_JAX = """
+import sys
+from xflow_jax.cli.main import main
+try:
+    main(sys.argv[1:])
+finally:
+    assert "jax" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "status"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["generat"], 2),
+        (["demo", "--help"], 0),
+        (["generate", "--help"], 0),
+        (["evaluate", "--help"], 0),
+        (["generate", "--model=tiny", "--prompt=x", "--rulse=flow"], 2),
+    ],
+)
+def test_help_and_typing_mistakes_do_not_load_jax(argv, status):
+    done = subprocess.run([sys.executable, "-c", WITHOUT_JAX, *argv], capture_output=True)
+    assert done.returncode == status, done.stderr
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
         [sys.executable, "-m", "xflow_jax", "--help"], capture_output=True, text=True
     )
-    assert same.stdout == done.stdout
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in main.COMMANDS)
 
 
-def test_help_of_every_command(capsys):
+@pytest.mark.parametrize("command", [None, *main.COMMANDS])
+def test_help_fits_a_terminal(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as leave:
+        main.main([command, "--help"] if command else ["--help"])
+    assert leave.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: xflow") and max(map(len, printed.splitlines())) <= 80
+
+
+def test_without_arguments_the_help_is_printed(capsys):
     assert main.main([]) == 0
-    for command in ("demo", "generate", "evaluate"):
-        with pytest.raises(SystemExit) as leave:
-            main.main([command, "--help"])
-        assert leave.value.code == 0
-    assert "Traceback" not in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("usage: xflow [-h]")
+
+
+def test_the_help_names_every_rule():
+    assert all(name in RULE for name in RULES)
 
 
 def test_public_names():
@@ -78,7 +114,9 @@ EVALUATE = ("evaluate", "--task", "microcode", "--model", "{model}")
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (("generat",), "invalid choice"),
+        (("generat",), "there is no command 'generat', did you mean generate?"),
+        (("xyz",), "there is no command 'xyz'. There are demo, generate"),
+        ((*GENERATE, "--model", "tiny", "--steps", "x"), "must be a whole number, not 'x'"),
         (("generate", "--model", "tiny"), "the following arguments are required: --prompt"),
         (
             (*GENERATE, "--model", "{model}", "--rulse", "flow"),
@@ -88,7 +126,7 @@ EVALUATE = ("evaluate", "--task", "microcode", "--model", "{model}")
         ((*GENERATE, "--model", "{model}", "--budget", "1.5"), "must be above 0 and at most 1"),
         (
             (*GENERATE, "--model", "{model}", "--gen-length", "48", "--budget", "0.3"),
-            "use 7/24 or 5/16",
+            "Use 7/24 or 5/16",
         ),
         (
             (*GENERATE, "--model", "{model}", "--gen-length", "0"),
@@ -96,7 +134,7 @@ EVALUATE = ("evaluate", "--task", "microcode", "--model", "{model}")
         ),
         (
             (*GENERATE, "--model", "{model}", "--gen-length", "9", "--block-length", "2"),
-            "use 8 or 10",
+            "Use 8 or 10",
         ),
         (
             (*GENERATE, "--model", "{model}", "--block-length", "-2"),
@@ -218,7 +256,7 @@ def test_evaluate_and_its_files(capsys, model, tmp_path):
     assert len((out / "answers.jsonl").read_text().splitlines()) == 6
     assert main.main([*common, "--rules", "mask,flow:power=4"]) == 0  # nothing left to do
     assert capsys.readouterr().out == printed
-    assert "differs in rules; choose another folder" in refused(capsys, *common, "--rules", "mask")
+    assert "differs in rules. Choose another folder" in refused(capsys, *common, "--rules", "mask")
 
 
 def test_canonical(capsys):
@@ -228,13 +266,42 @@ def test_canonical(capsys):
 
 def test_demo(capsys, model, tmp_path, monkeypatch):
     monkeypatch.setattr("xflow_jax.lm.BUNDLED", {"tiny": Path(model), "tiny-base": Path(model)})
-    monkeypatch.setattr(demo, "BUNDLED", {"tiny": Path(model)})
-    monkeypatch.setattr(demo, "BUDGETS", demo.BUDGETS[-1:])
+    monkeypatch.setattr(demo_run, "BUNDLED", {"tiny": Path(model)})
+    monkeypatch.setattr(demo_run, "BUDGETS", demo_run.BUDGETS[-1:])
     assert main.main(["demo", "--out", str(tmp_path / "demo"), "--limit", "2"]) == 0
     printed = capsys.readouterr().out
-    assert all(rule in printed for rule in (*demo.RULES, demo.BASE)) and "8 devices" in printed
+    assert (
+        all(rule in printed for rule in (*demo_run.RULES, demo_run.BASE)) and "8 devices" in printed
+    )
     made = ["accuracy-over-budget.png", "results.csv", "table.md", "trajectory.html"]
     assert sorted(p.name for p in (tmp_path / "demo").iterdir()) == made
     assert (
         main.main(["demo", "--out", str(tmp_path / "demo"), "--limit", "2"]) == 0
     )  # again, over the same files
+
+
+OWN_RULE = """
+import flax.struct
+
+from xflow_jax.decoding import Threshold
+
+
+@flax.struct.dataclass
+class MyRule(Threshold):
+    limit: float = 0.5
+"""
+
+
+def test_a_rule_from_a_file(capsys, model, tmp_path, monkeypatch):
+    (tmp_path / "my_rule.py").write_text(OWN_RULE)
+    monkeypatch.chdir(tmp_path)
+    rule, small = "my_rule.py:MyRule(tau=0.3)", ["--model", model, "--mesh", "1,1,1"]
+    lengths = ["--gen-length", "8", "--steps", "2"]
+    assert main.main(["generate", *small, *lengths, "--prompt", PROMPT, "--rule", rule]) == 0
+    assert f"[{rule}, " in capsys.readouterr().out
+    evaluate = ["evaluate", *small, "--task", "microcode", "--limit", "2", "--budgets", "1/16"]
+    assert main.main([*evaluate, "--rules", f"mask,{rule}"]) == 0
+    assert rule in capsys.readouterr().out
+    bench = ["bench", *small, *lengths, "--batch-sizes", "1", "--rounds", "1"]
+    assert main.main([*bench, "--rule", rule]) == 0
+    assert f"{rule}: prompts of 40 tokens" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """The command `xflow`: finds the subcommand, parses its arguments, runs it.
 
-A subcommand is a module of this package with `add_arguments(parser)` and `run(args)`.
-It is imported only if it is the one that runs, so that `xflow --help` starts at once.
+A subcommand is a module of this package with `add_arguments(parser)` and `run(args)`. The module is
+imported only for its own command, and `xflow --help` imports none of them.
 """
 
 from __future__ import annotations
@@ -12,21 +12,23 @@ import os
 import sys
 from collections.abc import Sequence
 
-from xflow_jax.cli.arguments import Parser
+from xflow_jax.cli.arguments import Parser, did_you_mean
 from xflow_jax.errors import UserError
 
 COMMANDS = {
-    "demo": "the bundled model end to end: convert, load, decode, run its answers, draw",
-    "generate": "answers to prompts",
-    "evaluate": "accuracy of rules at budgets on a task",
-    "bench": "tokens per second and where the time goes",
-    "plan": "memory, time and links of a program on a TPU slice, from its compiler; "
-    "exits with 1 if too large",
+    "demo": "decode with the bundled model, run its answers, and draw the results",
+    "generate": "answer prompts",
+    "evaluate": "measure the accuracy of rules and budgets on a task",
+    "bench": "measure tokens per second, and the time of each part of a step",
+    "plan": "compute the memory and the speed of a program on TPU slices or GPUs",
 }
 
 
 def build_parser(command: str | None = None) -> Parser:
-    """Builds the parser of all commands, with the arguments of `command` alone filled in."""
+    """Builds the parser of all commands.
+
+    Only `command` gets its arguments, since they need its module.
+    """
     parser = Parser(
         prog="xflow",
         description="Flow decoding of masked diffusion language models (LLaDA, LLaDA2.0) in JAX.",
@@ -46,7 +48,7 @@ def build_parser(command: str | None = None) -> Parser:
 
 
 def version() -> str:
-    """Returns the installed version of the package, or "unknown" in a bare checkout."""
+    """Returns the installed version, or "unknown" in a bare checkout."""
     try:
         return importlib.metadata.version("xflow-jax")
     except importlib.metadata.PackageNotFoundError:
@@ -63,8 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: the command's own or 0, 2 for a user's mistake, 130 if interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    command = argv[0] if argv else None
     try:
-        parser = build_parser(argv[0] if argv else None)
+        parser = build_parser(command)
+        if command and not command.startswith("-") and command not in COMMANDS:
+            hint = did_you_mean(command, list(COMMANDS)) or f". There are {', '.join(COMMANDS)}"
+            parser.error(f"there is no command {command!r}{hint}")
         args = parser.parse_all(argv)
         if args.command is None:
             parser.print_help()

@@ -1,0 +1,130 @@
+"""Run of `xflow demo`: the bundled model from end to end.
+
+It goes from Hugging Face files to a table and two pictures.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from xflow_jax.benchmarks import count_parameters
+from xflow_jax.checkpoints import save_params
+from xflow_jax.decoding import MaskPrediction, Rule, generate, parse_rule
+from xflow_jax.errors import UserError
+from xflow_jax.evaluation import (
+    Answers,
+    evaluate,
+    judge_prompts,
+    make_cells,
+    rows_to_text,
+    table_legend,
+    token_texts,
+    verdict_sentence,
+    write_report,
+    write_trajectory_page,
+)
+from xflow_jax.lm import BUNDLED, LM, load
+from xflow_jax.parallel import default_mesh
+from xflow_jax.tasks import microcode
+
+FLOW = "flow:power=8"  # the best of the powers, measured on requests of the training set
+TRAINED_FLOW = "flow:policy=tiny"
+RULES = ("mask", "threshold", FLOW, TRAINED_FLOW)
+BUDGETS = (Fraction(1), Fraction(1, 2), Fraction(1, 4), Fraction(1, 8))
+BASE = "mask (base)"  # mask prediction with the model before its alignment
+
+
+def run_demo(out: Path, limit: int) -> None:
+    """Decodes held-out requests, runs the answers and draws the results.
+
+    Args:
+        out: folder for the files.
+        limit: number of requests.
+
+    Raises:
+        UserError: if the folder cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made an output folder: {error.strerror}") from None
+    began, task = time.perf_counter(), microcode.TASK
+    mesh = default_mesh()
+    lm = load_through_orbax("tiny", mesh)
+    size = f"{count_parameters(lm) / 1e6:.1f} M parameters"
+    print(f"The bundled model, {size}: safetensors -> Orbax -> {_devices()}.")
+    problems = task.problems(None, limit)
+    print(
+        f"Decoding {len(problems)} requests that training never saw, and running every answer. "
+        f"The first request:\n\n  {problems[0].prompt}\n",
+        flush=True,
+    )
+    rules = dict(parse_rule(text) for text in RULES)
+    base_rules: dict[str, Rule] = {BASE: MaskPrediction()}
+    models: tuple[tuple[LM, Mapping[str, Rule]], ...] = (
+        (load("tiny-base", mesh=mesh), base_rules),
+        (lm, rules),
+    )
+    rows, answers = [], Answers(None, {})
+    for model, model_rules in models:
+        cells = make_cells(model, task, model_rules, BUDGETS)
+        rows += evaluate(model, task, problems, cells, answers, limit)
+    page = out / "trajectory.html"
+    print("\n" + _show_trajectory(lm, problems[0], rules[FLOW], page) + "\n")
+    notes = [
+        table_legend(task),
+        "base: the model before its alignment. All other rows are of the aligned model.",
+    ]
+    print("\n".join([rows_to_text(rows), *notes]))
+    files = write_report(out, task, rows, [*notes, f"Made by: xflow demo --limit {limit}"])
+    print(f"\n{time.perf_counter() - began:.0f} s in all. Look at:")
+    print("".join(f"  {path}\n" for path in [*files, page]), end="")
+    print(
+        "Try a request of your own: xflow generate --model tiny "
+        '--prompt "Multiply each number by 2 and return the sum."'
+    )
+
+
+def load_through_orbax(name: str, mesh: Mesh | None) -> LM:
+    """Converts a bundled model to an Orbax checkpoint, and loads that."""
+    with tempfile.TemporaryDirectory(prefix="xflow-demo-") as folder:
+        source, converted = load(name, mesh=mesh), Path(folder) / name
+        save_params(converted, source.params, source.config, BUNDLED[name], {"source": name})
+        return load(converted, mesh=mesh)
+
+
+def _devices() -> str:
+    count = jax.device_count()
+    return f"{count} device{'s' * (count > 1)} ({jax.devices()[0].device_kind})"
+
+
+def _show_trajectory(lm: LM, problem: microcode.Problem, rule: Rule, page: Path) -> str:
+    """Writes the page of one decode, and returns its answer as text."""
+    config = microcode.TASK.config
+    steps = config.gen_length // 4
+    out = generate(
+        lm,
+        [problem.prompt],
+        rule,
+        gen_length=config.gen_length,
+        steps=steps,
+        block_length=config.block_length,
+        trace=True,
+    )
+    assert out.texts is not None and out.trace is not None
+    verdict = verdict_sentence(judge_prompts([problem.prompt], out.texts)[0])
+    facts = {
+        "rule": FLOW,
+        "steps": f"{steps} for {config.gen_length} tokens",
+        "verdict": verdict,
+    }
+    write_trajectory_page(page, out.trace, 0, token_texts(lm), problem.prompt, facts)
+    answer = "".join(f"  {line}\n" for line in out.texts[0].splitlines())
+    return f"The first request, answered by the flow in {steps} steps:\n\n{answer}\n  {verdict}"

@@ -1,0 +1,126 @@
+"""Run of `xflow generate`: decodes prompts and prints the answers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xflow_jax.decoding import Generation, generate, parse_budget, parse_rule, resolve_steps
+from xflow_jax.errors import UserError
+from xflow_jax.evaluation import judge_prompts, token_texts, verdict_sentence, write_trajectory_page
+from xflow_jax.lm import BUNDLED, LM, load
+from xflow_jax.parallel import default_mesh
+from xflow_jax.tasks import microcode
+from xflow_jax.tokenizer import chat_ids
+
+GEN_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Answer to a prompt, with the verdict of `judge_prompts`."""
+
+    prompt: str
+    text: str
+    forward_passes: int
+    verdict: dict[str, Any]
+
+
+def answer_prompts(args: argparse.Namespace) -> None:
+    """Decodes the prompts and prints the answers.
+
+    Answers to requests in microcode's language are run as well.
+
+    Args:
+        args: the arguments of `xflow generate`.
+
+    Raises:
+        UserError: for bad input.
+    """
+    label, rule = parse_rule(args.rule)
+    budget = parse_budget(args.budget or "1")
+    lm = load(args.model, dtype=args.dtype, mesh=default_mesh(args.mesh))
+    if lm.tokenizer is None:
+        raise UserError(
+            f"{args.model} has no tokenizer.json, without which a prompt cannot be read"
+        )
+    length, block_length = _lengths(args)
+    steps = args.steps
+    if steps is None:
+        steps = resolve_steps(lm.config, budget, length, block_length)
+    began = time.perf_counter()
+    out = generate(
+        lm,
+        [chat_ids(lm.tokenizer, prompt) for prompt in args.prompt],
+        rule,
+        gen_length=length,
+        steps=steps,
+        block_length=block_length,
+        seed=args.seed,
+        trace=args.trace is not None,
+        refresh=args.refresh,
+    )
+    seconds = time.perf_counter() - began
+    answers = _judge(args.prompt, out)
+    if args.trace is not None:
+        facts = {"rule": label, "steps": f"{steps} for {length} tokens"}
+        _write_page(args.trace, lm, out, answers[0], facts)
+    if args.json:
+        about = {"rule": label, "gen_length": length, "steps": steps}
+        _print_json(answers, about, args.seed)
+        return
+    _print_text(answers, label, length)
+    print(f"[{seconds:.1f} s with compilation]")
+    if args.trace is not None:
+        print(f"[wrote {args.trace}]")
+
+
+def _lengths(args: argparse.Namespace) -> tuple[int, int | None]:
+    """Returns the response and the block length.
+
+    The bundled models have those of microcode.
+    """
+    if args.gen_length is not None:
+        return args.gen_length, args.block_length
+    if args.model in BUNDLED or Path(args.model).resolve() in BUNDLED.values():
+        config = microcode.TASK.config
+        return config.gen_length, args.block_length or config.block_length
+    return GEN_LENGTH, args.block_length
+
+
+def _judge(prompts: Sequence[str], out: Generation) -> list[_Answer]:
+    """Runs the answers to prompts in microcode's language."""
+    assert out.texts is not None  # the model has a tokenizer
+    verdicts = judge_prompts(prompts, out.texts)
+    passes = map(int, out.forward_passes)
+    return [_Answer(*parts) for parts in zip(prompts, out.texts, passes, verdicts, strict=True)]
+
+
+def _write_page(path: str, lm: LM, out: Generation, answer: _Answer, facts: dict[str, str]) -> None:
+    """Writes the page of --trace."""
+    assert out.trace is not None
+    facts = facts | {
+        "forward passes": str(answer.forward_passes),
+        "verdict": verdict_sentence(answer.verdict),
+    }
+    write_trajectory_page(path, out.trace, 0, token_texts(lm), answer.prompt, facts)
+
+
+def _print_json(answers: Sequence[_Answer], about: dict[str, object], seed: int) -> None:
+    for answer in answers:
+        fields = {"prompt": answer.prompt, "text": answer.text, **about}
+        fields |= {"forward_passes": answer.forward_passes, "seed": seed, **answer.verdict}
+        print(json.dumps(fields))
+
+
+def _print_text(answers: Sequence[_Answer], label: str, length: int) -> None:
+    for i, answer in enumerate(answers):
+        heading = f"# {answer.prompt}\n" if len(answers) > 1 else ""
+        print(("\n" if i else "") + heading + answer.text)
+        print(f"\n[{verdict_sentence(answer.verdict)}]")
+        print(f"[{label}, {answer.forward_passes} forward passes for {length} tokens]")
