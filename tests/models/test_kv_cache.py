@@ -8,41 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.llada2_helpers import TINY2, random_params
+from tests.llada2_helpers import TINY2, random_config, random_params
 from xflow_jax.models import kv_cache
-from xflow_jax.models.config import LLaDA2Config, LLaDAConfig
+from xflow_jax.models.config import LLaDAConfig
 from xflow_jax.models.factory import build
 
 pytestmark = pytest.mark.slow  # minutes of compilation
-
-
-def random_config(rng):
-    groups = rng.choice([1, 2, 4])
-    size = rng.choice([2, 4])
-    kept = rng.randint(1, groups)
-    heads = rng.choice([2, 4])
-    dense = rng.choice([0, 1, 2])
-    return LLaDA2Config(
-        hidden_size=rng.choice([24, 32]),
-        num_hidden_layers=dense + rng.choice([0, 1, 2] if dense else [1, 2]),
-        num_attention_heads=heads,
-        num_key_value_heads=rng.choice([1, 2, heads]),
-        head_dim=rng.choice([8, 16]),
-        partial_rotary_factor=rng.choice([0.25, 0.5, 1.0]),
-        rope_theta=rng.choice([10000.0, 600000.0]),
-        vocab_size=40,
-        pad_token_id=1,
-        mask_token_id=39,
-        intermediate_size=40,
-        first_k_dense_replace=dense,
-        num_experts=groups * size,
-        n_group=groups,
-        topk_group=kept,
-        num_experts_per_tok=rng.randint(1, min(kept * size, 4)),
-        moe_intermediate_size=16,
-        num_shared_experts=rng.choice([None, 0, 1, 2]),
-        use_qkv_bias=rng.random() < 0.3,
-    )
 
 
 @pytest.mark.parametrize("seed", range(20))

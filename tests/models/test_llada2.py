@@ -228,7 +228,7 @@ def test_the_bias_of_the_router_is_float32_always(config):
             {"num_shared_experts": 0, "use_qkv_bias": True, "tie_word_embeddings": True},
             {"dense", "blocks"},
         ),
-        ({"num_shared_experts": 2, "use_bias": True, "head_dim": None}, {"dense", "blocks"}),
+        ({"num_shared_experts": 2, "use_bias": True, "head_dim": 0}, {"dense", "blocks"}),
     ],
 )
 def test_every_shape_of_the_family(changes, present):
@@ -356,7 +356,7 @@ def test_head_dim_is_an_integer_and_its_key_survives(value):
 
 
 def test_the_mask_token_is_told_or_known():
-    with pytest.raises(UserError, match="has no mask_token_id; add it to config.json"):
+    with pytest.raises(UserError, match="has no mask_token_id. Add it to config.json"):
         _ = model_config(HF).mask_id
     assert model_config(HF | {"mask_token_id": 310}).mask_id == 310
     assert model_config(HF | {"vocab_size": 157184}).mask_id == 156895

@@ -77,7 +77,7 @@ def test_shapes_and_strength():
         jax.random.key(0), abstract_params(build(TINY2, param_dtype=jnp.bfloat16)), ALL
     )
     q, up = lora["blocks"]["q_proj"]["kernel"], lora["blocks"]["experts"]["up"]
-    assert (q.a.shape, q.b.shape, q.scale) == ((2, 32, 4), (2, 4, 32), 2.0)
+    assert (q.a.shape, q.b.shape, q.scale) == ((2, 32, 4), (2, 4, 64), 2.0)
     assert (up.a.shape, up.b.shape) == ((2, 8, 32, 4), (2, 8, 4, 24))
     assert {x.dtype for x in jax.tree.leaves(lora)} == {jnp.dtype("float32")}
     assert not jnp.any(q.b) and float(jnp.abs(q.a).max()) < 32**-0.5 and jnp.std(q.a) > 0.08

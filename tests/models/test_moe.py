@@ -105,10 +105,7 @@ def test_a_layer_of_a_stack():
 
 def test_both_kernels_have_the_same_gradients():
     rng = np.random.default_rng(0)
-    x, w = (
-        rng.normal(size=(60, 8)).astype(np.float32),
-        rng.normal(size=(5, 8, 6)).astype(np.float32),
-    )
+    x, w = (jnp.asarray(rng.normal(size=n), jnp.float32) for n in ((60, 8), (5, 8, 6)))
     sizes = jnp.array([0, 31, 1, 20, 0])
     target = rng.normal(size=(60, 6)).astype(np.float32)
     real = (np.arange(60) < 52)[:, None]

@@ -52,7 +52,7 @@ class LLaDA2Config:
         eos_token_id: the end token. None: it is pad_token_id.
         mask_token_id: the mask token. The released config.json lacks it, so None means that of
             the released vocabulary.
-        head_dim: D. Null or 0 in the constructor becomes hidden_size / num_attention_heads.
+        head_dim: D. If 0 is passed, hidden_size / num_attention_heads.
         first_k_dense_replace: number of layers at the start that have a dense MLP.
         num_experts: X. None: every layer is dense.
         hf: the dict that the configuration was read from, as JSON. It keeps unknown keys for

@@ -10,7 +10,7 @@ are
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,7 @@ class LoraConfig:
         require(bool(self.targets), "LoRA has no targets")
 
 
+@no_type_check  # of the fields, since transforms of trees put other leaves there
 @struct.dataclass
 class Adapter:
     """Update of one matrix, or of a stack of them.

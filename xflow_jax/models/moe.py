@@ -77,7 +77,7 @@ class Router(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.experts,), jnp.float32)
         logits = jnp.matmul(x.astype(jnp.float32), kernel.astype(jnp.float32), precision="highest")
-        return logits, bias.astype(jnp.float32)
+        return logits, jnp.asarray(bias, jnp.float32)
 
 
 class Experts(nn.Module):
