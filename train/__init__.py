@@ -1,1 +1,1 @@
-"""Programs that train: `python -m train.pretrain configs/pretrain_tiny.toml` and its like, run from a checkout."""
+"""Training programs, run from a checkout: `python -m train.pretrain CONFIG`."""

@@ -1,7 +1,8 @@
 """Writes the tokenizer of the bundled model: `python -m train.microcode_tokenizer DIRECTORY`.
 
-Words, digits and punctuation of microcode are one token each, any other text falls back to its bytes. The special
-tokens and the chat template are LLaDA's, so the same code paths serve the bundled model and the released ones.
+Words, digits and punctuation of microcode are one token each. Any other text becomes its bytes. The
+special tokens and the chat template are those of LLaDA, so the bundled model and the released ones
+use the same code.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from xflow_jax.tasks import microcode
 
-# A token is a word, a digit or a mark, with the space before it; or a line break with the indentation behind it.
+# A token is a word, a digit or a punctuation mark with the space before it, or a line break with
+# the indentation after it.
 SPLIT = r"\n\n|\n *| ?[A-Za-z_]+| ?[0-9]| ?(?:\*\*|==|!=|\+=|\)\:|\[\]|\[::-|[^\sA-Za-z_0-9])|\s"
 SAMPLES = 20_000
 
@@ -34,16 +36,22 @@ SPECIAL = (
     ]
     + ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 )
-# Line breaks stand inside expressions: Jinja would drop one at the template's end.
+# Line breaks are inside expressions, because Jinja drops one at the end of a template.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ (bos_token if loop.first else '') + '<|start_header_id|>' + message['role']"
-    " + '<|end_header_id|>\n\n' + (message['content'] | trim) + '<|eot_id|>' }}{% endfor %}"
+    "{% for message in messages %}{{ (bos_token if loop.first else '')"
+    " + '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    " + (message['content'] | trim) + '<|eot_id|>' }}{% endfor %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
 )
 
 
 def build() -> Tokenizer:
-    """The tokenizer: 256 bytes, then the words of microcode in order of the alphabet, then the special tokens."""
+    """Builds the tokenizer.
+
+    Returns:
+        A tokenizer of 256 bytes, then the words of microcode in alphabetical order, then the
+        special tokens.
+    """
     words = {"\n\n", "user", "assistant", "system"}
     for index in range(SAMPLES):
         for text in microcode.training_pair(0, index, microcode.WIDE_STYLE):
@@ -56,7 +64,7 @@ def build() -> Tokenizer:
     entries = sorted(pre_tokenizers.ByteLevel.alphabet()) + sorted(
         {spell(w) for w in words if len(w.encode()) > 1}
     )
-    # Without merges, but with `ignore_merges`, a known word is one token and an unknown one is its bytes.
+    # Without merges and with `ignore_merges`, a known word is one token, an unknown one its bytes.
     tokenizer = Tokenizer(
         models.BPE({e: i for i, e in enumerate(entries)}, merges=[], ignore_merges=True)
     )
@@ -69,7 +77,11 @@ def build() -> Tokenizer:
 
 
 def main(directory: str) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json into `directory`."""
+    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json.
+
+    Args:
+        directory: the destination. It is made if necessary.
+    """
     out = Path(directory)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build()

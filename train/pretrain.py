@@ -1,6 +1,7 @@
-"""Masked diffusion pretraining of the bundled model: `python -m train.pretrain configs/pretrain_tiny.toml`.
+"""Pretraining of the bundled model: `python -m train.pretrain configs/pretrain_tiny.toml`.
 
-Eq. 1 on microcode, with a curriculum of low masking ratios first; Muon for the layers' matrices, Adam for the rest.
+Masked diffusion (Eq. 1) on microcode, first with low masking ratios as a curriculum. Muon trains
+the matrices of the layers, Adam the rest.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import optax
 
 from train.setup import Run, export, run_program
 from xflow_jax.decoding import MaskPrediction, generate
+from xflow_jax.errors import UserError
 from xflow_jax.lm import LM
 from xflow_jax.models import LLaDAConfig, build, init_params
 from xflow_jax.sandbox import run_many
@@ -23,11 +25,20 @@ from xflow_jax.tasks import microcode
 from xflow_jax.tokenizer import load_tokenizer
 from xflow_jax.toml_config import load_toml
 from xflow_jax.training import MicrocodePairs, TrainState, batch_iterator, make_pretrain_step
+from xflow_jax.types import PyTree, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The shape of the model; its vocabulary comes from the tokenizer."""
+class ModelShape:
+    """The shape of a LLaDA model. Its vocabulary comes from the tokenizer.
+
+    Attributes:
+        d_model: E.
+        n_layers: number of layers.
+        n_heads: H.
+        mlp_hidden_size: F.
+        rope_theta: base of the rotary embedding.
+    """
 
     d_model: int = 128
     n_layers: int = 6
@@ -38,15 +49,35 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
-    """A pretraining run; lengths are in tokens, block_length is of the evaluations.
+    """A run of pretraining. Lengths are in tokens.
 
-    In the first `wide_steps` answers are more varied than later. The rates are Muon's (matrices) and Adam's (everything
-    else) at their highest; rate_points are (step, share of the highest rate), with straight lines between them.
+    Attributes:
+        out: folder of the run.
+        tokenizer: directory of the tokenizer.
+        model: shape of the model.
+        prompt_length: P, to which prompts are padded.
+        gen_length: N, positions of a response.
+        block_length: positions of a block in evaluations, or None for the default of the model.
+        batch_size: B, pairs of a batch.
+        steps: updates of the run.
+        curriculum_steps: steps until the largest masking ratio is 1.
+        first_sigma: largest masking ratio at the beginning.
+        wide_steps: steps at the beginning whose answers have a more varied style.
+        muon_rate: largest learning rate of the matrices.
+        adam_rate: largest learning rate of everything else.
+        rate_points: (step, share of the largest rate), with straight lines between them.
+        clip: largest global norm of the gradients.
+        seed: seed of parameters, masks and data.
+        log_every: steps between lines of metrics.
+        save_every: steps between checkpoints.
+        evaluate_every: steps between evaluations.
+        evaluate_problems: held-out problems of an evaluation.
+        export_dtype: dtype of the exported parameters.
     """
 
     out: str
     tokenizer: str
-    model: ModelConfig = ModelConfig()
+    model: ModelShape = ModelShape()
     prompt_length: int = 40
     gen_length: int = 48
     block_length: int | None = None
@@ -67,29 +98,47 @@ class PretrainConfig:
     export_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
-def model_config(config: PretrainConfig, tokenizer: Any) -> LLaDAConfig:
-    """The LLaDA configuration of the run; rows of the table are rounded up so that a mesh divides them."""
-    shape = dataclasses.asdict(config.model)
-    rows = -(-len(tokenizer) // 64) * 64
+def make_model_config(config: PretrainConfig, tokenizer: Tokenizer) -> LLaDAConfig:
+    """Builds the configuration of the model.
+
+    Args:
+        config: the configuration of the run.
+        tokenizer: the tokenizer.
+
+    Returns:
+        The configuration. The rows of the embedding table are rounded up to a multiple of 64, so
+        that meshes divide them.
+    """
+    eos_id = tokenizer.eos_token_id
+    if eos_id is None:
+        raise UserError(f"{config.tokenizer}: the tokenizer has no EOS token")
     return LLaDAConfig(
-        **shape,
+        **dataclasses.asdict(config.model),
         vocab_size=len(tokenizer),
-        embedding_size=rows,
+        embedding_size=-(-len(tokenizer) // 64) * 64,
         mask_token_id=tokenizer.convert_tokens_to_ids("<|mdm_mask|>"),
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=eos_id,
         pad_token_id=tokenizer.pad_token_id,
         max_sequence_length=256,
     )
 
 
 def make_optimizer(config: PretrainConfig) -> optax.GradientTransformation:
-    """Muon on the stacked matrices of the layers [Ly, in, out], Adam on the rest, both clipped and on one schedule."""
+    """Builds the optimiser: Muon for stacked matrices, Adam for the rest.
+
+    Args:
+        config: the configuration of the run.
+
+    Returns:
+        The optax transformation, with clipped gradients and one schedule.
+    """
     steps, shares = (jnp.asarray(column) for column in zip(*config.rate_points, strict=True))
 
     def rate(peak: float) -> optax.Schedule:
         return lambda count: peak * jnp.interp(count, steps, shares)
 
-    def matrices(params: Any) -> Any:
+    def matrices(params: PyTree) -> PyTree:
+        # Matrices of the layers are stacked to [layers, in, out].
         return jax.tree.map(
             lambda x: optax.contrib.MuonDimensionNumbers(1, 2) if x.ndim == 3 else None, params
         )
@@ -103,15 +152,32 @@ def make_optimizer(config: PretrainConfig) -> optax.GradientTransformation:
 
 
 def main(path: str, overrides: list[str]) -> None:
-    """Trains until the configured step, resuming from the run's folder where it has a checkpoint."""
+    """Trains to the configured step, from the last checkpoint if any.
+
+    Args:
+        path: TOML file of a PretrainConfig.
+        overrides: texts like "key=value".
+
+    Raises:
+        UserError: for bad input.
+    """
     train(load_toml(path, PretrainConfig, overrides))
 
 
 def train(config: PretrainConfig) -> None:
-    """The run itself; parameters end in `out`/checkpoints and, in the Hugging Face format, in `out`/hf."""
+    """Runs a pretraining.
+
+    The model ends in `out`/hf in the Hugging Face format.
+
+    Args:
+        config: the configuration.
+    """
     tokenizer = load_tokenizer(config.tokenizer)
-    # Recomputing activations is faster than keeping them even where memory abounds: on CPUs the page faults cost more.
-    model = build(model_config(config, tokenizer), remat="full")
+    if tokenizer is None:
+        raise UserError(f"{config.tokenizer}: there is no tokenizer.json")
+    # Recomputed activations are faster than stored ones even with enough memory, because on CPUs
+    # page faults cost more.
+    model = build(make_model_config(config, tokenizer), remat="full")
     optimizer = make_optimizer(config)
     key = jax.random.key(config.seed)
     largest = optax.linear_schedule(config.first_sigma, 1.0, config.curriculum_steps)
@@ -129,57 +195,52 @@ def train(config: PretrainConfig) -> None:
     size = sum(x.size for x in jax.tree.leaves(state.params))
     print(f"{size / 1e6:.2f} M parameters, from step {int(state.step)} to {config.steps}")
 
-    began, first = time.perf_counter(), int(state.step)
+    start, first = time.perf_counter(), int(state.step)
     for step in run.steps(first, config.steps, "pretrain"):
         state, metrics = step_fn(state, jax.tree.map(jnp.asarray, next(data)), key)
         done = step + 1
         if done % config.log_every == 0:
-            seconds = (time.perf_counter() - began) / (done - first)
+            seconds = (time.perf_counter() - start) / (done - first)
             run.log(done, metrics | {"seconds_per_step": seconds})
             run.bar.set_postfix(loss=f"{float(metrics['loss']):.4f}")
         if done % config.save_every == 0 or done == config.steps or run.stopped:
             run.save(done, state, data)
         if done % config.evaluate_every == 0 or done == config.steps:
-            solved = solve_rate(
-                LM(build(model.config), model.config, state.params, tokenizer), config
-            )
+            lm = LM(build(model.config), model.config, state.params, tokenizer)
+            solved = solve_rate(lm, config)
             run.log(done, {"solved": solved})
-            run.bar.write(
-                f"step {done}: {100 * solved:.1f} % of {config.evaluate_problems} held-out problems solved"
-            )
+            problems = f"{config.evaluate_problems} held-out problems"
+            run.bar.write(f"step {done}: {100 * solved:.1f} % of {problems} solved")
     run.close()
     if int(state.step) == config.steps:
         made_by = {"command": "python -m train.pretrain", "config": dataclasses.asdict(config)}
-        export(
-            Path(config.out) / "hf",
-            state.params,
-            model.config,
-            config.tokenizer,
-            made_by,
-            config.export_dtype,
-        )
+        folder = Path(config.out) / "hf"
+        export(folder, state.params, model.config, config.tokenizer, made_by, config.export_dtype)
 
 
 def solve_rate(lm: LM, config: PretrainConfig) -> float:
-    """The share of held-out problems that full-budget mask prediction solves, judged by running the answers."""
+    """Measures full-budget mask prediction on held-out problems.
+
+    Args:
+        lm: the model.
+        config: the configuration of the run.
+
+    Returns:
+        The share of problems whose answers pass in the sandbox.
+    """
     problems = microcode.problems("test", config.evaluate_problems)
     passed = 0
     for first in range(0, len(problems), config.batch_size):
-        part = problems[first : first + config.batch_size]
-        prompts = [problem.prompt for problem in part]
-        made = generate(
+        batch = problems[first : first + config.batch_size]
+        out = generate(
             lm,
-            prompts,
+            [problem.prompt for problem in batch],
             MaskPrediction(),
             config.gen_length,
             config.gen_length,
             block_length=config.block_length,
         )
-        codes = [microcode.extract(text) for text in made.texts]
-        jobs = [
-            (code, microcode.checks(problem, code))
-            for problem, code in zip(part, codes, strict=True)
-        ]
+        jobs = [microcode.TASK.job(*pair) for pair in zip(batch, out.texts or [], strict=True)]
         passed += sum(result.passed for result in run_many(jobs))
     return passed / len(problems)
 

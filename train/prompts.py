@@ -1,94 +1,97 @@
-"""Prompts for self-generation: from local files, from a data set of the hub, or microcode's training set."""
+"""Prompts for self-generation, from files or the hub."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from xflow_jax.checkpoints import download_from_hub
-from xflow_jax.errors import UserError
-from xflow_jax.training import read_lines
+from xflow_jax.errors import UserError, require
+from xflow_jax.training import read_records
 
 FORMATS = (".jsonl", ".parquet")
 
 
 def read_conversations(name: str) -> Iterator[list[dict[str, str]]]:
-    """The conversations of a data set, each up to where the assistant is to speak.
+    """Reads conversations, each up to the assistant's next turn.
 
-    name: a .jsonl or .parquet file whose records have `messages` or `prompt`, a folder of such files, or a data set of
-    the hub, of which these files are fetched. Answers in the data are left out: ours take their place. UserError names
-    the file and line of a bad record.
+    Records have `messages` or `prompt`. A last answer in the data is left out, because the model
+    generates its own.
+
+    Args:
+        name: a .jsonl or .parquet file, a folder of such files, or a data set of the hub, of which
+            such files are downloaded.
+
+    Yields:
+        Chat messages {"role": ..., "content": ...}.
+
+    Raises:
+        UserError: if there are no files or no prompts, or for a bad record.
     """
     empty = True
-    for file in _files(name):
-        for where, record in _records(file):
+    for file in _find_files(name):
+        for where, record in _read_file(file):
             empty = False
             yield _conversation(record, where)
-    if empty:
-        raise UserError(f"{name}: no prompts in it")
+    require(not empty, f"{name}: no prompts in it")
 
 
-def _files(name: str) -> list[Path]:
+def _find_files(name: str) -> list[Path]:
+    """Returns the files of a data set."""
     path = Path(name).expanduser()
     if path.is_file():
         return [path]
-    files = _found(path) if path.is_dir() else _from_hub(name)
-    if not files:
-        raise UserError(f"{name}: there is no {' or '.join(FORMATS)} file in it")
+    files = _list_folder(path) if path.is_dir() else _download(name)
+    require(bool(files), f"{name}: there is no {' or '.join(FORMATS)} file in it")
     return files
 
 
-def _found(folder: Path) -> list[Path]:
+def _list_folder(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix in FORMATS)
 
 
-def _from_hub(name: str) -> list[Path]:
+def _download(name: str) -> list[Path]:
+    """Downloads a data set OWNER/NAME of the hub."""
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or Path(name).suffix in FORMATS:
         raise UserError(f"{name}: there is no such file")
-    return _found(download_from_hub(name, "dataset", "file", [f"*{suffix}" for suffix in FORMATS]))
+    patterns = [f"*{suffix}" for suffix in FORMATS]
+    return _list_folder(download_from_hub(name, "dataset", "file", patterns))
 
 
-def _records(file: Path) -> Iterator[tuple[str, Any]]:
-    """(where it stands, record) of each record of a file."""
-    if file.suffix == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError:
-            raise UserError(
-                f'{file}: parquet files need pyarrow; pip install "xflow-jax[data]"'
-            ) from None
-        for number, record in enumerate(parquet.read_table(file).to_pylist(), start=1):
-            yield f"{file}, record {number}", record
+def _read_file(file: Path) -> Iterator[tuple[str, object]]:
+    """Yields (place for error messages, record)."""
+    if file.suffix != ".parquet":
+        yield from read_records(file)
         return
-    for number, line in enumerate(read_lines(file), start=1):
-        where = f"{file}, line {number}"
-        try:
-            yield where, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where} is no JSON: {error}") from None
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(
+            f'{file}: parquet files need pyarrow. Install it with pip install "xflow-jax[data]".'
+        ) from None
+    for number, record in enumerate(parquet.read_table(file).to_pylist(), start=1):
+        yield f"{file}, record {number}", record
 
 
-def _conversation(record: Any, where: str) -> list[dict[str, str]]:
-    asked = None
+def _conversation(record: object, where: str) -> list[dict[str, str]]:
+    """Returns the checked messages of a record, without answers at the end."""
+    messages = None
     if isinstance(record, dict):
-        asked = record.get("messages") or record.get("prompt")
-    if isinstance(asked, str):
-        return [{"role": "user", "content": asked}]
-    if not isinstance(asked, list) or not asked:
+        messages = record.get("messages") or record.get("prompt")
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    if not isinstance(messages, list) or not messages:
         raise UserError(f"{where} has neither `messages` nor `prompt`")
-    for message in asked:
+    for message in messages:
         if not isinstance(message, dict) or not all(
-            isinstance(message.get(k), str) for k in ("role", "content")
+            isinstance(message.get(key), str) for key in ("role", "content")
         ):
             raise UserError(
                 f"{where}: each of its messages must have a role and a content, both text"
             )
-    asked = [{key: message[key] for key in ("role", "content")} for message in asked]
-    while asked and asked[-1]["role"] == "assistant":
-        asked.pop()
-    if not asked:
-        raise UserError(f"{where}: nobody asks anything in its messages")
-    return asked
+    messages = [{key: message[key] for key in ("role", "content")} for message in messages]
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    require(bool(messages), f"{where}: its messages hold no request")
+    return messages

@@ -1,7 +1,8 @@
-"""Responses of a model to prompts, as data for its own alignment: `python -m train.self_generate CONFIG`.
+"""Self-generated data for the alignment: `python -m train.self_generate CONFIG`.
 
-Decodes by mask prediction, one {"index", "prompt_ids", "response_ids"} a line, with "passed" where the answers can be
-judged (microcode); what made them stands beside, in NAME.about.json. Continues where it stopped.
+A line of the output looks like {"index": ..., "prompt_ids": [...], "response_ids": [...]}. It also
+has "passed" if answers can be judged (microcode). NAME.about.json beside it describes the run,
+which continues where it stopped.
 """
 
 from __future__ import annotations
@@ -9,36 +10,57 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 from tqdm import tqdm
 
 from train.prompts import read_conversations
 from train.setup import run_program
+from xflow_jax.checkpoints import write_atomic
 from xflow_jax.decoding import MaskPrediction, generate, make_decode_config
-from xflow_jax.errors import UserError
+from xflow_jax.errors import UserError, require
 from xflow_jax.lm import LM, load, read_model_config
+from xflow_jax.models import build
 from xflow_jax.parallel import make_mesh
 from xflow_jax.sandbox import run_many
 from xflow_jax.tasks import microcode
 from xflow_jax.tokenizer import chat_ids, load_tokenizer
 from xflow_jax.toml_config import load_toml
 from xflow_jax.training import read_lines
+from xflow_jax.types import Tokenizer
 
-# What may differ between the calls of one run.
+# Keys that may differ between the calls of one run.
 FREE = ("out", "limit", "batch_size", "mesh")
 
 
 @dataclasses.dataclass(frozen=True)
 class SelfGenerateConfig:
-    """A run of self-generation. prompts: a jsonl or parquet file with `prompt` or `messages`, a data set of the hub, or
-    "microcode" for its training set.
+    """A run of self-generation.
 
-    limit: of prompts; 0 = all. longest_prompt: in tokens, longer ones are left out; 0 = none is. steps: forward passes
-    for the whole response, 0 = as many as tokens. mesh: "data,fsdp,tensor" of each process's own devices, or empty.
+    Attributes:
+        model: directory or name of the model.
+        prompts: a jsonl or parquet file with `prompt` or `messages`, a data set of the hub, or
+            "microcode" for its training set.
+        out: the jsonl file.
+        limit: number of prompts, 0 for all.
+        longest_prompt: largest number of prompt tokens, 0 for no limit. Longer prompts are left
+            out.
+        gen_length: N, positions of a response.
+        block_length: positions of a block, 0 for the default of the model.
+        steps: forward passes for the whole response, 0 for one per token.
+        batch_size: B, prompts of a batch.
+        temperature: temperature of the Gumbel noise that chooses tokens.
+        confidence_eos_eot_inf: option of `MaskPrediction`.
+        seed: seed of the noise and of microcode's requests.
+        dtype: dtype of the computation.
+        mesh: sizes of data, fsdp and tensor of each process's own devices, or empty for one device.
+
+    Raises:
+        UserError: if a value is out of range.
     """
 
     model: str
@@ -58,26 +80,38 @@ class SelfGenerateConfig:
 
     def __post_init__(self) -> None:
         for name in ("gen_length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, but it must be at least 1")
+            value = getattr(self, name)
+            require(value >= 1, f"{name} is {value}, but it must be at least 1")
         for name in ("limit", "longest_prompt", "block_length", "steps"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}, but it must not be negative")
+            value = getattr(self, name)
+            require(value >= 0, f"{name} is {value}, but it must not be negative")
 
 
-def read_prompts(config: SelfGenerateConfig, tokenizer: Any) -> dict[int, list[int]]:
-    """index in the data -> ids, of the first `limit` prompts that are not too long; UserError for bad ones."""
+def read_prompts(config: SelfGenerateConfig, tokenizer: Tokenizer) -> dict[int, list[int]]:
+    """Reads the first `limit` prompts, without those that are too long.
+
+    Args:
+        config: the configuration.
+        tokenizer: tokenizer with a chat template.
+
+    Returns:
+        Index in the data -> token ids.
+
+    Raises:
+        UserError: if the data are bad, or if all prompts are too long.
+    """
+    conversations: Iterable[str | list[dict[str, str]]]
     if config.prompts == "microcode":
-        asked = [problem.prompt for problem in microcode_problems(config)]
+        conversations = [problem.prompt for problem in microcode_problems(config)]
     else:
-        asked = islice(read_conversations(config.prompts), config.limit or None)
-    prompts = {index: chat_ids(tokenizer, one) for index, one in enumerate(asked)}
+        conversations = islice(read_conversations(config.prompts), config.limit or None)
+    prompts = {i: chat_ids(tokenizer, messages) for i, messages in enumerate(conversations)}
     longest = config.longest_prompt
     kept = {index: ids for index, ids in prompts.items() if not longest or len(ids) <= longest}
-    if not kept:
-        raise UserError(
-            f"{config.prompts}: all of its {len(prompts)} prompts are longer than {longest} tokens"
-        )
+    require(
+        bool(kept),
+        f"{config.prompts}: all of its {len(prompts)} prompts are longer than {longest} tokens",
+    )
     if dropped := len(prompts) - len(kept):
         print(
             f"{dropped} of {len(prompts)} prompts have more than {longest} tokens and are left out"
@@ -86,26 +120,48 @@ def read_prompts(config: SelfGenerateConfig, tokenizer: Any) -> dict[int, list[i
 
 
 def microcode_problems(config: SelfGenerateConfig) -> list[microcode.Problem]:
-    """Requests of training compositions; with seeds from 1 on, since seed 0 is the one that rules are tuned on."""
-    if not config.limit:
-        raise UserError("limit is 0, but microcode's training set has no end; say how many prompts")
+    """Makes microcode's training requests.
+
+    Args:
+        config: the configuration. Seeds count from 1 here, because rules are tuned on seed 0.
+
+    Returns:
+        `limit` requests.
+
+    Raises:
+        UserError: if there is no limit.
+    """
+    require(config.limit > 0, "limit is 0, but microcode's training set has no end. Set a limit.")
     return microcode.problems("train", config.limit, seed=config.seed + 1)
 
 
-def judge(problems: list[microcode.Problem], texts: list[str]) -> list[bool]:
-    """Whether the answers pass their problems' checks, run in the sandbox."""
-    codes = [microcode.extract(text) for text in texts]
-    jobs = [
-        (code, microcode.checks(problem, code))
-        for problem, code in zip(problems, codes, strict=True)
-    ]
+def judge(problems: Sequence[microcode.Problem], texts: Sequence[str]) -> list[bool]:
+    """Runs answers in the sandbox.
+
+    Args:
+        problems: the problems.
+        texts: an answer to each.
+
+    Returns:
+        True for answers that pass the checks of their problems.
+    """
+    jobs = [microcode.TASK.job(*pair) for pair in zip(problems, texts, strict=True)]
     return [result.passed for result in run_many(jobs)]
 
 
 def main(path: str, overrides: list[str]) -> None:
-    """Writes `out`; with several processes each answers its own prompts, on its own devices, into a file of its own."""
+    """Writes the responses.
+
+    Each of several processes answers its own prompts on its own devices, and writes its own file.
+
+    Args:
+        path: TOML file of a SelfGenerateConfig.
+        overrides: texts like "key=value".
+
+    Raises:
+        UserError: for bad input. That of files is found before any device is used.
+    """
     config = load_toml(path, SelfGenerateConfig, overrides)
-    # What can be told from files is told before any device is asked for anything.
     directory, model_config = read_model_config(config.model)
     tokenizer = load_tokenizer(directory)
     if tokenizer is None:
@@ -113,81 +169,103 @@ def main(path: str, overrides: list[str]) -> None:
             f"{config.model} has no tokenizer.json, which self-generation needs for its prompts"
         )
     prompts = read_prompts(config, tokenizer)
-    longest, blocks = max(map(len, prompts.values())), config.block_length or None
-    steps = config.steps or config.gen_length
+    # Lengths and steps are checked without parameters.
+    unloaded = LM(build(model_config), model_config, {}, tokenizer)
     make_decode_config(
-        LM(None, model_config, None, tokenizer), longest, config.gen_length, steps, None, blocks
+        unloaded,
+        max(map(len, prompts.values())),
+        config.gen_length,
+        config.steps or config.gen_length,
+        None,
+        config.block_length or None,
     )
-    problems = microcode_problems(config) if config.prompts == "microcode" else []
     out = _own_file(Path(config.out))
     done = _resume(out, config)
-    mine = [i for i in prompts if i % jax.process_count() == jax.process_index()]
-    # Prompts of like length share a batch, so that little of it is padding.
-    todo = sorted((i for i in mine if i not in done), key=lambda i: (len(prompts[i]), i))
+    own = {i: ids for i, ids in prompts.items() if i % jax.process_count() == jax.process_index()}
     mesh = make_mesh(config.mesh, jax.local_devices()) if config.mesh else None
-    lm = load(directory, dtype=config.dtype, mesh=mesh)
-    rule = MaskPrediction(
-        temperature=config.temperature, confidence_eos_eot_inf=config.confidence_eos_eot_inf
-    )
-    began, tokens = time.perf_counter(), 0
+    _generate(config, load(directory, dtype=config.dtype, mesh=mesh), own, done, out)
+    print(f"{out}: {len(own)} responses")
+
+
+def _generate(
+    config: SelfGenerateConfig, lm: LM, prompts: Mapping[int, list[int]], done: set[int], out: Path
+) -> None:
+    """Appends the missing responses to the file, batch by batch."""
+    problems = microcode_problems(config) if config.prompts == "microcode" else []
+    # Prompts of similar length share a batch, so that it has little padding.
+    todo = sorted((i for i in prompts if i not in done), key=lambda i: (len(prompts[i]), i))
+    start, tokens = time.perf_counter(), 0
     with (
         out.open("a") as file,
         tqdm(
-            total=len(mine), initial=len(mine) - len(todo), desc="self-generate", dynamic_ncols=True
+            total=len(prompts),
+            initial=len(prompts) - len(todo),
+            desc="self-generate",
+            dynamic_ncols=True,
         ) as bar,
     ):
         for first in range(0, len(todo), config.batch_size):
             batch = todo[first : first + config.batch_size]
-            rows = [prompts[i] for i in batch]
-            rows += rows[-1:] * (
-                config.batch_size - len(rows)
-            )  # one shape of the batch, one compilation
-            made = generate(
-                lm,
-                rows,
-                rule,
-                gen_length=config.gen_length,
-                steps=steps,
-                block_length=blocks,
-                seed=config.seed,
-            )
-            lines = [
-                {"index": i, "prompt_ids": prompts[i], "response_ids": row}
-                for i, row in zip(batch, made.tokens.tolist(), strict=False)
+            responses, texts = _decode(config, lm, [prompts[i] for i in batch])
+            lines: list[dict[str, object]] = [
+                {"index": i, "prompt_ids": prompts[i], "response_ids": response}
+                for i, response in zip(batch, responses, strict=True)
             ]
             if problems:
-                verdicts = judge([problems[i] for i in batch], made.texts[: len(batch)])
-                lines = [
-                    line | {"passed": passed} for line, passed in zip(lines, verdicts, strict=True)
-                ]
+                passed = judge([problems[i] for i in batch], texts)
+                lines = [line | {"passed": p} for line, p in zip(lines, passed, strict=True)]
             file.write("".join(json.dumps(line) + "\n" for line in lines))
             file.flush()
             tokens += len(batch) * config.gen_length
             bar.update(len(batch))
-            bar.set_postfix_str(f"{tokens / (time.perf_counter() - began):.0f} tokens/s")
-    print(f"{out}: {len(mine)} responses")
+            bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s")
+
+
+def _decode(
+    config: SelfGenerateConfig, lm: LM, rows: list[list[int]]
+) -> tuple[list[list[int]], list[str]]:
+    """Returns (token ids, texts) of the responses to a batch of prompts."""
+    out = generate(
+        lm,
+        # With one shape for all batches there is one compilation.
+        rows + rows[-1:] * (config.batch_size - len(rows)),
+        MaskPrediction(
+            temperature=config.temperature, confidence_eos_eot_inf=config.confidence_eos_eot_inf
+        ),
+        gen_length=config.gen_length,
+        steps=config.steps or config.gen_length,
+        block_length=config.block_length or None,
+        seed=config.seed,
+    )
+    return out.tokens.tolist()[: len(rows)], (out.texts or [])[: len(rows)]
 
 
 def _own_file(out: Path) -> Path:
-    """Where this process writes. UserError where another number of them has begun: prompts would be answered twice."""
+    """Returns the file that this process writes.
+
+    Raises UserError for files of another number of processes, because prompts would be answered
+    twice.
+    """
     count = jax.process_count()
-    own = (
-        out
-        if count == 1
-        else out.with_suffix(f".{jax.process_index():05d}-of-{count:05d}{out.suffix}")
-    )
+    own = out
+    if count > 1:
+        own = out.with_suffix(f".{jax.process_index():05d}-of-{count:05d}{out.suffix}")
     shards = list(out.parent.glob(f"{out.stem}.?????-of-?????{out.suffix}"))
     others = [file for file in shards if count == 1 or not file.stem.endswith(f"-of-{count:05d}")]
     others += [out] if count > 1 and out.exists() else []
     if others:
         raise UserError(
-            f"{others[0]} was written by another number of processes than {count}; choose another out or remove it"
+            f"{others[0]} was written by another number of processes than {count}. Choose another "
+            "out, or remove the file."
         )
     return own
 
 
 def _resume(out: Path, config: SelfGenerateConfig) -> set[int]:
-    """The indices that `out` has already; drops a line that a crash cut off, refuses the file of another run."""
+    """Returns the indices that are in the file already.
+
+    It removes a line that a crash cut off, and raises UserError for the file of another run.
+    """
     made_by = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     about = out.with_suffix(".about.json")
     if not out.exists():
@@ -197,12 +275,11 @@ def _resume(out: Path, config: SelfGenerateConfig) -> set[int]:
     before = json.loads(about.read_text()) if about.exists() else None
     if before != made_by:
         raise UserError(
-            f"{out} was made with other settings, see {about}; choose another out or remove it"
+            f"{out} was made with another configuration, see {about}. Choose another out, or "
+            "remove the file."
         )
     lines = read_lines(out)
-    temporary = out.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in lines))
-    temporary.replace(out)
+    write_atomic(out, "".join(line + "\n" for line in lines))
     return {json.loads(line)["index"] for line in lines}
 
 

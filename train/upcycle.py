@@ -1,9 +1,10 @@
-"""A LLaDA2.0-style model out of a LLaDA, for training to start from: `python -m train.upcycle tiny-base DIR`.
+"""LLaDA2.0-style model from a LLaDA: `python -m train.upcycle tiny-base DIR`.
 
-All matrices are the model's. Each layer after the first has its MLP several times, as experts of which two share the
-work on each token, so the router's choice changes nothing yet (sparse upcycling, Komatsuzaki et al. 2023). New are the
-norms of queries and keys, at the sizes that these have on average, and the block-causal attention of LLaDA2.0: what
-they change, training has to make up for.
+It is a start for training. All matrices are those of the LLaDA model. Each layer after the first
+has its MLP several times, as experts of which two share each token, so the choice of the router
+changes nothing yet (sparse upcycling, Komatsuzaki et al. 2023). The norms of queries and keys are
+new, at the mean sizes of these, and so is the block-causal attention. Training has to compensate
+for their effect.
 """
 
 from __future__ import annotations
@@ -17,63 +18,55 @@ import jax.numpy as jnp
 
 from train.setup import export, run_program
 from xflow_jax.checkpoints import refuse_existing
-from xflow_jax.errors import UserError
+from xflow_jax.errors import UserError, require
 from xflow_jax.lm import load, read_model_config
 from xflow_jax.models import LLaDA2Config, LLaDAConfig, build, init_params
+from xflow_jax.types import Params
 
 USAGE = "python -m train.upcycle MODEL DIR [--experts X] [--seed N]"
-_EXPERTS = {"gate": "ff_proj", "up": "up_proj", "down": "ff_out"}
+# name in an expert -> name in the MLP
+_EXPERT_KERNELS = {"gate": "ff_proj", "up": "up_proj", "down": "ff_out"}
 
 
 def upcycle(
-    params: Any, config: LLaDAConfig, experts: int, key: jax.Array
-) -> tuple[Any, LLaDA2Config]:
-    """LLaDA's parameters, float32 -> LLaDA2.0's, and their configuration; key: of the routers.
+    params: Params, config: LLaDAConfig, experts: int, key: jax.Array
+) -> tuple[dict[str, Any], LLaDA2Config]:
+    """Converts LLaDA's parameters to LLaDA2.0's.
 
-    Raises UserError where the model has what LLaDA2.0 of this kind has not: biases, or a tied head.
+    Args:
+        params: parameters of the LLaDA model, float32.
+        config: its configuration.
+        experts: X, experts of each layer but the first.
+        key: a random key for the routers.
+
+    Returns:
+        (parameters, configuration) of the LLaDA2.0 model.
+
+    Raises:
+        UserError: if the model has biases or a tied head, which LLaDA2.0 has not, or if there are
+            less than two layers or experts.
     """
     blocks = params["blocks"]
-    if "ff_out" not in params or any("bias" in leaf for leaf in blocks.values()):
-        raise UserError(
-            "the model has biases or a tied head, and a LLaDA2.0 of its weights would not"
-        )
-    if config.n_layers < 2 or experts < 2:
-        raise UserError(
-            "it takes two layers at least, of which the first stays dense, and two experts"
-        )
-    made = LLaDA2Config(
-        hidden_size=config.d_model,
-        num_hidden_layers=config.n_layers,
-        num_attention_heads=config.n_heads,
-        num_key_value_heads=config.num_kv_heads,
-        vocab_size=config.vocab_rows,
-        pad_token_id=config.pad_id,
-        eos_token_id=config.eos_id,
-        mask_token_id=config.mask_id,
-        intermediate_size=config.mlp_dim,
-        first_k_dense_replace=1,
-        num_experts=experts,
-        num_experts_per_tok=2,  # the shares of several add up to 1, that of one alone need not
-        moe_intermediate_size=config.mlp_dim,
-        routed_scaling_factor=1.0,
-        partial_rotary_factor=1.0,
-        rope_theta=config.rope_theta,
-        rms_norm_eps=config.rms_norm_eps,
-        max_position_embeddings=config.max_length,
+    require(
+        "ff_out" in params and not any("bias" in leaf for leaf in blocks.values()),
+        "the model has biases or a tied head, and a LLaDA2.0 of its weights would not",
     )
-    layers = {
-        name: blocks[name]
-        for name in ("attn_norm", "ff_norm", "q_proj", "k_proj", "v_proj", "attn_out")
-    }
+    require(
+        config.n_layers >= 2 and experts >= 2,
+        "it takes two layers at least, of which the first stays dense, and two experts",
+    )
+    made = _upcycled_config(config, experts)
+    names = ("attn_norm", "ff_norm", "q_proj", "k_proj", "v_proj", "attn_out")
+    layers = {name: blocks[name] for name in names}
     for name in ("q", "k"):
-        # The root mean square of a query or key whose input has unit size, as the norm before makes it.
+        # RMS of a query or key whose input has unit size, as the norm before it makes it.
         kernel = blocks[f"{name}_proj"]["kernel"] * blocks["attn_norm"]["scale"][:, :, None]
         size = jnp.sqrt(jnp.mean(jnp.sum(kernel**2, axis=1), axis=-1, keepdims=True))
         layers[f"{name}_norm"] = {"scale": jnp.broadcast_to(size, (config.n_layers, made.head_dim))}
     mlp = {name: blocks[name] for name in ("ff_proj", "up_proj", "ff_out")}
     copies = {
-        ours: jnp.repeat(mlp[its]["kernel"][1:, None], experts, axis=1)
-        for ours, its in _EXPERTS.items()
+        name: jnp.repeat(mlp[source]["kernel"][1:, None], experts, axis=1)
+        for name, source in _EXPERT_KERNELS.items()
     }
     router = init_params(build(made), key)["blocks"]["router"]
     return {
@@ -85,8 +78,40 @@ def upcycle(
     }, made
 
 
+def _upcycled_config(config: LLaDAConfig, experts: int) -> LLaDA2Config:
+    """Returns the configuration of the LLaDA2.0 model."""
+    return LLaDA2Config(
+        hidden_size=config.d_model,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        num_key_value_heads=config.num_kv_heads,
+        vocab_size=config.vocab_rows,
+        pad_token_id=config.pad_id,
+        eos_token_id=config.eos_id,
+        mask_token_id=config.mask_id,
+        intermediate_size=config.mlp_dim,
+        first_k_dense_replace=1,
+        num_experts=experts,
+        num_experts_per_tok=2,  # the weights of two experts add up to 1, that of one need not
+        moe_intermediate_size=config.mlp_dim,
+        routed_scaling_factor=1.0,
+        partial_rotary_factor=1.0,
+        rope_theta=config.rope_theta,
+        rms_norm_eps=config.rms_norm_eps,
+        max_position_embeddings=config.max_length,
+    )
+
+
 def main(model: str, rest: list[str]) -> None:
-    """The command: a model's directory or name, then what `USAGE` says."""
+    """Runs the command.
+
+    Args:
+        model: directory or name of the LLaDA model.
+        rest: the arguments after it (`USAGE`).
+
+    Raises:
+        UserError: for bad input.
+    """
     parser = argparse.ArgumentParser(prog="python -m train.upcycle MODEL")
     parser.add_argument("out", help="directory to make, in the Hugging Face format")
     parser.add_argument(
@@ -94,17 +119,17 @@ def main(model: str, rest: list[str]) -> None:
         type=int,
         default=4,
         metavar="X",
-        help="of each layer but the first (default: 4)",
+        help="experts of each layer but the first (default: 4)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the routers (default: 0)"
+        "--seed", type=int, default=0, metavar="N", help="seed of the routers (default: 0)"
     )
     arguments = parser.parse_args(rest)
     refuse_existing(Path(arguments.out))
     directory, config = read_model_config(model)
     if not isinstance(config, LLaDAConfig):
         raise UserError(
-            f"{model} is of the family {config.family}, but this starts from a LLaDA model"
+            f"{model} is of the family {config.family}, but upcycling starts from a LLaDA model"
         )
     params, made = upcycle(
         load(directory).params, config, arguments.experts, jax.random.key(arguments.seed)

@@ -1,4 +1,4 @@
-"""The alignment program from end to end on a random model: resuming to the last bit, meshes, adapters, bad input."""
+"""Tests of train.align on a random model: resumed runs, meshes, adapters, bad input."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-def settings(base: Path, out: Path, *overrides: str) -> list[str]:
+def overrides_of(base: Path, out: Path, *overrides: str) -> list[str]:
     return [
         f"model={base / 'model'}",
         f'data=["{base / "responses.jsonl"}"]',
@@ -83,7 +83,7 @@ def settings(base: Path, out: Path, *overrides: str) -> list[str]:
 
 
 def run(base: Path, out: Path, *overrides: str) -> Path:
-    align.main(str(ROOT / "configs/align_tiny.toml"), settings(base, out, *overrides))
+    align.main(str(ROOT / "configs/align_tiny.toml"), overrides_of(base, out, *overrides))
     return out
 
 
@@ -107,7 +107,7 @@ def assert_same(a: Path, b: Path) -> None:
 
 
 def assert_close(a: Path, b: Path) -> None:
-    """Loss and gradient of the first step agree to 1e-5; from there on Adam makes more of the rounding."""
+    """Compares the first step to 1e-5 and later ones to 1e-4, since Adam amplifies rounding."""
     for x, y in zip(metrics(a), metrics(b), strict=True):
         assert x.keys() == y.keys()
         rtol = 1e-5 if x["step"] == 0 else 1e-4
@@ -120,13 +120,13 @@ def assert_close(a: Path, b: Path) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def programs():
-    """Programs by settings and mesh: runs of this module that need the same one share its compilation."""
+    """Shares compiled programs between runs with the same configuration and mesh."""
     made = {}
 
     def kept(model_config, config, mesh):
         fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(AlignmentConfig)}
         if config.optimizer.schedule == "constant":
-            fields["steps"] = 1000  # has no part in it
+            fields["steps"] = 1000  # a constant schedule does not use it
         own = AlignmentConfig(**fields)
         if (own, mesh) not in made:
             made[own, mesh] = align_program(model_config, own, mesh)
@@ -139,7 +139,7 @@ def programs():
 
 @contextlib.contextmanager
 def fate(at: int, strike: Callable[[setup.Run], None]):
-    """Lets something happen to a run before its step `at`."""
+    """Calls strike(run) before step `at` of a run."""
     steps = setup.Run.steps
 
     def fated(run, first, last, describe):
@@ -180,7 +180,7 @@ def test_a_run(base, straight):
     changed = {name for name in before if np.any(before[name] != after[name])}
     assert changed == before.keys() - {"model.transformer.wte.weight"}
     assert json.loads((straight / "hf/provenance.json").read_text())["config"]["steps"] == 6
-    assert len(list((straight / "checkpoints").glob("[0-9]*"))) == 2  # no more are kept
+    assert len(list((straight / "checkpoints").glob("[0-9]*"))) == 2  # older ones are deleted
 
 
 def test_tensorboard_shows_the_metrics(straight):
@@ -188,12 +188,12 @@ def test_tensorboard_shows_the_metrics(straight):
     assert list((straight / "tensorboard").glob("events*"))
 
 
-def test_dying_and_being_asked_to_stop_change_nothing(base, straight, tmp_path):
+def test_crashes_and_sigterm_change_nothing(base, straight, tmp_path):
     out = tmp_path / "run"
     with fate(3, die), pytest.raises(KeyboardInterrupt):
         run(base, out)
     with (out / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "loss": 0.')  # a line that was cut off
+        file.write('{"step": 4, "loss": 0.')  # an incomplete line
     assert metrics_before(out) == [
         0,
         1,
@@ -248,9 +248,9 @@ def test_adapters_learn_by_the_same_program(base, tmp_path):
 @eight
 @pytest.mark.parametrize("tune", ["all", pytest.param("lora", marks=pytest.mark.slow)])
 def test_the_abstract_arguments_are_those_that_run(tune):
-    """What a planner lowers is what trains: same shapes, dtypes and shardings."""
-    settings = AlignmentConfig(prompt_length=6, gen_length=8, batch_size=8, tune=tune)
-    program = align_program(TOY, settings, make_mesh("1,4,2"))
+    """The planner lowers the program that trains: same shapes, dtypes and shardings."""
+    config = AlignmentConfig(prompt_length=6, gen_length=8, batch_size=8, tune=tune)
+    program = align_program(TOY, config, make_mesh("1,4,2"))
     with program.scope():
         state, base = program.begin(jax.tree.map(jnp.copy, toy("1,4,2").params))
     for real, abstract in zip(
@@ -280,7 +280,7 @@ def test_parameters_that_stay_in_bfloat16(base, tmp_path, storage):
 
 
 def test_a_checkpoint_of_another_model_or_optimiser_is_refused(base, straight):
-    with pytest.raises(UserError, match="of another model or optimiser, .* choose another out"):
+    with pytest.raises(UserError, match="of another model or optimiser. .* choose another out"):
         run(base, straight, "optimizer.name=adafactor", "steps=7")
 
 
@@ -312,7 +312,7 @@ def test_only_the_first_lines_are_read_where_asked(base):
         ("clean_nll=-0.1", "clean_nll is -0.1, but it must not be negative"),
     ],
 )
-def test_bad_settings_are_one_sentence_before_any_device_work(
+def test_a_bad_configuration_is_one_sentence_before_any_device_work(
     base, tmp_path, monkeypatch, override, sentence
 ):
     monkeypatch.setattr(align, "load", lambda *_, **__: pytest.fail("the parameters were read"))
@@ -330,7 +330,7 @@ def test_bad_settings_are_one_sentence_before_any_device_work(
         ('{"prompt_ids": [1]}\n', "line 1 has no list of integers under 'response_ids'"),
         (
             '{"prompt_ids": [1], "response_ids": [24]}\n',
-            "response_ids holds 24; the vocabulary has ids 0 to 23",
+            "response_ids holds 24, but the vocabulary has ids 0 to 23",
         ),
         (
             json.dumps({"prompt_ids": [1], "response_ids": [1] * 9}),
@@ -360,7 +360,7 @@ def test_a_run_killed_at_random_ends_as_the_uninterrupted_one(base, tmp_path):
         "-m",
         "train.align",
         "configs/align_tiny.toml",
-        *settings(base, out, *steps),
+        *overrides_of(base, out, *steps),
     ]
     chance, killed = random.Random(), []
     while True:
@@ -369,7 +369,7 @@ def test_a_run_killed_at_random_ends_as_the_uninterrupted_one(base, tmp_path):
         while process.poll() is None:
             time.sleep(0.01)
             file = out / "metrics.jsonl"
-            # The first line is step 0; a step's own line is there when it is done.
+            # The first line is step 0. A finished step has a line.
             if target and file.exists() and len(file.read_text().splitlines()) > target:
                 process.send_signal(signal.SIGKILL)
                 killed.append(target)
@@ -382,14 +382,14 @@ def test_a_run_killed_at_random_ends_as_the_uninterrupted_one(base, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(base, straight, tmp_path):
-    """Each reads its own rows and writes its own shards; the export is a converted checkpoint."""
+    """Each reads its own rows and writes its own shards. The export is a converted checkpoint."""
     out, devices = tmp_path / "run", "--xla_force_host_platform_device_count=2"
     command = [
         sys.executable,
         "-m",
         "train.align",
         "configs/align_tiny.toml",
-        *settings(base, out, "mesh=1,2,2"),
+        *overrides_of(base, out, "mesh=1,2,2"),
     ]
     told = {
         "JAX_COORDINATOR_ADDRESS": "localhost:12741",

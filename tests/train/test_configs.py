@@ -1,4 +1,4 @@
-"""Every configuration that ships is read by the program that its first line names."""
+"""Tests that each file in configs/ is read by the program in its first line."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from jax.sharding import AbstractMesh
 
-from train.align import AlignConfig
+from train.align import AlignRunConfig
 from xflow_jax.models.presets import PRESETS
 from xflow_jax.parallel.mesh import MESH_AXES
 from xflow_jax.toml_config import load_toml
@@ -21,14 +22,10 @@ CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.toml"))
 
 
 def config_class(program: ModuleType) -> type:
-    """The dataclass of a program's whole configuration: the one that says where its results go."""
-    own = [
-        kind
-        for kind in vars(program).values()
-        if getattr(kind, "__module__", "") == program.__name__
-    ]
-    kinds = [kind for kind in own if dataclasses.is_dataclass(kind)]
-    (found,) = [kind for kind in kinds if "out" in {f.name for f in dataclasses.fields(kind)}]
+    """Returns the dataclass of a program's configuration, the only one with an output folder."""
+    classes = [x for x in vars(program).values() if isinstance(x, type)]
+    configs = [cls for cls in classes if dataclasses.is_dataclass(cls)]
+    (found,) = [cls for cls in configs if "out" in {f.name for f in dataclasses.fields(cls)}]
     return found
 
 
@@ -40,20 +37,13 @@ def test_it_parses(name):
     load_toml(ROOT / "configs" / name, config_class(importlib.import_module(command[1])))
 
 
-class Sizes:
-    """A mesh's shape, without its devices."""
-
-    def __init__(self, spec: str):
-        self.shape = dict(zip(MESH_AXES, map(int, spec.split(",")), strict=True))
-
-
 @pytest.mark.parametrize(
     ("name", "preset", "chips"), [("llada_8b", "llada-8b", 64), ("llada2_mini", "llada2-mini", 16)]
 )
 def test_large_runs_fit_their_model_and_their_pod(name, preset, chips):
-    config = load_toml(ROOT / f"configs/align_{name}.toml", AlignConfig)
+    config = load_toml(ROOT / f"configs/align_{name}.toml", AlignRunConfig)
     check_lengths(PRESETS[preset], config)
-    mesh = Sizes(config.mesh)
+    mesh = AbstractMesh(tuple(map(int, config.mesh.split(","))), MESH_AXES)
     check_batch(config, mesh)
     data, fsdp, tensor = mesh.shape.values()
     assert data * fsdp * tensor == chips

@@ -1,4 +1,4 @@
-"""The program that trains the step-size policy, on a model of a few thousand parameters: results, resumes, mistakes."""
+"""Tests of train.grpo on a small random model: results, resumed runs, bad input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 
 from tests.helpers import eight
 from train import grpo
-from train.pretrain import ModelConfig, PretrainConfig, model_config
+from train.grpo_sampler import make_score
+from train.pretrain import ModelShape, PretrainConfig, make_model_config
 from xflow_jax.checkpoints.hf_export import write_hf
 from xflow_jax.decoding.policy import features, fit_policy, init_policy
 from xflow_jax.decoding.policy_io import load_policy
@@ -52,19 +53,21 @@ QUICK += ["save_every=1", "evaluate_every=100", "evaluate_problems=4", "batch_si
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("grpo") / "model"
-    shape = ModelConfig(d_model=16, n_layers=1, n_heads=2, mlp_hidden_size=16)
-    config = model_config(PretrainConfig(out="", tokenizer="", model=shape), load_tokenizer(TINY))
+    shape = ModelShape(d_model=16, n_layers=1, n_heads=2, mlp_hidden_size=16)
+    config = make_model_config(
+        PretrainConfig(out="", tokenizer="", model=shape), load_tokenizer(TINY)
+    )
     params = jax.tree.map(lambda x: 20 * x, init_params(build(config), jax.random.key(0)))
     write_hf(folder, params, config, TINY)
     return folder
 
 
-def settings(model: Path, out: Path, *overrides: str) -> list[str]:
+def overrides_of(model: Path, out: Path, *overrides: str) -> list[str]:
     return [f"model={model}", f"out={out}", f"solved={out.parent / 'solved'}", *QUICK, *overrides]
 
 
 def train(model: Path, out: Path, *overrides: str) -> None:
-    grpo.main(str(ROOT / "configs/grpo_tiny.toml"), settings(model, out, *overrides))
+    grpo.main(str(ROOT / "configs/grpo_tiny.toml"), overrides_of(model, out, *overrides))
 
 
 def metrics(out: Path) -> list[dict]:
@@ -134,7 +137,7 @@ def test_a_mesh_trains_the_same_policy(model, straight, tmp_path):
 
 
 def test_solved_problems_are_found_once(model, tmp_path, monkeypatch):
-    """A random model solves nothing, which is one sentence; a second run does not decode again."""
+    """A random model solves nothing. A second run does not decode again."""
     with pytest.raises(UserError, match="0 problems do not fill a batch of 2"):
         train(model, tmp_path / "run", "solved_only=true", "problems=3")
     lines = (tmp_path / "solved/answers.jsonl").read_text()
@@ -148,7 +151,7 @@ def test_solved_problems_are_found_once(model, tmp_path, monkeypatch):
 
 
 def test_the_share_of_tests_is_a_reward(model, tmp_path):
-    """Each of a problem's tests is a run of its own."""
+    """Each test of a problem is a program of its own."""
     task = grpo.get_task("microcode")
     problem = task.training(None, 1)[0]
     right = task.extract(problem, task.canonical(problem))
@@ -159,7 +162,7 @@ def test_the_share_of_tests_is_a_reward(model, tmp_path):
     assert share[0] and not all(share)
 
 
-def test_what_a_decode_is_worth():
+def test_the_rewards_of_a_decode():
     ones = jnp.ones((1, 2, 3))
     acted = jnp.array([[[True, True, False], [True, False, False]]])
     made = Rollout(
@@ -174,9 +177,7 @@ def test_what_a_decode_is_worth():
     config = grpo.GrpoConfig(
         "m", "o", group_size=2, progress_weight=0.5, pass_weight=0.1, delay_weight=0.3
     )
-    rewards, _ = grpo.make_score(config, 9)(
-        jnp.array([1.0, 0.0]), made, init_policy(jax.random.key(0))
-    )
+    rewards, _ = make_score(config, 9)(jnp.array([1.0, 0.0]), made, init_policy(jax.random.key(0)))
     wanted = [
         [1 + 0.5 - 0.2 - 0.3, 1 + 0.25 - 0.2 - 0.3, 1 - 0.2],
         [0.5 - 0.1 - 0.3, 0.5 - 0.1, 0.5 - 0.1],
@@ -234,7 +235,7 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(model, tmp_path):
         "-m",
         "train.grpo",
         "configs/grpo_tiny.toml",
-        *settings(model, out, "steps=30"),
+        *overrides_of(model, out, "steps=30"),
     ]
     kills, rng = 0, np.random.default_rng(0)
     while True:

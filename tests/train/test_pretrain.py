@@ -1,4 +1,4 @@
-"""The training programs from end to end on a model of a few thousand parameters: results, resuming, bad input."""
+"""Tests of train.pretrain and train.self_generate on a small model."""
 
 from __future__ import annotations
 
@@ -31,8 +31,14 @@ def pretrain_small(out: Path, *overrides: str) -> None:
 
 def generate_small(base: Path, *overrides: str) -> list[dict]:
     out = base / "responses.jsonl"
-    settings = [f"model={base / 'model/hf'}", f"out={out}", "limit=24", "steps=3", "batch_size=8"]
-    self_generate.main(str(ROOT / "configs/self_generate_tiny.toml"), [*settings, *overrides])
+    base_overrides = [
+        f"model={base / 'model/hf'}",
+        f"out={out}",
+        "limit=24",
+        "steps=3",
+        "batch_size=8",
+    ]
+    self_generate.main(str(ROOT / "configs/self_generate_tiny.toml"), [*base_overrides, *overrides])
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
@@ -60,7 +66,7 @@ def base(tmp_path_factory) -> Path:
 
 
 def test_pretraining_stopped_and_resumed_equals_one_run(base, tmp_path, monkeypatch):
-    # A stop asked for in the middle: the run saves and ends, the next call goes on from there.
+    # After a stop in the middle, the run saves and ends, and the next call continues.
     steps = pretrain.Run.steps
 
     def interrupted(run, first, last, describe):
@@ -77,7 +83,7 @@ def test_pretraining_stopped_and_resumed_equals_one_run(base, tmp_path, monkeypa
     assert_same_run(base / "model", tmp_path / "run")
 
 
-def test_self_generation_resumes_and_drops_a_line_that_was_cut_off(base):
+def test_self_generation_resumes_and_drops_an_incomplete_line(base):
     out = base / "responses.jsonl"
     whole = out.read_text().splitlines(keepends=True)
     assert sorted(json.loads(line)["index"] for line in whole) == list(range(24))
@@ -88,5 +94,5 @@ def test_self_generation_resumes_and_drops_a_line_that_was_cut_off(base):
 
 
 def test_self_generation_refuses_the_file_of_another_run(base):
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match="another configuration"):
         generate_small(base, "seed=5")

@@ -1,4 +1,4 @@
-"""Prompts of self-generation: the formats that are read, and one sentence for each that is not."""
+"""Tests of the prompts of self-generation: formats and bad input."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def write(path, *records):
     return str(path)
 
 
-def test_prompts_and_messages_up_to_where_the_assistant_speaks(tmp_path):
-    # As in Tulu 3's files: an id, the prompt, and a conversation whose answers are not ours.
+def test_prompts_and_messages_up_to_the_assistants_turn(tmp_path):
+    # As in the files of Tulu 3: an id, the prompt, and a conversation with an answer.
     tulu = {
         "id": "a",
         "prompt": "Why?",
@@ -73,7 +73,10 @@ def test_parquet_and_folders(tmp_path):
             '{"messages": [{"role": "user"}]}\n',
             "line 1: each of its messages must have a role and a content",
         ),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}\n', "line 1: nobody asks anything"),
+        (
+            '{"messages": [{"role": "assistant", "content": "a"}]}\n',
+            "line 1: its messages hold no request",
+        ),
     ],
 )
 def test_bad_files(tmp_path, text, sentence):
@@ -82,12 +85,12 @@ def test_bad_files(tmp_path, text, sentence):
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
-def test_what_is_not_there(tmp_path):
+def test_missing_files(tmp_path):
     with pytest.raises(UserError, match="none.jsonl: there is no such file"):
         list(read_conversations(str(tmp_path / "none.jsonl")))
     with pytest.raises(UserError, match="there is no .jsonl or .parquet file in it"):
         list(read_conversations(str(tmp_path)))
-    # Without a network, as every test runs: one sentence, not a library's traceback.
+    # Tests have no network, which is one sentence and no traceback of a library.
     with pytest.raises(
         UserError, match="allenai/tulu.*: there is no such file here, and the hub cannot be reached"
     ):
@@ -127,7 +130,7 @@ def test_prompts_that_are_too_long_are_left_out(tmp_path, capsys):
         ("model=none/such", "none/such: there is no such directory here"),
     ],
 )
-def test_bad_settings_are_one_sentence_before_any_device_work(
+def test_a_bad_configuration_is_one_sentence_before_any_device_work(
     tmp_path, monkeypatch, override, sentence
 ):
     monkeypatch.setattr(

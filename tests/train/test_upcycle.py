@@ -1,4 +1,4 @@
-"""A LLaDA2.0-style start made of a LLaDA: where attention has no say it is the same model."""
+"""Tests of train.upcycle: without attention, the result computes what the LLaDA computes."""
 
 import dataclasses
 import subprocess
@@ -25,7 +25,7 @@ def made():
 
 def test_a_token_alone_gets_the_same_logits(made):
     params, config = made
-    tokens = jnp.arange(24)[:, None]  # a softmax over one key is 1, whatever norms do to it
+    tokens = jnp.arange(24)[:, None]  # a softmax over one key is 1, whatever the norms
     ours = build(config).apply({"params": params}, tokens)
     np.testing.assert_allclose(ours, toy().logits(tokens), rtol=2e-5, atol=2e-5)
     assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TypeAlias, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from xflow_jax.types import Metrics, Params
 Batch: TypeAlias = dict[str, jax.Array]
 
 
+@no_type_check  # of the fields, since transforms of trees put other leaves there
 @struct.dataclass
 class TrainState:
     """Step, parameters and optimiser state of a run.

@@ -1,0 +1,124 @@
+"""Configuration of GRPO."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from xflow_jax.errors import require
+from xflow_jax.training import RewardScale
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+    """The policy that is trained.
+
+    Attributes:
+        init: "fresh", the file of a trained policy, or a flow to fit before training, like
+            "flow:jump=0.9". A file brings its own width and ranges.
+        width: d, neurons of a hidden layer.
+        a_min: smallest step fraction.
+        a_max: largest step fraction.
+        kappa_min: smallest kappa.
+        kappa_max: largest kappa.
+    """
+
+    init: str = "fresh"
+    width: int = 64
+    a_min: float = 1 / 256
+    a_max: float = 1.0
+    kappa_min: float = 2.0
+    kappa_max: float = 50.0
+
+
+@dataclasses.dataclass(frozen=True)
+class GrpoConfig:
+    """A run of GRPO, with B = prompts_per_step and G = group_size.
+
+    Attributes:
+        model: directory or name of the model.
+        out: folder of the run.
+        task: the task of the prompts.
+        data: data file of the task, or None for its own source.
+        problems: number of problems of its training split, 0 for all.
+        solved_only: leave out problems that mask prediction does not solve at full budget.
+        failed_by: a rule, or empty. Leave out problems that it solves at the budget of rollouts.
+        solved: folder for the answers of these two selections.
+        budget: largest share of the full number of steps in a rollout.
+        switches: options of the flow, as in flow:SWITCHES.
+        prompts_per_step: B, prompts of a step.
+        group_size: G, decodes of each prompt.
+        steps: steps of the run.
+        reward: "pass", or the "share" of passed tests.
+        progress_weight: reward for the final t of a position.
+        pass_weight: penalty for the forward passes divided by N.
+        delay_weight: penalty for the delay of a position (`training.delay`).
+        per_position: compare a position with the same one of its group, so that rewards of a
+            position (t, delay) count for its own actions.
+        scale_rewards: standard deviation that divides the advantages.
+        epsilon: half width of the clipping range.
+        epochs: updates on each batch.
+        rate: learning rate.
+        clip: largest global norm of the gradients.
+        overlap: sample a batch while the one before it is judged, with a policy that is one update
+            behind.
+        policy: the policy.
+        evaluate_every: steps between evaluations.
+        evaluate_problems: held-out problems of an evaluation.
+        log_every: steps between lines of metrics.
+        save_every: steps between checkpoints.
+        batch_size: decodes of a batch in evaluations.
+        dtype: dtype of the model.
+        mesh: sizes of data, fsdp and tensor, or empty for one device.
+        seed: seed of the policy, the order of the problems, and the actions.
+
+    Raises:
+        UserError: if a value is out of range.
+    """
+
+    model: str
+    out: str
+    task: str = "microcode"
+    data: str | None = None
+    problems: int = 1024
+    solved_only: bool = True
+    failed_by: str = ""
+    solved: str = "runs/grpo_solved"
+    budget: str = "1/4"
+    switches: str = ""
+    prompts_per_step: int = 8
+    group_size: int = 8
+    steps: int = 300
+    reward: Literal["pass", "share"] = "pass"
+    progress_weight: float = 0.1
+    pass_weight: float = 0.0
+    delay_weight: float = 0.0
+    per_position: bool = False
+    scale_rewards: RewardScale = "group"
+    epsilon: float = 0.2
+    epochs: int = 1
+    rate: float = 3e-4
+    clip: float = 1.0
+    overlap: bool = True
+    policy: PolicyConfig = PolicyConfig()
+    evaluate_every: int = 50
+    evaluate_problems: int = 128
+    log_every: int = 1
+    save_every: int = 25
+    batch_size: int = 64
+    dtype: str = "float32"
+    mesh: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = ("prompts_per_step", "group_size", "steps", "epochs")
+        for name in (*counts, "evaluate_every", "log_every", "save_every"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name} is {value}, but it must be at least 1")
+        require(
+            self.group_size >= 2,
+            "group_size is 1, but an advantage is what a decode gains over others of its group",
+        )
+        require(
+            0 < self.epsilon < 1, f"epsilon is {self.epsilon}, but it must be above 0 and below 1"
+        )
