@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import random
 from typing import Any
 
 import jax
@@ -35,6 +36,36 @@ TINY2 = LLaDA2Config(
     n_group=4,
     topk_group=2,
 )
+
+
+def random_config(rng: random.Random) -> LLaDA2Config:
+    """Draws a small configuration."""
+    groups = rng.choice([1, 2, 4])
+    size = rng.choice([2, 4])
+    kept = rng.randint(1, groups)
+    heads = rng.choice([2, 4])
+    dense = rng.choice([0, 1, 2])
+    return LLaDA2Config(
+        hidden_size=rng.choice([24, 32]),
+        num_hidden_layers=dense + rng.choice([0, 1, 2] if dense else [1, 2]),
+        num_attention_heads=heads,
+        num_key_value_heads=rng.choice([1, 2, heads]),
+        head_dim=rng.choice([8, 16]),
+        partial_rotary_factor=rng.choice([0.25, 0.5, 1.0]),
+        rope_theta=rng.choice([10000.0, 600000.0]),
+        vocab_size=40,
+        pad_token_id=1,
+        mask_token_id=39,
+        intermediate_size=40,
+        first_k_dense_replace=dense,
+        num_experts=groups * size,
+        n_group=groups,
+        topk_group=kept,
+        num_experts_per_tok=rng.randint(1, min(kept * size, 4)),
+        moe_intermediate_size=16,
+        num_shared_experts=rng.choice([None, 0, 1, 2]),
+        use_qkv_bias=rng.random() < 0.3,
+    )
 
 
 def random_params(model: Backbone, seed: int = 0) -> dict[str, Any]:

@@ -7,9 +7,9 @@ use the same code.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -106,6 +106,9 @@ def main(directory: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m train.microcode_tokenizer DIRECTORY")
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m train.microcode_tokenizer",
+        description="Writes the tokenizer of the bundled model.",
+    )
+    parser.add_argument("directory", help="destination, made if necessary")
+    main(parser.parse_args().directory)

@@ -340,7 +340,7 @@ def test_properties_of_every_state(rule, config):
             lm.model, lm.params, rule, config, *prompt_arrays(lm, [4, 1, 7], seed)
         )
         trace = jax.device_get(trace)
-        chex.assert_tree_all_finite((state, trace))
+        chex.assert_tree_all_finite(jax.tree.leaves((state, trace)))
         progress = trace.progress
         assert progress.min() >= 0 and progress.max() <= 1
         assert trace.confidence.min() >= 0 and trace.confidence.max() <= 1 + 1e-6

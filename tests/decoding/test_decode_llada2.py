@@ -13,8 +13,7 @@ import pytest
 
 from tests.decoding.helpers import prompt_arrays, python_scan
 from tests.helpers import decode_golden, eight, random_prompts, stub
-from tests.llada2_helpers import TINY2, llada2_tiny, random_params, toy2
-from tests.models.test_kv_cache import random_config
+from tests.llada2_helpers import TINY2, llada2_tiny, random_config, random_params, toy2
 from xflow_jax.decoding.decode import decode
 from xflow_jax.decoding.generate import decode_batch, generate
 from xflow_jax.decoding.policy import init_policy
