@@ -1,13 +1,14 @@
 """Draws the packages by rank and fills in the figures of the house: a hook of MkDocs.
 
-    python docs/scripts/draw_packages.py packages.svg
+    python docs/scripts/draw_packages.py docs/packages.svg
 
-The picture and the figures are made from the source code while the site is built.
+The build of the site draws the picture again, and fills the figures in.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -37,13 +38,16 @@ BEFORE = {
 NAMES = {"__init__": "xflow_jax", "lm": "lm.py", "errors": "errors.py", "types": "types.py"}
 NAMES |= {"toml_config": "toml_config.py", "tokenizer": "tokenizer.py"}
 HIDDEN = ("__main__", "harness")  # one line each that forwards to another module
-BOX, GAP, ROW, WIDTH = (124, 34), 18, 92, 760
+BOX, GAP, LANE, ROW, WIDTH = (124, 34), 18, 8, 92, 760
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the picture of the packages."""
     from mkdocs.structure.files import File
 
+    committed = files.get_file_from_path(PICTURE)
+    if committed is not None:
+        files.remove(committed)
     files.append(File.generated(config, PICTURE, content=draw(_house())))
     return files
 
@@ -53,7 +57,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if page.file.src_uri != PAGE:
         return markdown
     now = _house().measure(ROOT)
-    rows = ["| figure | before the packages | with packages |", "| --- | ---: | ---: |"]
+    rows = ["| figure | flat layout (version 0.1.0) | packages |", "| --- | ---: | ---: |"]
     for name, before in BEFORE.items():
         rows.append(f"| {name} | {before} | {now[name].replace('xflow_jax.', '')} |")
     if FIGURES not in markdown:
@@ -89,42 +93,100 @@ def reduce_graph(graph: dict[str, set[str]]) -> dict[str, set[str]]:
     }
 
 
+def place(
+    rows: list[list[str]], arrows: list[tuple[str, str]], ranks: dict[str, int]
+) -> tuple[dict[str, tuple[float, float]], dict[tuple[str, str], list[str]]]:
+    """Places boxes and lanes. An arrow passes a row in a lane of its own, never behind a box.
+
+    Returns:
+        The (left, top) of each box and lane, and for each arrow the names of its stops.
+    """
+    ways = {}
+    for name, other in arrows:
+        lanes = []
+        for rank in range(ranks[name] - 1, ranks[other], -1):
+            lanes.append(f"{name}>{other}>{rank}")
+            rows[rank].append(lanes[-1])
+        ways[name, other] = [name, *lanes, other]
+    links = [link for way in ways.values() for link in itertools.pairwise(way)]
+    centre = {n: (i + 0.5) / len(row) for row in rows for i, n in enumerate(row)}
+    for sweep in range(24):
+        for row in rows[::-1] if sweep % 2 else rows:
+            # The mean place of the neighbours, which keeps crossings few.
+            mean = {}
+            for name in row:
+                near = [centre[b if a == name else a] for a, b in links if name in (a, b)]
+                mean[name] = sum(near) / len(near) if near else centre[name]
+            row.sort(key=lambda n: (mean[n], n))
+            centre |= {name: (i + 0.5) / len(row) for i, name in enumerate(row)}
+    places: dict[str, tuple[float, float]] = {}
+    for rank, row in enumerate(rows):
+        widths = [LANE if ">" in name else BOX[0] for name in row]
+        gap = (WIDTH - 60 - sum(widths)) / (len(row) + 1)
+        left = 50 + gap
+        for name, width in zip(row, widths, strict=True):
+            places[name] = left, 20 + (len(rows) - 1 - rank) * ROW
+            left += width + gap
+    return places, ways
+
+
+def route(way: list[str], ways: list[list[str]], places: dict[str, tuple[float, float]]) -> str:
+    """Returns the SVG path of an arrow: curves between the rows, straight lines in the lanes."""
+    # Arrows of a box leave and arrive side by side, in the order of their other ends.
+    down = sorted((w[1] for w in ways if w[0] == way[0]), key=lambda n: places[n])
+    up = sorted((w[-2] for w in ways if w[-1] == way[-1]), key=lambda n: places[n])
+    x = places[way[0]][0] + BOX[0] * (down.index(way[1]) + 1) / (len(down) + 1)
+    y = places[way[0]][1] + BOX[1]
+    path = f"M{x:.0f},{y}"
+    for stop in way[1:]:
+        left, top = places[stop]
+        if stop == way[-1]:
+            end, top = left + BOX[0] * (up.index(way[-2]) + 1) / (len(up) + 1), top - 5
+        else:
+            end = left + LANE / 2
+        bend = (top - y) / 2
+        path += f" C{x:.0f},{y + bend:.0f} {end:.0f},{top - bend:.0f} {end:.0f},{top}"
+        x, y = end, top + BOX[1]
+        if stop != way[-1]:
+            path += f" L{x:.0f},{y}"
+    return path
+
+
+def box(x: float, y: float, text: str, is_package: bool) -> str:
+    """Returns a box with its name as SVG."""
+    fill, ink = ("#dbe7fb", "#16335f") if is_package else ("#e9e9e9", "#333")
+    return (
+        f'<rect x="{x:.0f}" y="{y:.0f}" width="{BOX[0]}" height="{BOX[1]}" rx="6" fill="{fill}"/>'
+        f'<text x="{x + BOX[0] / 2:.0f}" y="{y + 22:.0f}" text-anchor="middle" fill="{ink}">'
+        f"{text}</text>"
+    )
+
+
 def draw(house: ModuleType) -> str:
     """Returns the picture as SVG: a row for each rank, and arrows from a package to its imports."""
     graph = house.package_graph(house.read_sources(ROOT))
     names = {n for n in {*graph, *(o for os in graph.values() for o in os)} if n not in HIDDEN}
     graph = {n: {o for o in graph.get(n, set()) if o in names} for n in names}
-    top = max(house.RANKS[n] for n in names)
-    places: dict[str, tuple[float, float]] = {}
-    parts = []
-    for rank in range(top + 1):
-        row = [n for n in house.RANKS if n in names and house.RANKS[n] == rank]
-        y = 20 + (top - rank) * ROW
-        left = 50 + (WIDTH - 50 - len(row) * BOX[0] - (len(row) - 1) * GAP) / 2
-        parts.append(f'<text x="14" y="{y + 22}" fill="#777">{rank}</text>')
-        for i, name in enumerate(row):
-            places[name] = left + i * (BOX[0] + GAP), y
-    lines = []
+    rows = [
+        [n for n in house.RANKS if n in names and house.RANKS[n] == rank]
+        for rank in range(max(house.RANKS[n] for n in names) + 1)
+    ]
     arrows = [(n, o) for n, os in sorted(reduce_graph(graph).items()) for o in sorted(os)]
-    for name, other in arrows:
-        # Arrows of a box leave and arrive side by side, in the order of their other ends.
-        down = sorted((o for n, o in arrows if n == name), key=lambda o: places[o][0])
-        up = sorted((n for n, o in arrows if o == other), key=lambda n: places[n][0])
-        x0 = places[name][0] + BOX[0] * (down.index(other) + 1) / (len(down) + 1)
-        x1 = places[other][0] + BOX[0] * (up.index(name) + 1) / (len(up) + 1)
-        y0, y1 = places[name][1] + BOX[1], places[other][1] - 5
-        bend = (y1 - y0) / 2
-        path = f"M{x0:.0f},{y0} C{x0:.0f},{y0 + bend:.0f} {x1:.0f},{y1 - bend:.0f} {x1:.0f},{y1}"
-        lines.append(f'<path d="{path}" fill="none" stroke="#8a8f98" marker-end="url(#tip)"/>')
-    for name, (x, y) in places.items():
+    places, ways = place(rows, arrows, house.RANKS)
+    stroke = 'fill="none" stroke="#8a8f98" marker-end="url(#tip)"'
+    parts = [f'<path d="{route(w, list(ways.values()), places)}" {stroke}/>' for w in ways.values()]
+    for rank in range(len(rows)):
+        y = 42 + (len(rows) - 1 - rank) * ROW
+        parts.append(f'<text x="14" y="{y}" fill="#777">{rank}</text>')
+    for name in sorted(names):
         is_package = (ROOT / "xflow_jax" / name).is_dir() or name == "__init__"
-        fill, ink = ("#dbe7fb", "#16335f") if is_package else ("#f1f1f1", "#333")
-        parts.append(
-            f'<rect x="{x:.0f}" y="{y}" width="{BOX[0]}" height="{BOX[1]}" rx="6" fill="{fill}"/>'
-            f'<text x="{x + BOX[0] / 2:.0f}" y="{y + 22}" text-anchor="middle" fill="{ink}">'
-            f"{NAMES.get(name, name)}</text>"
-        )
-    height = 20 + (top + 1) * ROW - 40
+        parts.append(box(*places[name], NAMES.get(name, name), is_package))
+    y = 20 + (len(rows) - 1) * ROW + 70
+    parts.append(box(70, y, "package", True) + box(70 + BOX[0] + GAP, y, "module", False))
+    x = 70 + 2 * (BOX[0] + GAP) + 10
+    parts.append(f'<path d="M{x},{y + 17} L{x + 48},{y + 17}" {stroke}/>')
+    parts.append(f'<text x="{x + 60}" y="{y + 22}" fill="#333">imports. Left: the rank</text>')
+    height = y + BOX[1] + 16
     tip = (
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="5" refY="4" markerWidth="7" '
         'markerHeight="7" orient="auto"><path d="M0,0 L8,4 L0,8 z" fill="#8a8f98"/></marker></defs>'
@@ -132,7 +194,7 @@ def draw(house: ModuleType) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
         f'width="{WIDTH}" height="{height}" font-family="sans-serif" font-size="14">'
-        f'<rect width="100%" height="100%" fill="#ffffff"/>{tip}{"".join(lines + parts)}</svg>\n'
+        f'<rect width="100%" height="100%" fill="#ffffff"/>{tip}{"".join(parts)}</svg>\n'
     )
 
 

@@ -2,7 +2,7 @@
 
 A tutorial is a script in docs/tutorials. A cell begins with `# %%`. The comments of a cell that
 begins with `# %% [markdown]` are text. The output and the figures of a cell follow its code on the
-page.
+page. Links to a tutorial lead to its script in the checkout, and to its page on the site.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
 TUTORIALS = ROOT / "docs" / "tutorials"
@@ -54,6 +55,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             uri = f"tutorials/{figure.name}"
             files.append(File.generated(config, uri, abs_src_path=str(figure)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turns links to the scripts of the tutorials into links to their pages."""
+    if page.file.src_uri.startswith("tutorials/"):  # these link to the scripts themselves
+        return markdown
+    return re.sub(r"(\]\((?:\.\./)*tutorials/\w+)\.py\)", r"\1.md)", markdown)
 
 
 def split_cells(text: str) -> list[tuple[bool, str]]:
