@@ -253,7 +253,8 @@ def test_an_edited_rule_file_is_another_run(oracle, tmp_path, monkeypatch):
     assert described["weights"] == [1, 2] and len(described["table"]) == 16
     file.write_text(OWN_RULE.replace("< 1", "< 0.5"))
     with pytest.raises(
-        UserError, match="holds another run, which differs in rules. Choose another folder"
+        UserError,
+        match=r"differs in rules \(the file of .*own.py:Own has changed\). Choose another folder",
     ):
         cli_evaluate.run(args)
     assert len(oracle.sizes) == 2

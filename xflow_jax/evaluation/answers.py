@@ -164,7 +164,8 @@ class Answers:
                 f"{self.folder} holds answers, but no run.json that describes their run. "
                 "Choose another folder."
             )
-        if differ := [key for key in {**before, **run} if before.get(key) != run.get(key)]:
+        keys = [key for key in {**before, **run} if before.get(key) != run.get(key)]
+        if differ := [key + _changed_rule(key, before.get(key), run.get(key)) for key in keys]:
             raise UserError(
                 f"{self.folder} holds another run, which differs in {', '.join(differ)}. "
                 "Choose another folder."
@@ -240,3 +241,16 @@ class Answers:
             for task_id in task_ids
             for answer in self._answers.get((rule, budget, task_id), ())
         ]
+
+
+def _changed_rule(key: str, before: object, now: object) -> str:
+    """Names the first rule that changed, if the labels are the same."""
+    if key != "rules" or not (isinstance(before, dict) and isinstance(now, dict)):
+        return ""
+    for label, rule in now.items():
+        old = before.get(label)
+        if before.keys() == now.keys() and isinstance(old, dict) and old != rule:
+            if old.get("source") != rule.get("source"):
+                return f" (the file of {label} has changed)"
+            return f" ({label}: {next(k for k in {**old, **rule} if old.get(k) != rule.get(k))})"
+    return ""

@@ -79,12 +79,16 @@ def test_versions_of_a_file_have_different_hashes(folder):
     [
         ("nowhere.py:MyRule", None, "nowhere.py: there is no such file"),
         ("no.such.module:MyRule", None, "there is no rule and no module 'no.such.module'"),
-        ("my_rule.py:Mine", None, "my_rule.py has no class Mine. There are MyRule."),
+        ("my_rule.py:Mine", None, "my_rule.py has no class Mine. It has MyRule."),
         ("my_rule.py:MyRule(tua=1)", None, "has no option 'tua', did you mean tau?"),
         ("my_rule.py:MyRule(tau)", None, "must look like my_rule.py:MyRule(option=value)"),
         ("my_rule.py:MyRule(tau=x)", None, 'tau is "x", but it must be a number'),
         ("my_rule.py:A", "class A:\n    pass\n", "A is no rule, it lacks early_exit"),
-        ("my_rule.py:A", "def A(:\n", "my_rule.py: its code fails with SyntaxError"),
+        ("my_rule.py:MyRul", None, "my_rule.py has no class MyRul, did you mean MyRule?"),
+        ("my_rule.py", None, "must look like FILE.py:Class or FILE.py:Class(option=value)"),
+        ("my_rule.py:MyRule(tau=1", None, "must look like FILE.py:Class"),
+        ("my_rule.py:MyRule:tau=1", None, "must look like FILE.py:Class"),
+        ("my_rule.py:A", "def A(:\n", "SyntaxError: invalid syntax, line 1"),
         ("my_rule.py:A", "x = 1 / 0\n", "its code fails with ZeroDivisionError: division by zero"),
         ("my_rule.py:A", "import nothing_here\n", "ModuleNotFoundError: No module named"),
         (
@@ -101,3 +105,34 @@ def test_mistakes_are_one_sentence(folder, text, code, sentence):
     with pytest.raises(UserError) as error:
         parse_rule(text)
     assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("return belief.margin", "AttributeError: 'Belief' object has no attribute 'margin'"),
+        ("return masked if masked.any() else best", "TracerBoolConversionError"),
+        ("return masked", "MyRule must return an Action, not"),
+        ("return Action(best * 1.0, masked[:, :1], best)", "returned reset of bool [2, 1], but it"),
+        (
+            "return Action(best, best, best)",
+            "returned a of bool [2, 8], but it must be float32 [2,",
+        ),
+    ],
+)
+def test_a_mistake_inside_a_rule_is_one_sentence(folder, line, sentence):
+    before = "return Action.unmask((masked & (belief.confidence >= self.tau)) | best)"
+    (folder / "my_rule.py").write_text(RULE.replace(before, line))
+    os.utime(folder / "my_rule.py", ns=(3, hash(line) % 10**9))
+    rule = parse_rule("my_rule.py:MyRule")[1]
+    with pytest.raises(UserError) as error:
+        generate(stub(), [[1, 2, 3], [4]], rule, 8, 8, block_length=4)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).startswith("my_rule.py: ")
+
+
+def test_a_path_may_hold_spaces(folder):
+    (folder / "my rules").mkdir()
+    (folder / "my rules" / "one.py").write_text(RULE)
+    label, rule = parse_rule("my rules/one.py:MyRule( tau = 0.4, early_exit = false )")
+    assert label == "my rules/one.py:MyRule(tau=0.4,early_exit=false)" and rule.tau == 0.4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import importlib
@@ -12,8 +13,10 @@ import sys
 import traceback
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from xflow_jax.errors import UserError
+from xflow_jax.decoding.rules.base import Action
+from xflow_jax.errors import UserError, require
 
 MEMBERS = (
     "early_exit",
@@ -25,6 +28,7 @@ MEMBERS = (
     "is_open",
     "__call__",
 )
+GUARDED = ("belief_options", "init_memory", "is_open", "__call__")
 
 
 def load_rule_class(source: str, name: str) -> type:
@@ -43,7 +47,9 @@ def load_rule_class(source: str, name: str) -> type:
     cls = getattr(module, name, None)
     if not isinstance(cls, type):
         found = [n for n, v in vars(module).items() if isinstance(v, type) and _is_local(v, module)]
-        hint = f". There are {', '.join(found)}." if found else ""
+        near = difflib.get_close_matches(name, found, n=1, cutoff=0.5)
+        hint = f". It has {', '.join(found)}." if found else ""
+        hint = f", did you mean {near[0]}?" if near else hint
         raise UserError(f"{source} has no class {name}{hint}")
     missing = [member for member in MEMBERS if not callable(cls) or not hasattr(cls, member)]
     if missing:
@@ -56,7 +62,44 @@ def load_rule_class(source: str, name: str) -> type:
         raise UserError(
             f"{source}: {name} must be a frozen dataclass: write @flax.struct.dataclass above it"
         )
+    for method in GUARDED:
+        _guard(cls, method, source)
     return cls
+
+
+def _guard(cls: type, name: str, source: str) -> None:
+    """Wraps a method of the class, so that a mistake is one sentence."""
+    method = vars(cls).get(name)
+    if not inspect.isfunction(method) or hasattr(method, "__wrapped__"):
+        return
+
+    @functools.wraps(method)
+    def guarded(self: Any, *args: Any) -> Any:
+        try:
+            result = method(self, *args)
+        except UserError:
+            raise
+        except Exception as error:
+            raise _failure(source, error, inspect.getsourcefile(cls)) from error
+        if name == "__call__":
+            _check_action(f"{source}: {cls.__name__}", result, args[1].t.shape)
+        return result
+
+    setattr(cls, name, guarded)
+
+
+def _check_action(where: str, action: object, shape: tuple[int, ...]) -> None:
+    """Raises UserError unless the action has right shapes and dtypes."""
+    if not isinstance(action, Action):
+        raise UserError(f"{where} must return an Action, not {type(action).__name__}")
+    for name, kind in (("a", "f"), ("reset", "b"), ("commit", "b")):
+        value = getattr(action, name)
+        found = (
+            f"{getattr(value, 'dtype', type(value).__name__)} {list(getattr(value, 'shape', ()))}"
+        )
+        right = getattr(value, "shape", None) == shape and value.dtype.kind == kind
+        dtype = "float32" if kind == "f" else "bool"
+        require(right, f"{where} returned {name} of {found}, but it must be {dtype} {list(shape)}")
 
 
 def source_hash(cls: type) -> str | None:
@@ -116,11 +159,18 @@ def _load_module(source: str) -> ModuleType:
         sys.path.remove(here)
 
 
-def _failure(source: str, error: Exception) -> UserError:
-    """Describes an exception of the user's code in one sentence."""
+def _failure(source: str, error: Exception, file: str | None = None) -> UserError:
+    """Describes an exception of the user's code in one sentence.
+
+    Args:
+        source: name of the file or module.
+        error: the exception.
+        file: path of the code. The last line in it is named, if the traceback has one.
+    """
     frames = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in frames if frame.filename == file] or list(frames)
     line = f", line {frames[-1].lineno} of {Path(frames[-1].filename).name}" if frames else ""
+    text = str(error).strip().split("\n")[0]
     if isinstance(error, SyntaxError):
-        line = f", line {error.lineno}"
-    text = str(error).split("\n")[0]
+        line, text = f", line {error.lineno}", error.msg
     return UserError(f"{source}: its code fails with {type(error).__name__}: {text}{line}")

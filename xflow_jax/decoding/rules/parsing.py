@@ -56,21 +56,27 @@ def parse_rule(text: str, defaults: Iterable[tuple[str, object]] = ()) -> tuple[
         defaults: options for rules that have them. Options in the text come first.
 
     Returns:
-        The text without its spaces, as a label, and the rule.
+        The text without spaces between its options, as a label, and the rule.
 
     Raises:
         UserError: for an unknown rule or option, with the nearest name, and for a wrong value.
     """
-    text = "".join(text.split())
-    name, colon, rest = text.partition(":")
-    if name in RULES:
-        cls = RULES[name]
-    elif match := _EXTERNAL.fullmatch(text):
+    if match := _EXTERNAL.fullmatch(text.strip()):
         source, class_name, rest = match.groups()
-        cls, name = load_rule_class(source, class_name), f"{source}:{class_name}"
-        colon = rest or ""
+        source, rest = source.strip(), "".join((rest or "").split())
+    if match and source not in RULES:
+        cls, name, colon = load_rule_class(source, class_name), f"{source}:{class_name}", rest
+        text = f"{name}({rest})" if rest else name
     else:
-        raise UserError(f"there is no rule {name!r}{_suggest(name, RULES)}")
+        text = "".join(text.split())
+        name, colon, rest = text.partition(":")
+        if name not in RULES and (name.endswith(".py") or "(" in text):
+            raise UserError(
+                f"the rule {text} must look like FILE.py:Class or FILE.py:Class(option=value)"
+            )
+        if name not in RULES:
+            raise UserError(f"there is no rule {name!r}{_suggest(name, RULES)}")
+        cls = RULES[name]
     known = rule_fields(cls)
     given = _options(name, rest, known) if colon else {}
     if (file := given.pop("policy", "none")) != "none":
