@@ -68,7 +68,7 @@ def load_rule_class(source: str, name: str) -> type:
 
 
 def _guard(cls: type, name: str, source: str) -> None:
-    """Wraps a method of the class, so that a mistake is one sentence."""
+    """Wraps a method so that its mistakes are one sentence."""
     method = vars(cls).get(name)
     if not inspect.isfunction(method) or hasattr(method, "__wrapped__"):
         return
@@ -167,8 +167,8 @@ def _failure(source: str, error: Exception, file: str | None = None) -> UserErro
         error: the exception.
         file: path of the code. The last line in it is named, if the traceback has one.
     """
-    frames = traceback.extract_tb(error.__traceback__)
-    frames = [frame for frame in frames if frame.filename == file] or list(frames)
+    frames = list(traceback.extract_tb(error.__traceback__))
+    frames = [frame for frame in frames if frame.filename == file] or frames
     line = f", line {frames[-1].lineno} of {Path(frames[-1].filename).name}" if frames else ""
     text = str(error).strip().split("\n")[0]
     if isinstance(error, SyntaxError):
