@@ -18,6 +18,7 @@ from typing import TypeAlias
 
 import jax
 import optax
+from jax.sharding import Mesh
 
 from train.grpo_config import GrpoConfig
 from train.grpo_sampler import Sampler, parse_flow
@@ -67,11 +68,12 @@ def main(path: str, overrides: list[str]) -> None:
     config = load_toml(path, GrpoConfig, overrides)
     task = get_task(config.task)
     mesh = make_mesh(config.mesh) if config.mesh or jax.process_count() > 1 else None
+    check_mesh(config, mesh)
+    policy = start_policy(config)
     lm = load(config.model, dtype=config.dtype, mesh=mesh)
     flow = parse_flow(config.switches, None)
     cell = make_cells(lm, task, {"flow": flow}, [parse_budget(config.budget)])[0]
     sampler = Sampler(lm, task, config, select_problems(config, task, lm), cell)
-    policy = start_policy(config)
     optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(config.rate))
     step_fn = jax.jit(
         make_policy_step(
@@ -96,6 +98,25 @@ def main(path: str, overrides: list[str]) -> None:
         save_policy(out / "policy.safetensors", trained, **metadata)
         plot_policy_steps(trained, out / "policy.png")
         print(f"{out / 'policy.safetensors'}: the policy. policy.png beside it shows its steps.")
+
+
+def check_mesh(config: GrpoConfig, mesh: Mesh | None) -> None:
+    """Checks that the devices divide the rows of a batch.
+
+    Args:
+        config: the configuration.
+        mesh: the mesh, or None for one device.
+
+    Raises:
+        UserError: if they do not.
+    """
+    rows = config.prompts_per_step * config.group_size
+    devices = mesh.shape["data"] * mesh.shape["fsdp"] if mesh is not None else 1
+    require(
+        rows % devices == 0,
+        f"prompts_per_step x group_size is {rows}, which {devices} devices of the mesh do not "
+        "divide",
+    )
 
 
 def train(

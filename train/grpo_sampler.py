@@ -22,7 +22,6 @@ from xflow_jax.decoding import (
     parse_rule,
     row_keys,
 )
-from xflow_jax.errors import require
 from xflow_jax.evaluation import Cell
 from xflow_jax.lm import LM
 from xflow_jax.parallel import BATCH, batch_sharding, replicated
@@ -55,9 +54,6 @@ class Sampler:
         config: the configuration.
         problems: the problems to train on.
         cell: the budget, and the flow without its policy.
-
-    Raises:
-        UserError: if the mesh does not divide the rows of a batch.
     """
 
     def __init__(
@@ -82,13 +78,6 @@ class Sampler:
         order = grain.MapDataset.source(np.arange(len(problems))).shuffle(seed=config.seed).repeat()
         self.batches = order.batch(config.prompts_per_step, drop_remainder=True)
         self.key = jax.random.key(config.seed)
-        rows = config.prompts_per_step * config.group_size
-        devices = lm.mesh.shape["data"] * lm.mesh.shape["fsdp"] if lm.mesh else 1
-        require(
-            rows % devices == 0,
-            f"prompts_per_step x group_size is {rows}, which {devices} devices of the mesh do not "
-            "divide",
-        )
 
     def row_problems(self, step: int) -> np.ndarray:
         """Returns the index of each row's problem, int [B G]."""

@@ -112,7 +112,7 @@ def main(model: str, rest: list[str]) -> None:
     Raises:
         UserError: for bad input.
     """
-    parser = argparse.ArgumentParser(prog="python -m train.upcycle MODEL")
+    parser = argparse.ArgumentParser(prog="python -m train.upcycle", usage=USAGE)
     parser.add_argument("out", help="directory to make, in the Hugging Face format")
     parser.add_argument(
         "--experts",

@@ -102,7 +102,7 @@ def test_mask_prediction_without_the_cache(name):
 @pytest.mark.slow
 def test_an_eos_in_the_prompt_is_no_end():
     """The original finds it there and returns nothing. Here only the response is searched."""
-    case, out = run_golden("quirk_eos_in_prompt_cachedearly_stop", None)
+    case, out = run_golden("quirk_eos_in_prompt_with_early_stop", None)
     assert case["output"] == [[]] and case["args"]["eos_id"] in case["prompt"][0]
     stops = np.flatnonzero(out.tokens[0] == case["args"]["eos_id"])
     assert stops.size and stops[0] > 0 and (out.progress[0, : stops[0] + 1] == 1).all()
@@ -288,7 +288,7 @@ def test_a_mesh_changes_no_token(spec, name):
     np.testing.assert_array_equal(run(sharded).tokens, run(LM(model, config, params, None)).tokens)
 
 
-def test_no_exact_cache_cachedattention_to_later_blocks():
+def test_no_exact_cache_with_attention_to_later_blocks():
     with pytest.raises(
         UserError,
         match="^llada attends to later blocks, so it has no exact cache. Leave cache out.$",
