@@ -15,6 +15,7 @@ from tests.helpers import tiny_lm
 from xflow_jax.checkpoints.hf_export import write_hf
 from xflow_jax.cli import demo, demo_run, main
 from xflow_jax.cli.arguments import RULE
+from xflow_jax.cli.generate_run import decode_lengths
 from xflow_jax.decoding.rules.flow import Flow
 from xflow_jax.decoding.rules.parsing import RULES
 from xflow_jax.evaluation.verdicts import judge_prompts, verdict_sentence
@@ -198,6 +199,24 @@ def test_interruption(monkeypatch, capsys):
 
     monkeypatch.setattr(demo, "run", interrupt)
     assert main.main(["demo"]) == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "lengths"),
+    [
+        ("tiny", (None, None), (48, 16)),
+        ("tiny", (48, None), (48, 16)),
+        ("tiny-base", (32, None), (32, 16)),
+        ("tiny", (8, None), (8, None)),
+        ("tiny", (40, None), (40, 16)),  # which `generate` refuses
+        ("tiny", (48, 48), (48, 48)),
+        ("tiny", (None, 0), (48, 0)),
+        ("elsewhere", (None, None), (128, None)),
+        ("elsewhere", (48, None), (48, None)),
+    ],
+)
+def test_a_length_by_hand_keeps_the_blocks_of_the_bundled_models(model, given, lengths):
+    assert decode_lengths(model, *given) == lengths
 
 
 def test_generate(capsys, model, tmp_path):

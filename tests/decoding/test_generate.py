@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
+import jax
 import numpy as np
 import pytest
 
-from tests.helpers import TOY, eight, llada_tiny, random_prompts, toy
+from tests.helpers import TOKENIZER, TOY, eight, llada_tiny, random_prompts, toy
 from xflow_jax.decoding.generate import generate
 from xflow_jax.decoding.rules.baselines import Threshold
 from xflow_jax.decoding.rules.flow import Flow
@@ -191,6 +193,29 @@ def test_lengths_may_be_numpy_integers():
 def test_a_prompt_that_just_fits():
     out = generate(toy(), [[1] * 120], MaskPrediction(), gen_length=8, steps=1)
     assert out.tokens.shape == (1, 8) and TOY.max_length == 128
+
+
+def test_a_tokenizer_of_a_larger_model_is_refused():
+    """Rows beyond the table read as the last one, so the answer would be to another prompt."""
+    lm = dataclasses.replace(toy(), tokenizer=TOKENIZER)
+    with pytest.raises(UserError) as error:
+        run(lm, ["Add."], Flow())
+    sentence = r"prompt 0 holds the id \d+\. The vocabulary has ids 0 to 23\."
+    assert re.fullmatch(sentence + " The tokenizer belongs to another model.", str(error.value))
+
+
+@pytest.mark.parametrize("name", ["flow", "mask", "random"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_refused(name, value):
+    """Their argmax is token 0 at every position."""
+    lm = toy()
+    params = jax.tree.map(lambda x: x, lm.params)
+    params["ff_out"] = {"kernel": params["ff_out"]["kernel"].at[0, 3].set(value)}
+    with pytest.raises(UserError) as error:
+        decode_all(RULES[name], dataclasses.replace(lm, params=params))
+    assert str(error.value) == (
+        "the model's logits are NaN or infinite: its weights are damaged, or too large for float32."
+    )
 
 
 def test_a_tokenizer_without_a_chat_template():

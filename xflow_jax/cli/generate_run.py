@@ -49,7 +49,7 @@ def answer_prompts(args: argparse.Namespace) -> None:
         raise UserError(
             f"{args.model} has no tokenizer.json, without which a prompt cannot be read"
         )
-    length, block_length = _lengths(args)
+    length, block_length = decode_lengths(args.model, args.gen_length, args.block_length)
     steps = args.steps
     if steps is None:
         steps = resolve_steps(lm.config, budget, length, block_length)
@@ -80,17 +80,30 @@ def answer_prompts(args: argparse.Namespace) -> None:
         print(f"[wrote {args.trace}]")
 
 
-def _lengths(args: argparse.Namespace) -> tuple[int, int | None]:
-    """Returns the response and the block length.
+def decode_lengths(
+    model: str, gen_length: int | None, block_length: int | None
+) -> tuple[int, int | None]:
+    """Fills in the defaults of a model for the response and the block length.
 
-    The bundled models have those of microcode.
+    The bundled models have those of microcode. A response that is shorter than their block is one
+    block.
+
+    Args:
+        model: name or directory of the model.
+        gen_length: N as given by the user, or None.
+        block_length: positions of a block as given by the user, or None.
+
+    Returns:
+        (N, positions of a block). The second is None for the default of the model's family.
     """
-    if args.gen_length is not None:
-        return args.gen_length, args.block_length
-    if args.model in BUNDLED or Path(args.model).resolve() in BUNDLED.values():
-        config = microcode.TASK.config
-        return config.gen_length, args.block_length or config.block_length
-    return GEN_LENGTH, args.block_length
+    if model not in BUNDLED and Path(model).resolve() not in BUNDLED.values():
+        return GEN_LENGTH if gen_length is None else gen_length, block_length
+    config = microcode.TASK.config
+    length = config.gen_length if gen_length is None else gen_length
+    own = config.block_length
+    if block_length is None and own is not None and length >= own:
+        block_length = own
+    return length, block_length
 
 
 def _judge(prompts: Sequence[str], out: Generation) -> list[_Answer]:

@@ -125,6 +125,7 @@ def decode(
         forward_passes=jnp.zeros(batch, jnp.int32),
         finished=jnp.zeros(batch, bool),
         memory=rule.init_memory(batch, canvas),
+        finite=jnp.ones(batch, bool),
     )
     by_block = jax.tree.map(
         lambda x: jnp.reshape(x, (config.blocks, config.steps)), make_schedule(config)
@@ -197,7 +198,9 @@ def _active_step(
         after = dataclasses.replace(after, memory=action.memory)
     finished = _find_finished(context, state, after) if config.eos_early_stop else state.finished
     passes = state.forward_passes + busy
-    after = dataclasses.replace(after, forward_passes=passes, finished=finished)
+    # NaN or infinity among the logits makes every confidence NaN.
+    finite = state.finite & jnp.all(jnp.isfinite(belief.confidence) | ~candidates, axis=-1)
+    after = dataclasses.replace(after, forward_passes=passes, finished=finished, finite=finite)
     trace = Trace(
         tokens=belief.tokens,
         progress=after.t,

@@ -139,6 +139,11 @@ def _decode_rows(
         out = decode_batch(lm.model, lm.params, rule, config, *arrays)
     tokens, progress, passes, trace = fetch_to_host(out)
     tokens, progress, passes = (x[: len(rows)] for x in (tokens, progress, passes))
+    require(
+        not np.isnan(progress).any(),
+        "the model's logits are NaN or infinite: its weights are damaged, or too large for "
+        f"{np.dtype(lm.model.dtype).name}.",
+    )
     if trace is not None:
         trace = jax.tree.map(lambda x: x[:, : len(rows), : config.gen_length], trace)
     texts = None
@@ -185,19 +190,21 @@ def _token_row(lm: LanguageModel, number: int, prompt: object) -> list[int]:
             raise UserError(
                 "the model's directory has no tokenizer.json, so prompts must be lists of token ids"
             )
-        return chat_ids(lm.tokenizer, prompt)
-    try:
-        row = [operator.index(token) for token in cast(Iterable[SupportsIndex], prompt)]
-    except TypeError:
-        raise UserError(
-            f"prompt {number} must be a text or a list of token ids, not {prompt!r:.60}"
-        ) from None
+        row = chat_ids(lm.tokenizer, prompt)
+    else:
+        try:
+            row = [operator.index(token) for token in cast(Iterable[SupportsIndex], prompt)]
+        except TypeError:
+            raise UserError(
+                f"prompt {number} must be a text or a list of token ids, not {prompt!r:.60}"
+            ) from None
     if not row:
         raise UserError(f"prompt {number} is empty: give at least one token id")
     if bad := [token for token in row if not 0 <= token < lm.config.vocab_rows]:
         last = lm.config.vocab_rows - 1
+        hint = " The tokenizer belongs to another model." if isinstance(prompt, str) else ""
         raise UserError(
-            f"prompt {number} holds the id {bad[0]}. The vocabulary has ids 0 to {last}."
+            f"prompt {number} holds the id {bad[0]}. The vocabulary has ids 0 to {last}.{hint}"
         )
     return row
 

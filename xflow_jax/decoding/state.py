@@ -77,6 +77,7 @@ class DecodeState:
         forward_passes: passes that the sequence took part in, int [B].
         finished: True if the sequence ended by its EOS, bool [B].
         memory: what the rule keeps from step to step, a tree of arrays [B, ...], or None.
+        finite: False if a prediction came from logits with NaN or infinity, bool [B], or None.
     """
 
     x: jax.Array
@@ -85,6 +86,7 @@ class DecodeState:
     forward_passes: jax.Array
     finished: jax.Array
     memory: Any = None
+    finite: Any = None
 
 
 @struct.dataclass
@@ -144,7 +146,8 @@ def read_out(
 ) -> tuple[Int[Array, "B N"], Float[Array, "B N"]]:
     """Returns (tokens, final progress).
 
-    After the end of a sequence all tokens are EOS.
+    After the end of a sequence all tokens are EOS. The progress of a sequence is NaN if its logits
+    were not finite.
     """
     tokens, n = state.tokens[:, : config.gen_length], config.gen_length
     if config.stop_at_eos or config.eos_early_stop:
@@ -152,4 +155,7 @@ def read_out(
         after = jnp.cumsum(is_eos, axis=-1) - is_eos > 0
         cut = after if config.stop_at_eos else after & state.finished[:, None]
         tokens = jnp.where(cut, eos_id, tokens)
-    return tokens, state.t[:, :n]
+    progress = state.t[:, :n]
+    if state.finite is not None:
+        progress = jnp.where(state.finite[:, None], progress, jnp.nan)
+    return tokens, progress
