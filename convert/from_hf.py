@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from xflow_jax.checkpoints import (
     PartialCheckpoint,
     SafetensorsSource,
     WeightMapping,
+    destination_lock,
     find_hf_directory,
     is_checkpoint,
     make_record,
@@ -39,6 +41,7 @@ from xflow_jax.parallel import make_mesh
 
 DTYPES = ("keep", "bfloat16", "float32")
 HASH_BLOCK = 2**24  # bytes read at a time
+NOTE = ". The parameters written so far are kept, and the same command continues from there."
 
 
 def convert(src: str | Path, dst: str | Path, dtype: str = "keep", mesh: str | None = None) -> None:
@@ -77,11 +80,23 @@ def convert(src: str | Path, dst: str | Path, dtype: str = "keep", mesh: str | N
     placement: dict[str, jax.sharding.Sharding] = {}
     if mesh is not None:
         placement = flatten_dict(shardings(abstract, make_mesh(mesh), config.family), sep="/")
-    files = [*source.files, directory / CONFIG_FILE]
-    provenance = {"source": _source_name(src), "files": _hashes(files), "dtype": dtype}
-    record = make_record(config, provenance, leaves, mapping.variant, _dtypes(source, mapping))
-    note = ". The parameters written so far are kept, and the same command continues from there."
-    checkpoint = PartialCheckpoint(dst, record, note)
+    with destination_lock(Path(dst)):
+        files = [*source.files, directory / CONFIG_FILE]
+        provenance = {"source": _source_name(src), "files": _hashes(files), "dtype": dtype}
+        record = make_record(config, provenance, leaves, mapping.variant, _dtypes(source, mapping))
+        checkpoint = PartialCheckpoint(dst, record, NOTE)
+        _write(checkpoint, source, mapping, leaves, placement)
+        checkpoint.finish(directory)
+
+
+def _write(
+    checkpoint: PartialCheckpoint,
+    source: SafetensorsSource,
+    mapping: WeightMapping,
+    leaves: Mapping[str, jax.ShapeDtypeStruct],
+    placement: Mapping[str, jax.sharding.Sharding],
+) -> None:
+    """Writes the parameters that the checkpoint lacks."""
     with _progress_bar("converting", sum(map(_nbytes, leaves.values()))) as bar:
         for path, x in leaves.items():
             bar.set_postfix_str(path)
@@ -94,7 +109,6 @@ def convert(src: str | Path, dst: str | Path, dtype: str = "keep", mesh: str | N
                 del leaf
                 release_memory(_nbytes(x))
             bar.update(_nbytes(x))
-    checkpoint.finish(directory)
 
 
 def _on_cpu() -> contextlib.AbstractContextManager[Any]:

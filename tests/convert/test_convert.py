@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import os
 import re
 import runpy
 import shutil
@@ -20,7 +21,8 @@ from safetensors.numpy import load_file
 from convert import from_hf, to_hf, verify
 from tests.helpers import eight
 from tests.hf_helpers import GOLDEN, PREFIX, Q2, TOY, edited, random_params, tensors_of
-from xflow_jax.checkpoints import orbax_checkpoint
+from tests.kill_helpers import write_record
+from xflow_jax.checkpoints import destination_lock, orbax_checkpoint
 from xflow_jax.checkpoints.hf_export import parse_size, write_hf
 from xflow_jax.errors import UserError
 from xflow_jax.lm import load
@@ -256,6 +258,31 @@ def test_a_full_disk(tmp_path, monkeypatch, error):
     with pytest.raises(UserError, match=f"^{tmp_path}/hf: the disk is full$"):
         to_hf.convert(tmp_path / "orbax", tmp_path / "hf")
     assert [file.name for file in tmp_path.iterdir()] == ["orbax"]
+
+
+def test_two_programs_never_write_one_destination(tmp_path):
+    from_hf.convert(GOLDEN, tmp_path / "source")
+    with destination_lock(tmp_path / "orbax"), destination_lock(tmp_path / "hf"):
+        for convert, source, name in (
+            (from_hf.convert, GOLDEN, "orbax"),
+            (to_hf.convert, tmp_path / "source", "hf"),
+        ):
+            with pytest.raises(UserError, match=f"{name}: process {os.getpid()} on .* is writing"):
+                convert(source, tmp_path / name)
+    assert [file.name for file in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_killed_conversions_left_is_no_obstacle(tmp_path):
+    """A kill while from_hf began its first directory, and one while to_hf wrote a tensor."""
+    (tmp_path / "orbax.partial.orbax-checkpoint-tmp" / "config").mkdir(parents=True)
+    write_record(tmp_path / "orbax.lock")
+    from_hf.convert(GOLDEN, tmp_path / "orbax")
+    (tmp_path / "hf.partial").mkdir()
+    (tmp_path / "hf.partial" / "model.safetensors").write_bytes(b"half")
+    write_record(tmp_path / "hf.lock")
+    to_hf.convert(tmp_path / "orbax", tmp_path / "hf")
+    assert tensors_of(tmp_path / "hf") == tensors_of(GOLDEN)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["hf", "orbax"]
 
 
 # As commands

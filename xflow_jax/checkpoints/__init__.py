@@ -1,6 +1,12 @@
 """Checkpoints: Hugging Face safetensors and sharded Orbax directories, in both directions."""
 
-from xflow_jax.checkpoints.atomic_write import refuse_existing, release_memory, write_atomic
+from xflow_jax.checkpoints.atomic_write import (
+    append_text,
+    atomic_file,
+    refuse_existing,
+    release_memory,
+    write_atomic,
+)
 from xflow_jax.checkpoints.hf_export import MAX_SHARD, parse_size, write_hf, write_tensors
 from xflow_jax.checkpoints.huggingface import (
     download_from_hub,
@@ -18,6 +24,11 @@ from xflow_jax.checkpoints.orbax_checkpoint import (
     read_record,
     save_params,
 )
+from xflow_jax.checkpoints.run_lock import (
+    destination_lock,
+    folder_lock,
+    locked_by_first_process,
+)
 from xflow_jax.checkpoints.safetensors_reader import CONFIG_FILE, SafetensorsSource, read_hf_leaf
 from xflow_jax.checkpoints.weight_map import WeightMapping, map_weights
 
@@ -28,10 +39,15 @@ __all__ = [
     "SafetensorsSource",
     "WeightMapping",
     "abstract_model",
+    "append_text",
+    "atomic_file",
+    "destination_lock",
     "download_from_hub",
     "find_hf_directory",
+    "folder_lock",
     "is_checkpoint",
     "load_params",
+    "locked_by_first_process",
     "make_record",
     "map_weights",
     "parse_size",

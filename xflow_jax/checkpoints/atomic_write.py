@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import gc
 import os
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from xflow_jax.errors import UserError
+from xflow_jax.checkpoints.run_lock import RunLock, destination_lock
+from xflow_jax.errors import UserError, disk_errors
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _LARGE_ARRAY = 2**24  # bytes
 
 
@@ -32,61 +30,73 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-@contextlib.contextmanager
-def disk_errors(path: Path, note: str = "") -> Iterator[None]:
-    """Converts errors of the disk into a UserError.
-
-    Args:
-        path: the destination, for the message.
-        note: a text to add to the message, about the state of the work.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        # tensorstore raises ValueErrors that carry the system's error in their text.
-        match = re.search(r"os_error_code='(\d+)'", str(error))
-        number = int(match[1]) if match else getattr(error, "errno", None)
-        if number is None:
-            raise
-        if number in _DISK_FULL:
-            reason = "the disk is full"
-        else:
-            reason = f"cannot be written: {os.strerror(number)}"
-        raise UserError(f"{path}: {reason}{note}") from error
+def replaced_path(path: Path) -> Path:
+    """Returns the place of an earlier result until it is deleted."""
+    return path.with_name(path.name + ".replaced")
 
 
 @contextlib.contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     """Builds a directory that gets its name when it is complete.
 
-    It is deleted if an error occurs.
+    It is deleted if an error occurs. One that a killed program left behind is deleted first.
 
     Args:
         path: the destination.
+        replace: replace an earlier directory of this name instead of refusing it.
 
     Yields:
         The directory to fill.
 
     Raises:
-        UserError: if the destination exists, or for errors of the disk.
+        UserError: if the destination exists or another process writes it, or for errors of the
+            disk.
     """
-    refuse_existing(path)
     partial = partial_path(path)
-    with disk_errors(path):
-        if partial.exists():
-            raise UserError(
-                f"{partial}: it was left by a program that stopped, or it is in use. "
-                "Delete it first."
-            )
+    if not replace:
+        refuse_existing(path)
+    with disk_errors(path), destination_lock(path) as lock:
+        if not replace:
+            refuse_existing(path)
+        for left in (partial, replaced_path(path)):
+            _delete_left_behind(left, lock)
         partial.mkdir(parents=True)
         try:
             yield partial
-            partial.rename(path)
+            _move(partial, path)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def _delete_left_behind(directory: Path, lock: RunLock) -> None:
+    """Deletes what a killed program left, and nothing else."""
+    if not os.path.lexists(directory):
+        return
+    if not lock.inherited:
+        raise UserError(
+            f"{directory}: its name is needed, but no killed program left it. Delete or rename it."
+        )
+    _delete(directory)
+
+
+def _delete(directory: Path) -> None:
+    """Deletes a directory, or a link to one."""
+    if directory.is_symlink():
+        directory.unlink()
+    else:
+        shutil.rmtree(directory)
+
+
+def _move(partial: Path, path: Path) -> None:
+    """Renames a complete directory, in place of an earlier one."""
+    earlier = replaced_path(path)
+    if os.path.lexists(path):
+        # An earlier directory that is half deleted must not have its name any more.
+        path.rename(earlier)
+    partial.rename(path)
+    if os.path.lexists(earlier):
+        _delete(earlier)
 
 
 def copy_files(source: Path, target: Path, patterns: Sequence[str]) -> None:
@@ -124,9 +134,53 @@ def write_atomic(path: Path, text: str) -> None:
     Raises:
         UserError: if it cannot be written.
     """
+    with disk_errors(path), atomic_file(path) as temporary:
+        temporary.write_bytes(text.encode())
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Writes a file that gets its name when it is complete.
+
+    Args:
+        path: the file.
+
+    Yields:
+        The temporary file to write.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(text)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def append_text(path: Path, text: str) -> None:
+    """Appends to a text file.
+
+    The text is on the disk when this returns. If this fails, the file is as before. A killed
+    program can leave an incomplete last line.
+
+    Args:
+        path: the file.
+        text: complete lines.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    with disk_errors(path), path.open("ab", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = memoryview(text.encode())
+        try:
+            while data:
+                data = data[file.write(data) :]
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+            raise

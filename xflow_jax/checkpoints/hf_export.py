@@ -36,6 +36,8 @@ def write_hf(
     tokenizer_dir: str | Path | None = None,
     dtype: DTypeLike | None = None,
     max_shard_size: int = MAX_SHARD,
+    texts: Mapping[str, str] | None = None,
+    replace: bool = False,
 ) -> None:
     """Writes parameters as a Hugging Face directory, atomically.
 
@@ -47,9 +49,11 @@ def write_hf(
         dtype: dtype of the tensors, except of those that are always float32. None keeps the dtypes
             of the parameters.
         max_shard_size: bytes of a file. Larger models become several files and an index.
+        texts: name -> content of further files.
+        replace: replace an earlier directory of this name instead of refusing it.
 
     Raises:
-        UserError: if `path` exists or the disk is full.
+        UserError: if `path` exists or is being written, or if the disk is full.
         ValueError: if the parameters do not belong to the configuration.
     """
     leaves = flatten_dict(params, sep="/")
@@ -66,7 +70,17 @@ def write_hf(
     def read(name: str) -> np.ndarray:
         return np.asarray(jax.device_get(leaves[name]))
 
-    write_tensors(Path(path), mapping, dtypes, config.to_hf(), read, tokenizer_dir, max_shard_size)
+    write_tensors(
+        Path(path),
+        mapping,
+        dtypes,
+        config.to_hf(),
+        read,
+        tokenizer_dir,
+        max_shard_size,
+        texts=texts,
+        replace=replace,
+    )
 
 
 def check_shapes(abstract: Params, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -97,10 +111,12 @@ def write_tensors(
     companions: str | Path | None = None,
     max_shard_size: int = MAX_SHARD,
     progress: bool = False,
+    texts: Mapping[str, str] | None = None,
+    replace: bool = False,
 ) -> None:
     """Writes a Hugging Face directory, atomically.
 
-    Parameters are read one by one.
+    Parameters are read one by one. What a killed program left of the directory is deleted.
 
     Args:
         path: the directory to make.
@@ -111,16 +127,22 @@ def write_tensors(
         companions: directory whose tokenizer files are copied, or None.
         max_shard_size: bytes of a file.
         progress: True shows a progress bar.
+        texts: name -> content of further files.
+        replace: replace an earlier directory of this name instead of refusing it.
 
     Raises:
-        UserError: if `path` exists or the disk is full.
+        UserError: if `path` exists or is being written, or if the disk is full.
     """
     shards = _shard_layout(mapping, dtypes, max_shard_size)
     locations = {
         tensor: (shard.name, start) for shard in shards for tensor, start in shard.starts.items()
     }
-    with atomic_directory(path) as folder:
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    with atomic_directory(path, replace) as folder:
+        for name, text in {
+            CONFIG_FILE: json.dumps(config, indent=2) + "\n",
+            **(texts or {}),
+        }.items():
+            (folder / name).write_text(text)
         if companions is not None:
             copy_files(Path(companions), folder, COMPANIONS)
         for shard in shards:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import glob
 import json
 import logging
 import os
@@ -31,19 +32,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
-from xflow_jax.checkpoints.atomic_write import (
-    copy_files,
-    disk_errors,
-    partial_path,
-    refuse_existing,
-)
+from xflow_jax.checkpoints.atomic_write import copy_files, partial_path, refuse_existing
 from xflow_jax.checkpoints.hf_export import check_shapes
 from xflow_jax.checkpoints.huggingface import COMPANIONS
-from xflow_jax.errors import UserError
+from xflow_jax.checkpoints.run_lock import destination_lock, locked_by_first_process
+from xflow_jax.errors import UserError, disk_errors
 from xflow_jax.models import abstract_params, build, model_config, shardings
 from xflow_jax.types import ModelConfig, Params
 
 FORMAT, FILES = "xflow-jax parameters, version 1", "files.json"
+TEMPORARY = ".orbax-checkpoint-tmp*"  # what Orbax adds to a name until the directory is complete
 # A host that reads a slice of a parameter decodes complete chunks of it. By default Orbax would
 # write one chunk per shard.
 CHUNK_BYTES = 2**24
@@ -109,7 +107,8 @@ class PartialCheckpoint:
     """A checkpoint that is being written, in `path`.partial.
 
     If a partial checkpoint with the same record exists, it is continued. Errors of the disk become
-    UserErrors, and the partial directory then stays. All processes of a run make the same calls.
+    UserErrors, and the partial directory then stays. All processes of a run make the same calls,
+    while the first one holds the lock of the destination.
     """
 
     def __init__(self, path: str | Path, record: CheckpointRecord, note: str = ""):
@@ -138,7 +137,7 @@ class PartialCheckpoint:
                 )
             _in_first_process(self._delete_incomplete)
             return
-        _in_first_process(lambda: self.path.parent.mkdir(parents=True, exist_ok=True))
+        _in_first_process(self._make_parent)
         metadata = {"format": FORMAT, **asdict(self.record)}
         args = ocp.args.Composite(config=ocp.args.JsonSave(self.record.config))
         with _quiet():
@@ -146,9 +145,15 @@ class PartialCheckpoint:
                 self.partial, args, custom_metadata=metadata
             )
 
+    def _make_parent(self) -> None:
+        """Makes the parent directory, without the remains of a killed start."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for directory in self.path.parent.glob(f"{glob.escape(self.partial.name)}{TEMPORARY}"):
+            shutil.rmtree(directory)
+
     def _delete_incomplete(self) -> None:
         """Deletes items that a stopped program did not complete."""
-        for item in self.partial.glob("*.orbax-checkpoint-tmp*"):
+        for item in self.partial.glob(f"*{TEMPORARY}"):
             shutil.rmtree(item)
 
     def has(self, path: str) -> bool:
@@ -227,27 +232,28 @@ def save_params(
         provenance: origin of the parameters, of JSON types.
 
     Raises:
-        UserError: if `path` exists or the disk is full.
+        UserError: if `path` exists or is being written, or if the disk is full.
         ValueError: if the parameters do not belong to the configuration.
     """
     leaves = flatten_dict(params, sep="/")
     check_shapes(abstract_params(build(config)), {name: x.shape for name, x in leaves.items()})
     record, partial = make_record(config, provenance, leaves), partial_path(Path(path).absolute())
     refuse_existing(Path(path))
-    stale = partial.exists()
-    _in_first_process(lambda: None)  # all processes check before the first one deletes
-    if stale:
-        _read_record(partial)  # deletes nothing that is not a converted checkpoint
-        _in_first_process(lambda: shutil.rmtree(partial))
-    try:
-        checkpoint = PartialCheckpoint(path, record)
-        for name, leaf in leaves.items():
-            checkpoint.write(name, leaf)
-        checkpoint.finish(tokenizer_dir)
-    except BaseException:
-        if jax.process_index() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with locked_by_first_process(destination_lock(Path(path))):
+        stale = partial.exists()
+        _in_first_process(lambda: None)  # all processes check before the first one deletes
+        if stale:
+            _read_record(partial)  # deletes nothing that is not a converted checkpoint
+            _in_first_process(lambda: shutil.rmtree(partial))
+        try:
+            checkpoint = PartialCheckpoint(path, record)
+            for name, leaf in leaves.items():
+                checkpoint.write(name, leaf)
+            checkpoint.finish(tokenizer_dir)
+        except BaseException:
+            if jax.process_index() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def is_checkpoint(directory: str | Path) -> bool:

@@ -1,0 +1,247 @@
+"""Locks on the places that programs write.
+
+The lock is a file that the kernel locks (flock) for the process that holds it. A process that is
+killed loses its lock at once, and its file stays until the next program takes it over. The file is
+deleted when its lock is released. This is the one module that knows how places are locked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+from xflow_jax.errors import UserError, disk_errors
+from xflow_jax.parallel import multihost
+
+try:
+    import fcntl
+except ImportError:  # Windows, where the record of the holder has to do
+    fcntl = None  # type: ignore[assignment]
+
+FOLDER_LOCK = "run.lock"
+# Taking a lock over rewrites the record in place. Its fixed size needs no more room on a full disk.
+_RECORD_BYTES = 512
+_NO_FLOCK = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+_ATTEMPTS = 100  # lock files that vanish or are still empty, while their holders come and go
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Process that holds a lock, as recorded in the lock's file.
+
+    Attributes:
+        host: name of its machine.
+        pid: its number there.
+        started: time at which the system started the process, which tells it from a later process
+            of the same number. Empty if the system does not tell.
+        since: time at which it took the lock.
+    """
+
+    host: str
+    pid: int
+    started: str
+    since: str
+
+    def is_gone(self) -> bool:
+        """Returns True if the process ran on this machine and has ended."""
+        return self.host == socket.gethostname() and self.started != _start_time(self.pid)
+
+
+class RunLock:
+    """The lock of one place. It is a context manager.
+
+    Attributes:
+        place: the place, for messages.
+        file: the file of the lock.
+        inherited: True if the lock was taken over from a process that was killed. What it left
+            half written at the place is then certainly a program's own, and nobody is writing it.
+    """
+
+    def __init__(self, place: Path, file: Path):
+        self.place, self.file, self.inherited = place, file, False
+        self._descriptor: int | None = None
+
+    def acquire(self) -> None:
+        """Takes the lock. Missing parent directories are made.
+
+        Raises:
+            UserError: if another process holds it, or if its file cannot be written.
+        """
+        with disk_errors(self.place):
+            _make_directory(self.file.parent)
+            for _ in range(_ATTEMPTS):
+                if self._try():
+                    return
+                time.sleep(0.01)
+        raise UserError(self._refusal(None))
+
+    def release(self) -> None:
+        """Deletes the file and unlocks it, if the lock is held."""
+        if self._descriptor is None:
+            return
+        # Deleted before it is unlocked, so that nobody can lock the file in between.
+        with contextlib.suppress(OSError):
+            self.file.unlink()
+        os.close(self._descriptor)
+        self._descriptor = None
+
+    def __enter__(self) -> RunLock:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def _try(self) -> bool:
+        """Returns True with the lock, False if its file just changed hands."""
+        descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            held = self._try_descriptor(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if held:
+            self._descriptor = descriptor
+        else:
+            os.close(descriptor)
+        return held
+
+    def _try_descriptor(self, descriptor: int) -> bool:
+        before = self._read_holder(descriptor)
+        if not _flock(descriptor, before):
+            if before is None:  # its holder is about to write the record
+                return False
+            raise UserError(self._refusal(before))
+        if not self._is_named(descriptor):  # deleted before it was locked
+            return False
+        before = self._read_holder(descriptor)
+        _write_holder(descriptor, before is None, self.file)
+        self.inherited = before is not None
+        return True
+
+    def _read_holder(self, descriptor: int) -> Holder | None:
+        """Returns the record in the file, or None if it is empty."""
+        data = os.pread(descriptor, _RECORD_BYTES + 1, 0)
+        if not data.strip(b"\0"):  # after a loss of power, a file may have zeros alone
+            return None
+        try:
+            return Holder(**json.loads(data))
+        except (ValueError, TypeError):
+            raise UserError(
+                f"{self.file}: not the lock of a program, whose place it has. Delete or rename it."
+            ) from None
+
+    def _is_named(self, descriptor: int) -> bool:
+        """Returns True if the open file still has the lock's name."""
+        try:
+            return os.path.samestat(os.fstat(descriptor), self.file.stat())
+        except FileNotFoundError:
+            return False
+
+    def _refusal(self, holder: Holder | None) -> str:
+        if holder is None:
+            return f"{self.place}: another process is writing it. Wait until it ends."
+        return (
+            f"{self.place}: process {holder.pid} on {holder.host} is writing it since "
+            f"{holder.since}. Wait until it ends, or choose another place."
+        )
+
+
+def folder_lock(folder: Path) -> RunLock:
+    """Makes the lock of a folder that several calls fill.
+
+    Its file is inside, so that it is the same under every name of the folder.
+    """
+    return RunLock(folder, folder / FOLDER_LOCK)
+
+
+def destination_lock(path: Path) -> RunLock:
+    """Makes the lock of a file or directory that a program makes.
+
+    Its file is beside the destination, which does not exist at first.
+    """
+    resolved = path.absolute().parent.resolve() / path.name
+    return RunLock(path, resolved.with_name(resolved.name + ".lock"))
+
+
+@contextlib.contextmanager
+def locked_by_first_process(lock: RunLock) -> Iterator[None]:
+    """Holds a lock in the first of the processes of one run.
+
+    All processes must call this.
+
+    Args:
+        lock: the lock.
+
+    Raises:
+        UserError: in all processes, if another run holds the lock.
+    """
+    multihost.broadcast_from_first(lock.acquire)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _make_directory(directory: Path) -> None:
+    """Makes a directory and its parents."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(
+            f"{directory}: a file has the place of a directory. Choose another place."
+        ) from None
+
+
+def _flock(descriptor: int, before: Holder | None) -> bool:
+    """Locks an open file, or returns False.
+
+    Without flock on a file system, the record of the holder decides.
+    """
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, "")
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        if error.errno not in _NO_FLOCK:
+            raise
+        return before is None or before.is_gone()
+
+
+def _write_holder(descriptor: int, is_new: bool, file: Path) -> None:
+    """Writes this process's record, or deletes a new file without it."""
+    pid, now = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
+    record = json.dumps(asdict(Holder(socket.gethostname(), pid, _start_time(pid), now)))
+    try:
+        os.pwrite(descriptor, record.encode().ljust(_RECORD_BYTES), 0)
+        os.fsync(descriptor)
+    except OSError:
+        if is_new:
+            file.unlink()
+        raise
+
+
+def _start_time(pid: int) -> str:
+    """Returns the boot and clock tick of a process's start, or ""."""
+    try:
+        # The name of the program, in brackets, may contain spaces.
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {ticks}"
+    except OSError:
+        return ""
