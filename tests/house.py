@@ -22,7 +22,8 @@ RANKS = {
     name: rank
     for rank, names in enumerate(
         [
-            "errors types",
+            "errors",
+            "types input_files",
             "toml_config parallel sandbox tokenizer",
             "models tasks",
             "checkpoints decoding",

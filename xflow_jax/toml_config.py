@@ -8,14 +8,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import tomllib
+import math
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
-from xflow_jax.errors import UserError, require
+from xflow_jax.errors import UserError, describe, require
+from xflow_jax.input_files import parse_toml, read_toml
 
 
 class _Dataclass(Protocol):
@@ -37,9 +39,9 @@ T = TypeVar("T", bound=_Dataclass)
 def format_value(value: object) -> str:
     """Formats a value for an error message, as JSON if possible."""
     try:
-        return json.dumps(value)
-    except TypeError:
-        return repr(value)
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):  # not of JSON, or of too many digits or levels
+        return describe(value)
 
 
 def coerce(value: object, hint: object) -> Any:
@@ -74,7 +76,9 @@ def coerce(value: object, hint: object) -> Any:
             return tuple(coerce(item, args[0]) for item in value)
         if len(args) == len(value):
             return tuple(coerce(item, member) for item, member in zip(value, args, strict=True))
-    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if math.isnan(value) or abs(value) > sys.float_info.max:
+            raise TypeError("a finite number")
         return float(value)
     elif hint is Path and isinstance(value, str):
         return Path(value)
@@ -196,13 +200,7 @@ def load_toml(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> 
         UserError: for an unknown key (with the nearest known one), a value of a wrong type, a
             missing key, and whatever `cls` itself rejects.
     """
-    try:
-        tree = tomllib.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
-    return with_overrides(cls, tree, overrides, str(path))
+    return with_overrides(cls, read_toml(path), overrides, str(path))
 
 
 def with_overrides(
@@ -264,9 +262,12 @@ def _override_value(value: str, hint: object) -> Any:
     if value == "none" and type(None) in members:
         return None
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except (tomllib.TOMLDecodeError, KeyError):
+        table = parse_toml(f"value = {value}", "")
+    except UserError:
         return value
+    if list(table) != ["value"]:  # the text has a line break and more keys behind it
+        return value
+    parsed = table["value"]
     try:
         coerce(parsed, hint)
     except TypeError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,8 @@ from xflow_jax.checkpoints.safetensors_reader import (
     read_hf_leaf,
 )
 from xflow_jax.checkpoints.weight_map import map_weights
-from xflow_jax.errors import UserError
+from xflow_jax.errors import UserError, require
+from xflow_jax.input_files import file_inside, read_json
 from xflow_jax.models import abstract_params, build, model_config, shardings
 from xflow_jax.types import ModelConfig
 
@@ -47,13 +47,9 @@ def read_hf_config(directory: Path) -> ModelConfig:
     Raises:
         UserError: if the file is missing, is not JSON or is not a supported configuration.
     """
-    file = directory / CONFIG_FILE
-    try:
-        return model_config(json.loads(file.read_text()), str(file))
-    except OSError:
-        raise UserError(f"{directory}: there is no {CONFIG_FILE}") from None
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON: {error}") from None
+    file = file_inside(directory, CONFIG_FILE)
+    require(file.exists(), f"{directory}: there is no {CONFIG_FILE}")
+    return model_config(read_json(file), str(file))
 
 
 def find_hf_directory(name: str | Path) -> Path:

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from xflow_jax.decoding import PROMPT_MULTIPLE
 from xflow_jax.errors import UserError
+from xflow_jax.input_files import read_jsonl
 from xflow_jax.parallel import batch_sharding, multihost
-from xflow_jax.tasks import read_jsonl
 from xflow_jax.tokenizer import chat_ids, pad_left
 from xflow_jax.toml_config import format_value
 from xflow_jax.training import cross_entropy

@@ -23,9 +23,10 @@ from tqdm import tqdm
 from xflow_jax.decoding import Rule, generate, resolve_steps
 from xflow_jax.errors import UserError
 from xflow_jax.evaluation.answers import Answer, Answers, Row, summarize_answers
+from xflow_jax.input_files import read_jsonl
 from xflow_jax.parallel import multihost
 from xflow_jax.sandbox import run_many
-from xflow_jax.tasks import Task, read_jsonl
+from xflow_jax.tasks import Task
 from xflow_jax.tokenizer import chat_ids
 from xflow_jax.types import LanguageModel
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from xflow_jax.errors import UserError
+from xflow_jax.input_files import read_jsonl
 from xflow_jax.toml_config import format_value
 
 _TYPES = {str: "a text", int: "a whole number", list: "a list of texts"}
@@ -57,30 +56,6 @@ def _has_type(value: object, kind: type) -> bool:
     if isinstance(value, list):
         return kind is list and all(isinstance(item, str) for item in value)
     return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yields (line number, value) for the lines of a jsonl file.
-
-    The file may be compressed by gzip. Empty lines are left out.
-
-    Raises:
-        UserError: the file cannot be read, or a line is not JSON.
-    """
-    try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is neither jsonl nor jsonl.gz"
-        raise UserError(f"{path}: cannot be read: {reason}") from None
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError:
-                raise UserError(
-                    f"{path}, line {number} is no JSON: the file must be jsonl"
-                ) from None
 
 
 def _load_from_hub(

@@ -5,9 +5,7 @@ grain reads the batches. It is imported only if a run needs them.
 
 from __future__ import annotations
 
-import contextlib
 import glob
-import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -18,6 +16,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from xflow_jax.errors import UserError, require
+from xflow_jax.input_files import read_json_lines, read_jsonl
 from xflow_jax.tasks import microcode
 from xflow_jax.tokenizer import chat_ids, pad_left
 from xflow_jax.training.state import Batch
@@ -208,22 +207,13 @@ def read_lines(path: str | Path) -> list[str]:
         path: the file.
 
     Returns:
-        The lines. The last one is left out if it has no line break and is not JSON, because a
-        crash cut it off.
+        The lines that are not empty. The last one is left out if it has no line break and is not
+        JSON, because a crash cut it off.
 
     Raises:
-        UserError: if the file cannot be read.
+        UserError: if the file cannot be read, or a line is not JSON.
     """
-    try:
-        *lines, last = Path(path).read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
-    with contextlib.suppress(json.JSONDecodeError):
-        json.loads(last)
-        lines.append(last)
-    return lines
+    return [line for _, line, _ in read_json_lines(path, cut_end=True)]
 
 
 def read_records(path: str | Path) -> Iterator[tuple[str, object]]:
@@ -236,14 +226,10 @@ def read_records(path: str | Path) -> Iterator[tuple[str, object]]:
         ("FILE, line N", value), the former for error messages.
 
     Raises:
-        UserError: if the file cannot be read, or a line is not JSON.
+        UserError: as `read_lines`.
     """
-    for number, line in enumerate(read_lines(path), start=1):
-        where = f"{path}, line {number}"
-        try:
-            yield where, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where} is no JSON: {error}") from None
+    for number, value in read_jsonl(path, cut_end=True):
+        yield f"{path}, line {number}", value
 
 
 def batch_iterator(source: Source, batch_size: int) -> BatchIterator:
