@@ -132,9 +132,7 @@ def read_keys(
     """
     if not isinstance(hf, dict):
         raise UserError(f"{where}: a configuration is a JSON object, not {format_value(hf)[:40]}")
-    for key in required:
-        if hf.get(key) is None:
-            raise UserError(f"{where}: the key {key} is missing")
+    # First, since a key of another model explains why others are missing.
     for key, choices in fixed.items():
         value = hf.get(key, choices[0])
         if not any(
@@ -146,6 +144,9 @@ def read_keys(
                 f"{where}: {key} is {format_value(value)}, which is not implemented. "
                 f"It must be {right}."
             )
+    for key in required:
+        if hf.get(key) is None:
+            raise UserError(f"{where}: the key {key} is missing")
     fields = {}
     for name, hint in typing.get_type_hints(cls).items():
         if name == "hf" or name not in hf:

@@ -13,11 +13,13 @@ from xflow_jax.models.config import LLaDAConfig, model_config
 from xflow_jax.models.presets import PRESETS
 from xflow_jax.toml_config import load_toml
 
-HF = json.loads((Path(__file__).parents[1] / "goldens" / "llada_tiny" / "config.json").read_text())
+GOLDENS = Path(__file__).parents[1] / "goldens"
+HF = json.loads((GOLDENS / "llada_tiny" / "config.json").read_text())
+HF2 = json.loads((GOLDENS / "llada2_tiny" / "config.json").read_text())
 
 
-def refusal(changes, drop=()):
-    hf = {k: v for k, v in (HF | changes).items() if k not in drop}
+def refusal(changes, drop=(), hf=HF):
+    hf = {k: v for k, v in (hf | changes).items() if k not in drop}
     with pytest.raises(UserError) as error:
         model_config(hf, "dir/config.json")
     sentence = str(error.value)
@@ -119,6 +121,94 @@ def test_what_is_not_implemented_is_refused_by_name(key, value, right):
     assert f"{key} is {json.dumps(value)}, which is not implemented. It must be {right}" in sentence
 
 
+ROPE = {"rope_type": "default", "rope_theta": 7e5}
+
+
+@pytest.mark.parametrize("hf", [HF, HF2], ids=["llada", "llada2"])
+@pytest.mark.parametrize("place", ["rope_parameters", "rope_scaling"])
+def test_the_rotary_base_may_be_in_a_dict(hf, place):
+    """Version 5 of transformers writes it there, and the top level lacks it."""
+    written = {k: v for k, v in hf.items() if k not in ("rope_theta", "rope_scaling")}
+    written[place] = ROPE
+    config = model_config(written)
+    assert config.rope_theta == 7e5 and config.to_hf() == written
+    assert model_config(written | {"rope_theta": 700000}).rope_theta == 7e5
+    again = model_config(dataclasses.replace(config, rope_theta=9.0).to_hf())
+    assert again.rope_theta == 9.0
+    sentence = refusal({"rope_theta": 5e5, place: ROPE}, hf=hf)
+    assert "rope_theta is 500000.0, but another place of the file has 700000.0" in sentence
+    for kind in ({"type": "linear", "factor": 2.0}, {"rope_type": "yarn"}, ROPE | {"factor": 2.0}):
+        assert f"{place} is {json.dumps(kind)}, which is not implemented" in refusal(
+            {place: kind}, ["rope_theta"], hf
+        )
+    for odd in ("default", {"full_attention": ROPE}, [ROPE]):
+        assert f"{place} is {json.dumps(odd)}, which" in refusal({place: odd}, hf=hf)
+
+
+def test_the_share_of_rotated_dims_may_be_in_a_dict():
+    hf = {k: v for k, v in HF2.items() if k not in ("partial_rotary_factor", "rotary_dim")}
+    rope = {"rope_parameters": ROPE | {"rope_theta": 600000, "partial_rotary_factor": 0.25}}
+    assert model_config(hf | rope).rotary_dim == 8
+    assert "partial_rotary_factor is 0.5, but another place of the file has 0.25" in refusal(
+        rope, hf=HF2
+    )
+    assert "partial_rotary_factor is 0.25, which is not implemented" in refusal(
+        rope, ["rope_theta"], HF
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("norm_topk_prob", False),
+        ("norm_head", True),
+        ("norm_softmax", True),
+        ("use_rmsnorm", False),
+        ("router_dtype", "bf16"),
+        ("moe_router_enable_expert_bias", False),
+        ("score_function", "softmax"),
+        ("use_qk_norm", False),
+        ("hidden_act", "gelu"),
+        ("use_sliding_window", True),
+        ("num_nextn_predict_layers", 1),
+        ("quantization_config", {"quant_method": "fp8"}),
+        ("architectures", ["LLaDA2MoeModelLM", "Other"]),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+    ],
+)
+def test_keys_of_llada2_that_other_engines_read_are_refused(key, value):
+    assert f"{key} is {json.dumps(value)}, which is not implemented" in refusal(
+        {key: value}, hf=HF2
+    )
+
+
+def test_llada_moe_is_no_llada():
+    """It has the same model_type, and its own keys for the rest."""
+    hf = json.loads((GOLDENS / "configs" / "llada_moe.json").read_text())
+    with pytest.raises(UserError) as error:
+        model_config(hf, "dir/config.json")
+    assert str(error.value) == (
+        'dir/config.json: architectures is ["LLaDAMoEModelLM"], which is not implemented. '
+        'It must be ["LLaDAModelLM"].'
+    )
+    assert "num_experts is 64, which is not implemented" in refusal(hf, ["architectures"])
+    assert "qk_layernorm is true" in refusal(hf, ["architectures", "num_experts"])
+
+
+def test_every_key_of_the_released_files_has_a_meaning(caplog):
+    """A key without one is named, and what transformers 5 renames has the same meaning."""
+    newer = {"dtype": "bfloat16", "layer_types": ["full_attention"], "architectures": None}
+    for hf in (HF, HF2, HF | newer, HF2 | newer):
+        model_config(hf)
+    assert not caplog.records
+    model_config(HF2 | {"logit_softcap": 30.0, "sliding_windows": [4], "unused": None})
+    model_config(HF2 | {"logit_softcap": 30.0, "sliding_windows": [4]})
+    assert [record.getMessage() for record in caplog.records] == [
+        "The model's config.json has unknown keys, which have no effect here: "
+        "logit_softcap, sliding_windows."
+    ]
+
+
 def test_norm_biases_are_refused_where_null_would_inherit_them():
     assert "bias_for_layer_norm is null" in refusal(
         {"include_bias": True, "bias_for_layer_norm": None}
@@ -148,6 +238,7 @@ def test_missing_keys(key):
         ({"multi_query_attention": True}, "multi_query_attention is true, but n_kv_heads is 4"),
         ({"mlp_hidden_size": 0}, "the MLP's width is 0"),
         ({"embedding_size": 500}, "embedding_size 500 is less than vocab_size 512"),
+        ({"mask_token_id": 481}, "mask_token_id and eos_token_id are both 481"),
         ({"mask_token_id": 520}, "mask_token_id is 520, but the ids go from 0 to 519"),
     ],
 )

@@ -83,7 +83,7 @@ def answer_prompts(args: argparse.Namespace) -> None:
 def decode_lengths(
     model: str, gen_length: int | None, block_length: int | None
 ) -> tuple[int, int | None]:
-    """Fills in the defaults of a model for the response and the block length.
+    """Fills in the default lengths of a model.
 
     The bundled models have those of microcode. A response that is shorter than their block is one
     block.

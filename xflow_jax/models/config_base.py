@@ -2,8 +2,172 @@
 
 from __future__ import annotations
 
-from xflow_jax.errors import require
-from xflow_jax.toml_config import format_value
+import dataclasses
+import functools
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from xflow_jax.errors import UserError, require
+from xflow_jax.toml_config import format_value, read_keys
+
+ConfigT = TypeVar("ConfigT", bound="HfConfig")
+
+# Keys of transformers, and of modelling code in general, that change no logits: names, training,
+# initialisation, the original's own caches and kernels, and defaults of its text generation. The
+# dtype is chosen when a model is loaded.
+_IGNORED = """
+    _name_or_path _attn_implementation _attn_implementation_autoset attn_implementation
+    _commit_hash auto_map model_type name_or_path transformers_version dtype torch_dtype
+    use_bfloat16 attention_dropout attn_pdrop embd_pdrop embedding_dropout hidden_dropout
+    output_dropout
+    resid_pdrop residual_dropout initializer_range init_cutoff_factor init_device init_fn init_std
+    gradient_checkpointing chunk_size_feed_forward flash_attention fuse_cross_entropy torchscript
+    use_cache tf_legacy_loss pruned_heads is_decoder is_encoder_decoder add_cross_attention
+    cross_attention_hidden_size tie_encoder_decoder output_attentions output_hidden_states
+    output_router_logits output_scores return_dict return_dict_in_generate router_aux_loss_coef
+    id2label label2id num_labels problem_type finetuning_task task_specific_params tokenizer_class
+    prefix bos_token_id sep_token_id cls_token_id decoder_start_token_id forced_bos_token_id
+    forced_eos_token_id bad_words_ids begin_suppress_tokens suppress_tokens max_length min_length
+    do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+    num_return_sequences remove_invalid_values exponential_decay_length_penalty
+"""
+IGNORED = frozenset(_IGNORED.split())
+# Keys that transformers 5 writes into a dict instead of the top level.
+_ROPE_KEYS = ("rope_theta", "partial_rotary_factor")
+_ROPE_DICTS = ("rope_parameters", "rope_scaling")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HfConfig:
+    """A configuration with the dict of its config.json.
+
+    Attributes:
+        hf: the dict that the configuration was read from, as JSON. It keeps the keys that are no
+            fields, for `to_hf`.
+    """
+
+    hf: str = dataclasses.field(default="", repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyTable:
+    """Keys of a family's config.json beside the fields of its configuration.
+
+    A key that is in no part of the table is unknown, and a warning names it.
+
+    Attributes:
+        fixed: key -> the values that are implemented: the one that an absent key counts as, then
+            others that mean the same.
+        lists: key -> the words that its list may hold. An absent key is right.
+        ignored: keys that change no logits, beside those of IGNORED.
+    """
+
+    fixed: Mapping[str, tuple[object, ...]]
+    lists: Mapping[str, tuple[str, ...]]
+    ignored: frozenset[str] = frozenset()
+
+
+def read_config(
+    cls: type[ConfigT],
+    hf: object,
+    where: str,
+    required: tuple[str, ...],
+    table: KeyTable,
+) -> ConfigT:
+    """Reads the dict of a config.json by the table of a family.
+
+    Unknown keys are logged as a warning.
+
+    Args:
+        cls: the configuration of the family.
+        hf: the dict.
+        where: the file, for error messages.
+        required: keys that must be there.
+        table: meaning of the keys that are no fields.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        UserError: if a key is missing, a value is impossible or of a wrong type, or a setting is
+            not implemented.
+    """
+    if not isinstance(hf, dict):
+        return read_keys(cls, hf, where, required, {})  # which raises
+    for key, words in table.lists.items():
+        value = hf.get(key)
+        if value is not None and not (isinstance(value, list) and {*map(str, value)} <= {*words}):
+            raise UserError(
+                f"{where}: {key} is {format_value(value)}, which is not implemented. "
+                f"It must be {format_value(list(words))}."
+            )
+    config = read_keys(cls, _flatten_rope(hf, where), where, required, table.fixed)
+    fields = {f.name for f in dataclasses.fields(cls)} - {"hf"}
+    known = fields | {*table.fixed, *table.lists, *table.ignored, *IGNORED, *_ROPE_DICTS}
+    _warn_unknown(tuple(key for key, value in hf.items() if key not in known and value is not None))
+    return dataclasses.replace(config, hf=json.dumps(hf))
+
+
+@functools.cache
+def _warn_unknown(keys: tuple[str, ...]) -> None:
+    """Logs a warning about unknown keys, once for the same keys."""
+    if keys:
+        logging.getLogger("xflow_jax").warning(
+            "The model's config.json has unknown keys, which have no effect here: %s.",
+            ", ".join(keys),
+        )
+
+
+def _flatten_rope(hf: dict[str, Any], where: str) -> dict[str, Any]:
+    """Moves the rotary keys of rope_parameters and rope_scaling to the top level.
+
+    Raises:
+        UserError: for another type of rotary embedding, or two different values of a key.
+    """
+    flat = {key: value for key, value in hf.items() if key not in _ROPE_DICTS}
+    for name in _ROPE_DICTS:
+        rope = hf.get(name)
+        if rope is None:
+            continue
+        is_default = (
+            isinstance(rope, dict)
+            and all(rope.get(key) in (None, "default") for key in ("type", "rope_type"))
+            and not rope.keys() - {"type", "rope_type", *_ROPE_KEYS}
+        )
+        if not is_default:
+            raise UserError(
+                f"{where}: {name} is {format_value(rope)}, which is not implemented. "
+                'It must be null or {"rope_type": "default"}, with rope_theta at most.'
+            )
+        for key in _ROPE_KEYS:
+            inner, outer = rope.get(key), flat.get(key)
+            if inner is not None and outer is not None and inner != outer:
+                raise UserError(
+                    f"{where}: {key} is {format_value(outer)}, but another place of the file has "
+                    f"{format_value(inner)}. They must be equal."
+                )
+            if inner is not None:
+                flat[key] = inner
+    return flat
+
+
+def update_rope(hf: dict[str, Any], config: object) -> dict[str, Any]:
+    """Makes the rotary keys of a config.json agree with a configuration.
+
+    Args:
+        hf: the dict.
+        config: the configuration.
+    """
+    updated = dict(hf)
+    for name in _ROPE_DICTS:
+        if isinstance(rope := hf.get(name), dict):
+            changed = {k: getattr(config, k, v) for k, v in rope.items() if k in _ROPE_KEYS}
+            if any(rope[key] != value for key, value in changed.items()):
+                updated[name] = rope | changed
+    return updated
 
 
 class DenseModel:
@@ -93,3 +257,5 @@ def check_token_ids(config: object, rows: int) -> None:
             value is None or 0 <= value < rows,
             f"{key} is {value}, but the ids go from 0 to {rows - 1}",
         )
+    mask, eos = (getattr(config, key) for key in ("mask_token_id", "eos_token_id"))
+    require(mask is None or mask != eos, f"mask_token_id and eos_token_id are both {mask}")

@@ -9,12 +9,16 @@ from typing import Any
 
 from xflow_jax.errors import UserError, require
 from xflow_jax.models.config_base import (
+    HfConfig,
+    KeyTable,
     check_divides,
     check_not_negative,
     check_positive,
     check_token_ids,
+    read_config,
+    update_rope,
 )
-from xflow_jax.toml_config import read_keys, write_keys
+from xflow_jax.toml_config import write_keys
 
 # Rows of the released models' vocabulary, and their mask token, which no config.json names.
 RELEASED_ROWS, RELEASED_MASK = 157184, 156895
@@ -27,23 +31,46 @@ _REQUIRED = (
     "pad_token_id",
 )
 _REQUIRED_BY_EXPERTS = ("num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group")
-# Keys of which one setting is implemented: that setting first, then others that mean the same.
+# Every key of LLaDA2.0's configuration is a field, fixed or ignored. The original code computes as
+# if these had the first value, and other engines read them.
 _FIXED: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu",),
     "score_function": ("sigmoid", None),
-    "rope_scaling": (None, {"type": "default"}, {"rope_type": "default"}),
     "use_qk_norm": (True, None),
     "using_split_qkv_in_self_attention": (False,),
+    "norm_topk_prob": (None, True),
+    "norm_head": (None, False),
+    "norm_softmax": (None, False),
+    "use_rmsnorm": (None, True),
+    "router_dtype": (None, "fp32", "float32"),
+    "moe_router_enable_expert_bias": (None, True),
+    "use_sliding_window": (None, False),
+    "attention_bias": (None, False),
+    "clip_qkv": (None,),
+    "num_nextn_predict_layers": (None, 0),
+    "quantization_config": (None,),
+    "use_fp8_experts": (None, False),
 }
+_KEYS = KeyTable(
+    _FIXED,
+    {"architectures": ("LLaDA2MoeModelLM",), "layer_types": ("full_attention",)},
+    # No layer has a window. Ids of images lie beyond the text's. rotary_dim follows from
+    # partial_rotary_factor.
+    frozenset(
+        {"image_token_offset", "max_window_layers", "mtp_loss_scaling_factor", "rotary_dim"}
+        | {"sliding_window"}
+    ),
+)
 _TEMPLATE: dict[str, Any] = {
     "architectures": ["LLaDA2MoeModelLM"],
     "model_type": "llada2_moe",
-    **{key: choices[0] for key, choices in _FIXED.items()},
+    **{key: choices[0] for key, choices in _FIXED.items() if choices[0] is not None},
+    "rope_scaling": None,
 }
 
 
 @dataclass(frozen=True)
-class LLaDA2Config:
+class LLaDA2Config(HfConfig):
     """LLaDA2.0's configuration: the keys of its config.json that the computation reads.
 
     The properties translate them to the vocabulary of `xflow_jax.types.ModelConfig`.
@@ -55,8 +82,6 @@ class LLaDA2Config:
         head_dim: D. If 0 is passed, hidden_size / num_attention_heads.
         first_k_dense_replace: number of layers at the start that have a dense MLP.
         num_experts: X. None: every layer is dense.
-        hf: the dict that the configuration was read from, as JSON. It keeps unknown keys for
-            `to_hf`.
     """
 
     hidden_size: int
@@ -84,7 +109,6 @@ class LLaDA2Config:
     tie_word_embeddings: bool = False
     use_bias: bool = False
     use_qkv_bias: bool = False
-    hf: str = dataclasses.field(default="", repr=False)
 
     @property
     def family(self) -> str:
@@ -256,13 +280,12 @@ class LLaDA2Config:
         required: tuple[str, ...] = _REQUIRED
         if isinstance(hf, dict) and hf.get("num_experts") is not None:
             required += _REQUIRED_BY_EXPERTS
-        if not isinstance(hf, dict) or hf.get("head_dim", 0) is not None:
-            return read_keys(cls, hf, where, required, _FIXED)
-        known = {key: value for key, value in hf.items() if key != "head_dim"}
-        return dataclasses.replace(
-            read_keys(cls, known, where, required, _FIXED), hf=json.dumps(hf)
-        )
+        if isinstance(hf, dict) and hf.get("head_dim", 0) is None:
+            known = {key: value for key, value in hf.items() if key != "head_dim"}
+            config = read_config(cls, known, where, required, _KEYS)
+            return dataclasses.replace(config, hf=json.dumps(hf))
+        return read_config(cls, hf, where, required, _KEYS)
 
     def to_hf(self) -> dict[str, Any]:
         """Returns the dict of a config.json, unknown keys of `from_hf` included."""
-        return write_keys(self, _TEMPLATE)
+        return update_rope(write_keys(self, _TEMPLATE), self)

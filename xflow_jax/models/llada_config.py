@@ -9,15 +9,19 @@ from typing import Any
 from xflow_jax.errors import require
 from xflow_jax.models.config_base import (
     DenseModel,
+    HfConfig,
+    KeyTable,
     check_divides,
     check_positive,
     check_token_ids,
+    read_config,
+    update_rope,
 )
-from xflow_jax.toml_config import format_value, read_keys, write_keys
+from xflow_jax.toml_config import format_value, write_keys
 
 _REQUIRED = ("d_model", "n_layers", "n_heads", "vocab_size", "mask_token_id", "eos_token_id")
-# Keys that change LLaDA's computation or its tensor names, and of which one setting is
-# implemented. That setting comes first, then others that mean the same.
+# Every key of LLaDA's ModelConfig is a field, fixed or ignored. Fixed keys change the computation
+# or the names of the tensors.
 _FIXED: dict[str, tuple[object, ...]] = {
     "block_type": ("llama",),
     "block_group_size": (1,),
@@ -30,9 +34,24 @@ _FIXED: dict[str, tuple[object, ...]] = {
     "scale_logits": (False,),
     "alibi": (False,),
     "rope": (True,),
-    "rope_scaling": (None,),
+    "partial_rotary_factor": (None, 1.0),
     "clip_qkv": (None,),
+    "use_sliding_window": (None, False),
+    "sliding_window": (None,),
+    "quantization_config": (None,),
+    # LLaDA-MoE has the same model_type.
+    "num_experts": (None, 0),
+    "qk_layernorm": (None, False),
 }
+_KEYS = KeyTable(
+    _FIXED,
+    {"architectures": ("LLaDAModelLM",), "layer_types": ("full_attention",)},
+    # attention_layer_norm_with_affine and alibi_bias_max belong to settings that are fixed to off.
+    # weight_tying takes the place of tie_word_embeddings.
+    frozenset(
+        {"alibi_bias_max", "attention_layer_norm_with_affine", "precision", "tie_word_embeddings"}
+    ),
+)
 _TEMPLATE: dict[str, Any] = {
     "architectures": ["LLaDAModelLM"],
     "model_type": "llada",
@@ -41,14 +60,10 @@ _TEMPLATE: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class LLaDAConfig(DenseModel):
+class LLaDAConfig(DenseModel, HfConfig):
     """LLaDA's configuration: the keys of its config.json that the computation reads.
 
     The properties translate them to the vocabulary of `xflow_jax.types.ModelConfig`.
-
-    Attributes:
-        hf: the dict that the configuration was read from, as JSON. It keeps unknown keys for
-            `to_hf`.
     """
 
     d_model: int
@@ -70,7 +85,6 @@ class LLaDAConfig(DenseModel):
     weight_tying: bool = False
     include_bias: bool = False
     include_qkv_bias: bool | None = False
-    hf: str = dataclasses.field(default="", repr=False)
 
     @property
     def family(self) -> str:
@@ -205,12 +219,13 @@ class LLaDAConfig(DenseModel):
             UserError: if a key is missing, a value is impossible or of a wrong type, or a setting
                 of LLaDA's code is not implemented.
         """
-        fixed = dict(_FIXED)
+        table = _KEYS
         if isinstance(hf, dict) and hf.get("include_bias"):
             # Null means "as include_bias": the norms would have biases too.
-            fixed["bias_for_layer_norm"] = (False,)
-        return read_keys(cls, hf, where, _REQUIRED, fixed)
+            fixed = {**_FIXED, "bias_for_layer_norm": (False,)}
+            table = dataclasses.replace(_KEYS, fixed=fixed)
+        return read_config(cls, hf, where, _REQUIRED, table)
 
     def to_hf(self) -> dict[str, Any]:
         """Returns the dict of a config.json, unknown keys of `from_hf` included."""
-        return write_keys(self, _TEMPLATE)
+        return update_rope(write_keys(self, _TEMPLATE), self)
