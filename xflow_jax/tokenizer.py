@@ -90,13 +90,13 @@ def pad_left(
     return ids, mask
 
 
-def decode_responses(tokenizer: Tokenizer, tokens: np.ndarray, eos_id: int) -> list[str]:
+def decode_responses(tokenizer: Tokenizer, tokens: np.ndarray, eos_id: int | None) -> list[str]:
     """Converts responses to texts, without special tokens.
 
     Args:
         tokenizer: the tokenizer.
         tokens: responses, int [B, N].
-        eos_id: id of EOS. A text ends before its first EOS.
+        eos_id: id of EOS. A text ends before its first EOS. None keeps what follows an EOS.
 
     Returns:
         B texts.

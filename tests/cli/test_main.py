@@ -182,6 +182,14 @@ EVALUATE = ("evaluate", "--task", "microcode", "--model", "{model}")
             ("evaluate", "--task", "microcode", "--answers", "nowhere.jsonl"),
             "nowhere.jsonl: cannot be read",
         ),
+        (
+            ("evaluate", "--task", "humaneval", "--canonical", "--set", "body=true"),
+            "there is no key body. Did you mean body_only?",
+        ),
+        (
+            ("evaluate", "--task=likelihood", "--model=tiny", "--data=x", "--set=shots=1"),
+            "--set changes the protocol of a task, and likelihood has none",
+        ),
         ((*EVALUATE, "--budgets", "1/4,1/5"), "the budget 1/5"),
         ((*EVALUATE, "--rules", "mask,trheshold"), "did you mean threshold?"),
         ((*EVALUATE, "--batch-size", "0"), "batch_size must be at least 1"),
@@ -281,6 +289,33 @@ def test_evaluate_and_its_files(capsys, model, tmp_path):
 def test_canonical(capsys):
     assert main.main(["evaluate", "--task", "microcode", "--canonical", "--limit", "5"]) == 0
     assert "100.0 %" in capsys.readouterr().out
+
+
+BODIES = [{"task_id": "HumanEval/0", "completion": text} for text in ("    return x\n", "f = 1")]
+ONE_PROBLEM = {
+    "task_id": "HumanEval/0",
+    "prompt": 'def f(x):\n    """ the same """\n',
+    "entry_point": "f",
+    "canonical_solution": "    return x\n",
+    "test": "def check(c):\n    assert c(1) == 1\n",
+}
+
+
+def test_the_protocol_of_a_task_is_set_by_key(capsys, tmp_path):
+    data, answers, out = (tmp_path / name for name in ("data.jsonl", "answers.jsonl", "out"))
+    data.write_text(json.dumps(ONE_PROBLEM))
+    answers.write_text("".join(json.dumps(row) + "\n" for row in BODIES))
+    command = ["evaluate", "--task", "humaneval", "--data", str(data), "--answers", str(answers)]
+    command += ["--out", str(out)]
+    assert main.main(command) == 0
+    printed = capsys.readouterr().out
+    assert " 0.0 %" in printed and "opencompass-humaneval-v2" in printed
+    assert "\n1 of the failed answers: only the body of the function" in printed
+    assert "differs in settings" in refused(capsys, *command, "--set", "body_only=true")
+    command[-1] = str(tmp_path / "other")
+    assert main.main([*command, "--set", "body_only=true"]) == 0
+    printed = capsys.readouterr().out
+    assert "50.0 %" in printed and "body_only=True" in printed and "only the body" not in printed
 
 
 def test_demo(capsys, model, tmp_path, monkeypatch):

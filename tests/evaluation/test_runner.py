@@ -33,7 +33,7 @@ from xflow_jax.evaluation.fingerprint import (
     fingerprint,
     hash_file,
 )
-from xflow_jax.tasks import microcode
+from xflow_jax.tasks import get_task, microcode
 from xflow_jax.tokenizer import chat_ids
 
 TASK = microcode.TASK
@@ -103,6 +103,23 @@ def test_every_rule_at_every_budget(oracle):
     assert one[0].reason == "passed" and one[1].reason.startswith("wrong answer")
 
 
+@pytest.mark.parametrize("after_eos", [False, True])
+def test_text_after_eos_counts_only_where_the_protocol_keeps_it(monkeypatch, after_eos):
+    problem = TASK.problems(None, 1)[0]
+    right = TOKENIZER.encode(TASK.canonical(problem), add_special_tokens=False)
+    # The response begins with EOS, so only a protocol that keeps the rest finds the code.
+    tokens = np.asarray([[TOKENIZER.eos_token_id, *right]])
+
+    def generate(*_, **__):
+        return SimpleNamespace(texts=[""], tokens=tokens, forward_passes=np.ones(1))
+
+    monkeypatch.setattr(runner, "generate", generate)
+    task = get_task("microcode", [f"after_eos={str(after_eos).lower()}"])
+    cells = runner.make_cells(tiny_lm(), task, parse_rules("mask"), [Fraction(1)])
+    rows = runner.evaluate(tiny_lm(), task, [problem], cells, Answers(None, {}), batch_size=1)
+    assert rows[0].accuracy == 100.0 * after_eos
+
+
 def test_a_stopped_run_continues(oracle, tmp_path):
     lm, problems = tiny_lm(), TASK.problems(None, 10)
     cells = runner.make_cells(lm, TASK, RULES, BUDGETS)
@@ -150,6 +167,7 @@ def arguments(**given) -> SimpleNamespace:
         "mesh": "1,1,1",
         "dtype": "float32",
         "ablate": False,
+        "set": [],
         "base": None,
         "refresh": 0,
     }

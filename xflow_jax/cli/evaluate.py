@@ -38,6 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the problems as jsonl or jsonl.gz (default: those of the task), or for likelihood "
         "jsonl with prompt and response",
     )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change the protocol of the task, like extraction=first-fence, body_only=true or "
+        "limits.seconds=3 (repeat the option for several)",
+    )
     add_number(parser, "--limit", "use only the first N problems")
     parser.add_argument(
         "--rules",

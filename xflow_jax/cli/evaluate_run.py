@@ -7,6 +7,7 @@ first one writes and prints.
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,6 +17,7 @@ from typing import Any
 from xflow_jax.decoding import Flow, Rule, check_refresh, parse_budgets, parse_rules
 from xflow_jax.errors import UserError
 from xflow_jax.evaluation import (
+    Answer,
     Answers,
     Row,
     ablation_table,
@@ -69,7 +71,7 @@ def evaluate_task(args: argparse.Namespace) -> None:
     Raises:
         UserError: for bad input.
     """
-    task = get_task(args.task)
+    task = get_task(args.task, args.set)
     data = None if args.data is None else Path(args.data)
     problems = task.problems(data, args.limit)
     about: dict[str, Any] = {"format": 2, **describe_task(task, data), "limit": args.limit}
@@ -131,11 +133,20 @@ def _score_given(
     about["source"] = label
     row, failed = score_answers(task, problems, texts, label, open_answers(args.out, about))
     if multihost.is_first_process():
-        for answer in failed[:MOST_FAILURES]:
-            print(f"failed: {answer.task_id}: {answer.reason}")
-        if len(failed) > MOST_FAILURES:
-            print(f"failed: {len(failed) - MOST_FAILURES} more")
+        _print_failures(task, dict(zip(wanted, problems, strict=True)), failed)
     return row
+
+
+def _print_failures(task: Task, by_id: Mapping[str, object], failed: Sequence[Answer]) -> None:
+    """Prints the first failures, and the task's hints on all of them."""
+    for answer in failed[:MOST_FAILURES]:
+        print(f"failed: {answer.task_id}: {answer.reason}")
+    if len(failed) > MOST_FAILURES:
+        print(f"failed: {len(failed) - MOST_FAILURES} more")
+    hints = Counter(task.hint(by_id[answer.task_id], answer.text) for answer in failed)
+    for hint, count in hints.items():
+        if hint is not None:
+            print(f"{count} of the failed answers: {hint}.")
 
 
 def _score_model(

@@ -28,6 +28,8 @@ def print_likelihood(args: argparse.Namespace) -> None:
         raise UserError(
             "--task likelihood needs --model DIR and --data FILE, jsonl with prompt and response"
         )
+    if args.set:
+        raise UserError("--set changes the protocol of a task, and likelihood has none")
     mesh = default_mesh(args.mesh)
     lm = load(args.model, dtype=args.dtype, mesh=mesh)
     pairs = read_pairs(Path(args.data), lm, args.limit)

@@ -1,6 +1,6 @@
 """Evaluation of rules on tasks: answers, statistics, tables and plots."""
 
-from xflow_jax.evaluation.answers import Answers, Row
+from xflow_jax.evaluation.answers import Answer, Answers, Row
 from xflow_jax.evaluation.fingerprint import describe_rule, describe_task, fingerprint, hash_file
 from xflow_jax.evaluation.likelihood import log_likelihoods, read_pairs
 from xflow_jax.evaluation.paper_tables import (
@@ -24,6 +24,7 @@ from xflow_jax.evaluation.trajectory import token_texts, write_trajectory_page
 from xflow_jax.evaluation.verdicts import judge_prompts, verdict_sentence
 
 __all__ = [
+    "Answer",
     "Answers",
     "Cell",
     "Row",

@@ -27,7 +27,7 @@ from xflow_jax.input_files import read_jsonl
 from xflow_jax.parallel import multihost
 from xflow_jax.sandbox import run_many
 from xflow_jax.tasks import Task
-from xflow_jax.tokenizer import chat_ids
+from xflow_jax.tokenizer import chat_ids, decode_responses
 from xflow_jax.types import LanguageModel
 
 ProblemT = TypeVar("ProblemT")
@@ -259,8 +259,11 @@ def _decode(
             refresh=refresh,
         )
         seconds = time.perf_counter() - began
-    assert out.texts is not None
-    return out.texts, out.forward_passes, max(seconds - covered_seconds(spans), 0.0)
+    assert out.texts is not None and lm.tokenizer is not None
+    texts = out.texts
+    if settings.after_eos:
+        texts = decode_responses(lm.tokenizer, out.tokens, None)
+    return texts, out.forward_passes, max(seconds - covered_seconds(spans), 0.0)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 from xflow_jax.checkpoints import write_atomic
 from xflow_jax.evaluation.answers import Row
 from xflow_jax.evaluation.plots import plot_accuracy
-from xflow_jax.tasks import Task
+from xflow_jax.tasks import EXTRACTIONS, Task
 
 _HEADER = ("rule", "budget", "steps", "n", "accuracy", "95 % CI", "passes", "seconds", "tokens/s")
 _LEFT = 2  # columns of text, which are aligned on the left. The others hold numbers.
@@ -92,9 +92,15 @@ def table_legend(task: Task) -> str:
     block = "default blocks" if s.block_length is None else f"blocks of {s.block_length}"
     options = "".join(f", {k}={v}" for k, v in s.rule_options)
     stop = f", ends at {' or '.join(s.stop)}" if s.stop else ""
+    switches = "".join(
+        f", {f.name}={getattr(s, f.name)}"
+        for f in dataclasses.fields(s)
+        if isinstance(getattr(s, f.name), bool)
+    )
     return (
         f"{task.name}: {s.shots}-shot, {s.gen_length} response tokens, {block}{options}, "
-        f"prompt {s.prompt!r}, code: {s.extraction}{stop}.\n"
+        f"prompt {s.prompt!r}, code: {EXTRACTIONS[s.extraction].about} ({s.extraction}){stop}"
+        f"{switches}, {s.limits.seconds:g} s for each program.\n"
         "passes: mean forward passes per sequence. seconds: decode time without compilation. "
         "tokens/s: response tokens per second."
     )

@@ -2,8 +2,10 @@
 
 from xflow_jax.tasks import microcode
 from xflow_jax.tasks.base import Task, get_task
+from xflow_jax.tasks.extraction import EXTRACTIONS
 
 __all__ = [
+    "EXTRACTIONS",
     "Task",
     "get_task",
     "microcode",

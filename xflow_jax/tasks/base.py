@@ -1,6 +1,7 @@
-"""Tasks as data: Task, TaskConfig, code extraction and get_task.
+"""Tasks as data: Task, TaskConfig, extract_code and get_task.
 
-A task is one frozen `Task` named TASK, in a module or package of this package.
+A task is a module or package of this package with the function make_task(config) and with TASK, the
+frozen `Task` of its default protocol.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
-from xflow_jax.errors import UserError
+from xflow_jax.errors import UserError, require
 from xflow_jax.sandbox import Limits
+from xflow_jax.tasks.extraction import EXTRACTIONS
+from xflow_jax.toml_config import with_overrides
 
 ProblemT = TypeVar("ProblemT")
 
@@ -23,7 +25,7 @@ NAMES = ("microcode", "humaneval", "mbpp")  # each has a module here
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-    """Evaluation protocol of a task, printed with every result.
+    """Evaluation protocol of a task, printed and stored with every result.
 
     Attributes:
         gen_length: N, response positions. The full budget is as many steps.
@@ -32,19 +34,43 @@ class TaskConfig:
         prompt: template of one problem, with the names of its parts in braces.
         extraction: key of EXTRACTIONS, the function that finds the code in an answer.
         stop: an answer ends before the first of these texts.
+        after_eos: keep the text after the first EOS, without special tokens.
         rule_options: (name, value) pairs for every rule that has the option, for example the
             treatment of EOS. Options that the user gives take precedence.
         limits: limits of the sandbox.
+
+    Raises:
+        UserError: for a number out of range, or a template with other parts than `parts`.
     """
 
     gen_length: int
     block_length: int | None = None
     shots: int = 0
     prompt: str = "{prompt}"
-    extraction: str = "first fence"
+    extraction: str = "first-fence"
     stop: tuple[str, ...] = ()
+    after_eos: bool = False
     rule_options: tuple[tuple[str, object], ...] = ()
     limits: Limits = Limits()
+
+    parts: ClassVar[tuple[str, ...]] = ("prompt",)  # names in the template of a problem
+    most_shots: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        require(self.gen_length >= 1, f"gen_length must be at least 1, not {self.gen_length}")
+        block = self.block_length
+        require(block is None or block >= 1, f"block_length must be at least 1, not {block}")
+        most = self.most_shots
+        require(0 <= self.shots <= most, f"shots must be 0 to {most}, not {self.shots}")
+        self.check_template("prompt", self.prompt)
+
+    def check_template(self, name: str, template: str) -> None:
+        """Raises UserError unless the template has only the parts of a problem."""
+        try:
+            template.format(**dict.fromkeys(self.parts, ""))
+        except (KeyError, IndexError, ValueError, AttributeError):
+            known = " and ".join(f"{{{part}}}" for part in self.parts)
+            raise UserError(f"{name} must be a text with {known}, not {template!r}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +89,8 @@ class Task(Generic[ProblemT]):
         config: evaluation protocol.
         parts: (problem, code) -> one (program, checks) pair for each test of the problem.
         training: (data, limit) -> problems to train on, none of which `problems` returns.
+        hint: (problem, text) -> a sentence on an answer that only another protocol accepts, or
+            None.
     """
 
     name: str
@@ -75,31 +103,11 @@ class Task(Generic[ProblemT]):
     config: TaskConfig
     parts: Callable[[ProblemT, str], list[tuple[str, str]]]
     training: Callable[[Path | None, int | None], Sequence[ProblemT]]
+    hint: Callable[[ProblemT, str], str | None] = lambda problem, text: None
 
     def job(self, problem: ProblemT, text: str) -> tuple[str, str]:
         """Returns the (program, checks) pair that judges a model's answer `text`."""
         return self.program(problem, self.extract(problem, text))
-
-
-def _first_fence(text: str) -> str:
-    fence = re.search(r"```[\w+-]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
-    return (fence.group(1) if fence else text).strip("\n")
-
-
-def _after_begin(text: str) -> str:
-    code = text.partition("[BEGIN]")[2] if "[BEGIN]" in text else text
-    if "```" in code:
-        return _first_fence(code)
-    code = code.strip()
-    return code[1:].removesuffix("'") if code.startswith("'") else code
-
-
-EXTRACTIONS: dict[str, Callable[[str], str]] = {
-    # The inside of the first fence. Without a fence, the whole text.
-    "first fence": _first_fence,
-    # The text after [BEGIN] without the quotes around it, or the inside of its first fence.
-    "[BEGIN]": _after_begin,
-}
 
 
 def extract_code(config: TaskConfig, text: str) -> str:
@@ -110,17 +118,28 @@ def extract_code(config: TaskConfig, text: str) -> str:
         text: the answer.
     """
     ends = [text.find(stop) for stop in config.stop if stop in text]
-    return EXTRACTIONS[config.extraction](text[: min(ends, default=None)])
+    return EXTRACTIONS[config.extraction].extract(text[: min(ends, default=None)])
 
 
-def get_task(name: str) -> Task:
+def get_task(name: str, overrides: Sequence[str] = ()) -> Task:
     """Returns the task of a name.
 
+    Args:
+        name: one of NAMES.
+        overrides: changes of its protocol, texts like "gen_length=256" or "limits.seconds=3".
+
     Raises:
-        UserError: there is no such task. The sentence has the nearest name.
+        UserError: there is no such task (with the nearest name), or no such key or value.
     """
     if name not in NAMES:
         near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(NAMES)}"
         raise UserError(f"there is no task {name!r}: {hint}")
-    return importlib.import_module(f"xflow_jax.tasks.{name}").TASK
+    module = importlib.import_module(f"xflow_jax.tasks.{name}")
+    if not overrides:
+        return module.TASK
+    config = module.TASK.config
+    where = f"the protocol of {name}"
+    return module.make_task(
+        with_overrides(type(config), dataclasses.asdict(config), overrides, where)
+    )

@@ -1,9 +1,10 @@
 """MBPP (Austin et al., arXiv:2108.07732), three-shot on its 500 test problems.
 
-The protocol is that of LLaDA's authors (OpenCompass): worked examples as turns of a chat, each
-answer in quotes between [BEGIN] and [DONE]. The examples are problems 2, 3 and 4 of the data, as in
-its paper. The test problems are 11 to 510. The code runs before the set-up code and the tests,
-since the set-up of two problems uses a class that the solution defines.
+The protocol is that of LLaDA's authors: the configuration mbpp_gen of the OpenCompass in their
+repository (ML-GSAI/LLaDA). Worked examples are turns of a chat, each answer in quotes between
+[BEGIN] and [DONE]. The examples are problems 2, 3 and 4 of the data. The test problems are 11 to
+510. The time limit is longer than the 9 seconds of the original, which also leaves out the set-up
+code that the tests of two problems need. The code runs before that set-up code and the tests.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar, Literal
 
 from xflow_jax.errors import UserError
 from xflow_jax.sandbox import Limits
@@ -22,17 +24,38 @@ HUB = ("google-research-datasets/mbpp", "full", ("prompt", "test", "train"))
 SHOTS = (2, 3, 4)
 TESTS = range(11, 511)
 TRAINING = range(601, 975)
-
-CONFIG = TaskConfig(
-    gen_length=256,
-    shots=len(SHOTS),
-    prompt="You are an expert Python programmer, and here is your task: {text} "
-    "Your code should pass these tests:\n\n {tests}  \n",
-    extraction="[BEGIN]",
-    stop=("[DONE]",),
-    rule_options=(("confidence_eos_eot_inf", True),),
-    limits=Limits(seconds=20.0),  # one reference solution takes five on a free core
+_QUESTION = (
+    "You are an expert Python programmer, and here is your task: {text} "
+    "Your code should pass these tests:\n\n {tests}"
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class MbppConfig(TaskConfig):
+    """Protocol of MBPP.
+
+    Attributes:
+        shot_prompt: template of a worked example, which has less space at its end than `prompt`.
+        setup_code: run the set-up code of a problem. The original protocol does not, so problem
+            367 has no right answer there.
+    """
+
+    gen_length: int = 256
+    shots: int = len(SHOTS)
+    prompt: str = _QUESTION + "  \n"
+    extraction: Literal["llada-mbpp", "opencompass-mbpp", "begin-or-fence"] = "llada-mbpp"
+    after_eos: bool = True
+    rule_options: tuple[tuple[str, object], ...] = (("confidence_eos_eot_inf", True),)
+    limits: Limits = Limits(seconds=20.0)  # one reference solution takes five on a free core
+    shot_prompt: str = _QUESTION + " \n"
+    setup_code: bool = True
+
+    parts: ClassVar[tuple[str, ...]] = ("text", "tests")
+    most_shots: ClassVar[int] = len(SHOTS)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_template("shot_prompt", self.shot_prompt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,40 +102,62 @@ def problems(data: Path | None, limit: int | None, wanted: range = TESTS) -> lis
     return [dataclasses.replace(problem, shots=shots) for problem in found[:limit]]
 
 
-def question(problem: Problem) -> str:
-    """Returns the user's message for one problem."""
-    return CONFIG.prompt.format(text=problem.text, tests="\n".join(problem.test_list))
-
-
-def checks(problem: Problem, tests: Sequence[str]) -> str:
+def checks(problem: Problem, tests: Sequence[str], setup_code: bool = True) -> str:
     """Returns the program that judges a solution after it ran."""
-    return "\n".join((problem.test_setup_code, *tests, ""))
+    setup = problem.test_setup_code if setup_code else ""
+    return "\n".join((setup, *tests, ""))
 
 
 def canonical(problem: Problem) -> str:
-    """Returns the reference solution in the form of the worked examples."""
-    return f"[BEGIN]\n '{problem.code}' \n[DONE] \n\n "
+    """Returns the reference solution in the form of the worked examples.
+
+    The protocol of LLaDA's authors removes a quote at the end of the code. So a solution that ends
+    in one gets another.
+    """
+    code = problem.code.rstrip()
+    return _marked(code + "'" * code.endswith("'"))
 
 
-def prompt(problem: Problem) -> list[dict[str, str]]:
+def _marked(code: str) -> str:
+    return f"[BEGIN]\n '{code}' \n[DONE] \n\n "
+
+
+def _example(config: MbppConfig, shot: Problem) -> list[dict[str, str]]:
+    """Returns the turns of a worked example, with the original spaces."""
+    tests = [test.rstrip() + " " for test in shot.test_list]
+    if shot.task_id == SHOTS[0]:
+        tests[:1] = [test.rstrip() for test in tests[:1]]
+    question = config.shot_prompt.format(text=shot.text, tests="\n".join(tests).removesuffix(" "))
+    answer = _marked(shot.code.rstrip())
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def prompt(config: MbppConfig, problem: Problem) -> list[dict[str, str]]:
     """Returns chat messages: the worked examples in turns, then the question."""
-    turns = [
-        turn
-        for shot in problem.shots
-        for turn in (("user", question(shot)), ("assistant", canonical(shot)))
-    ]
-    return [{"role": role, "content": text} for role, text in [*turns, ("user", question(problem))]]
+    turns = [turn for shot in problem.shots[: config.shots] for turn in _example(config, shot)]
+    question = config.prompt.format(text=problem.text, tests="\n".join(problem.test_list))
+    return [*turns, {"role": "user", "content": question}]
 
 
-TASK: Task[Problem] = Task(
-    name="mbpp",
-    problems=problems,
-    task_id=lambda problem: f"MBPP/{problem.task_id}",
-    prompt=prompt,
-    extract=lambda problem, text: extract_code(CONFIG, text),
-    program=lambda problem, code: (code, checks(problem, problem.test_list)),
-    canonical=canonical,
-    config=CONFIG,
-    parts=lambda problem, code: [(code, checks(problem, [test])) for test in problem.test_list],
-    training=lambda data, limit: problems(data, limit, TRAINING),
-)
+def make_task(config: MbppConfig) -> Task[Problem]:
+    """Builds the task with a protocol."""
+
+    def judge(problem: Problem, code: str, tests: Sequence[str]) -> tuple[str, str]:
+        return code, checks(problem, tests, config.setup_code)
+
+    return Task(
+        name="mbpp",
+        problems=problems,
+        task_id=lambda problem: f"MBPP/{problem.task_id}",
+        prompt=lambda problem: prompt(config, problem),
+        extract=lambda problem, text: extract_code(config, text),
+        program=lambda problem, code: judge(problem, code, problem.test_list),
+        canonical=canonical,
+        config=config,
+        parts=lambda problem, code: [judge(problem, code, [test]) for test in problem.test_list],
+        training=lambda data, limit: problems(data, limit, TRAINING),
+    )
+
+
+CONFIG = MbppConfig()
+TASK = make_task(CONFIG)

@@ -2,7 +2,7 @@
 
 from xflow_jax.tasks.microcode.language import Problem, compositions, parse, problems
 from xflow_jax.tasks.microcode.solutions import USUAL_STYLE, WIDE_STYLE, sample_answer
-from xflow_jax.tasks.microcode.task import TASK, checks, extract
+from xflow_jax.tasks.microcode.task import TASK, checks, extract, make_task
 from xflow_jax.tasks.microcode.training_pairs import training_pair
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "checks",
     "compositions",
     "extract",
+    "make_task",
     "parse",
     "problems",
     "sample_answer",

@@ -67,15 +67,20 @@ def _canonical(problem: Problem) -> str:
     return sample_answer(random.Random(problem.task_id), problem)
 
 
-TASK: Task[Problem] = Task(
-    name=NAME,
-    problems=_problem_reader("test", HELD_OUT_PROBLEMS, 0),
-    task_id=lambda problem: problem.task_id,
-    prompt=lambda problem: problem.prompt,
-    extract=lambda problem, text: extract(text),
-    program=lambda problem, code: (code, checks(problem, code)),
-    canonical=_canonical,
-    config=CONFIG,
-    parts=_parts,
-    training=_problem_reader("train", TRAINING_PROBLEMS, POLICY_SEED),
-)
+def make_task(config: TaskConfig) -> Task[Problem]:
+    """Builds the task with a protocol."""
+    return Task(
+        name=NAME,
+        problems=_problem_reader("test", HELD_OUT_PROBLEMS, 0),
+        task_id=lambda problem: problem.task_id,
+        prompt=lambda problem: config.prompt.format(prompt=problem.prompt),
+        extract=lambda problem, text: extract_code(config, text),
+        program=lambda problem, code: (code, checks(problem, code)),
+        canonical=_canonical,
+        config=config,
+        parts=_parts,
+        training=_problem_reader("train", TRAINING_PROBLEMS, POLICY_SEED),
+    )
+
+
+TASK = make_task(CONFIG)
