@@ -322,6 +322,44 @@ def test_wrong_answer_files(tmp_path, lines, sentence):
         runner.read_answers(tmp_path / "nowhere", ["a"], ["a"])
 
 
+@pytest.mark.parametrize("stored", [0, 1, 2, 3, 4])
+def test_several_answers_to_a_problem_are_resumed_one_by_one(tmp_path, monkeypatch, stored):
+    """Wherever a run was stopped, the same command gives the same accuracy."""
+    problems = TASK.problems(None, 2)
+    first, second = (TASK.task_id(problem) for problem in problems)
+    right = TASK.canonical(problems[0])
+    texts = [(first, right), (first, "wrong"), (second, "wrong"), (second, "wrong")]
+    file = tmp_path / "answers.jsonl"
+    lines = [json.dumps({"task_id": i, "completion": text}) + "\n" for i, text in texts]
+    file.write_text("".join(lines))
+    assert runner.read_answers(file, [first, second], [first, second]) == texts
+
+    def judge(task, given, answers):
+        return [(text == right, "") for _, text in given]
+
+    monkeypatch.setattr(runner, "judge_answers", judge)
+    run = {"source": "answers"}
+    runner.score_answers(TASK, problems, texts, "answers", Answers(tmp_path / "out", run))
+    kept = tmp_path / "out" / "answers.jsonl"
+    whole = kept.read_bytes()
+    kept.write_bytes(b"".join(whole.splitlines(keepends=True)[:stored]))
+    again = Answers(tmp_path / "out", run)
+    row, failed = runner.score_answers(TASK, problems, texts, "answers", again)
+    assert (row.n, row.accuracy, len(failed)) == (2, 25.0, 3) and kept.read_bytes() == whole
+    row, _ = runner.score_answers(TASK, problems, texts, "answers", again)
+    assert row.accuracy == 25.0 and kept.read_bytes() == whole
+
+
+def test_two_problems_of_one_name_are_refused():
+    problems = TASK.problems(None, 2)[:1] * 2
+    with pytest.raises(
+        UserError, match=f"^2 problems of the task have the name {problems[0].task_id}"
+    ):
+        runner.score_answers(TASK, problems, [], "answers", Answers(None, {}))
+    with pytest.raises(UserError, match="^2 problems of the task have the name"):
+        runner.evaluate(tiny_lm(), TASK, problems, [], Answers(None, {}))
+
+
 def test_bad_input():
     lm = tiny_lm()
     with pytest.raises(

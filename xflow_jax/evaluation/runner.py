@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -118,6 +119,7 @@ def evaluate(
         UserError: for bad input.
     """
     _check_counts(batch_size, samples, k)
+    ids = _unique_ids(task, problems)
     items = _make_items(lm, task, problems)
     size = min(batch_size, len(items))
     turns = [
@@ -136,12 +138,20 @@ def evaluate(
                 answers.add(_answer_batch(lm, task, batch, size, cell, at, refresh, answers))
                 bar.update(len(batch))
     length = task.config.gen_length
-    ids = [task.task_id(problem) for problem in problems]
     kept = [answers.select(c.label, str(c.budget), ids) for c in cells]
     return [
         summarize_answers(c.label, str(c.budget), c.steps, length, a, k)
         for c, a in zip(cells, kept, strict=True)
     ]
+
+
+def _unique_ids(task: Task[ProblemT], problems: Sequence[ProblemT]) -> list[str]:
+    """Returns the names of problems. Raises UserError if two are equal."""
+    ids = [task.task_id(problem) for problem in problems]
+    for name, count in Counter(ids).items():
+        if count > 1:
+            raise UserError(f"{count} problems of the task have the name {name}")
+    return ids
 
 
 def _check_counts(batch_size: int, samples: int, k: int) -> None:
@@ -302,7 +312,7 @@ def score_answers(
     label: str,
     answers: Answers,
 ) -> tuple[Row, list[Answer]]:
-    """Judges answers that were made elsewhere.
+    """Judges answers that were made elsewhere, of which a problem may have several.
 
     Args:
         task: the task.
@@ -314,8 +324,15 @@ def score_answers(
     Returns:
         The row, and the answers that failed.
     """
-    by_id = {task.task_id(problem): problem for problem in problems}
-    todo = [(i, text) for i, text in texts if not answers.has(label, "", i)]
+    by_id = dict(zip(_unique_ids(task, problems), problems, strict=True))
+    stored = Counter((answer.task_id, answer.text) for answer in answers.select(label, "", by_id))
+    todo = []
+    for given in texts:
+        # Equal answers to a problem count one by one.
+        if stored[given] > 0:
+            stored[given] -= 1
+        else:
+            todo.append(given)
     with _progress_bar(len(texts), len(texts) - len(todo), label) as bar:
         for first in range(0, len(todo), SCORE_BATCH):
             batch = todo[first : first + SCORE_BATCH]
