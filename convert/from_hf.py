@@ -25,6 +25,7 @@ from xflow_jax.checkpoints import (
     PartialCheckpoint,
     SafetensorsSource,
     WeightMapping,
+    check_companions,
     destination_lock,
     find_hf_directory,
     is_checkpoint,
@@ -65,6 +66,7 @@ def convert(src: str | Path, dst: str | Path, dtype: str = "keep", mesh: str | N
             "python -m convert.to_hf."
         )
     config = read_hf_config(directory)
+    check_companions(directory)  # they are copied last
     source = SafetensorsSource(directory)
     abstract = abstract_params(build(config))
     mapping = map_weights(config, abstract, source.entries)

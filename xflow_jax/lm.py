@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -206,7 +207,13 @@ def _check_block_length(block_length: int | None) -> int | None:
 
 def _find_model(path: str | Path) -> Path:
     """Returns the directory of a bundled, local or hub model."""
-    return BUNDLED.get(str(path)) or find_hf_directory(path)
+    name = str(path)
+    if name in BUNDLED:
+        return BUNDLED[name]
+    near = difflib.get_close_matches(name, BUNDLED, n=1, cutoff=0.7)
+    if near and not Path(name).exists():
+        raise UserError(f"there is no model {name!r}. Did you mean {near[0]}?")
+    return find_hf_directory(path)
 
 
 def read_model_config(path: str | Path) -> tuple[Path, ModelConfig]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import sys
 import types
 import typing
@@ -77,7 +76,7 @@ def coerce(value: object, hint: object) -> Any:
         if len(args) == len(value):
             return tuple(coerce(item, member) for item, member in zip(value, args, strict=True))
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if math.isnan(value) or abs(value) > sys.float_info.max:
+        if not abs(value) <= sys.float_info.max:  # neither NaN nor an integer of 400 digits
             raise TypeError("a finite number")
         return float(value)
     elif hint is Path and isinstance(value, str):

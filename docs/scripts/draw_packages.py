@@ -36,7 +36,7 @@ BEFORE = {
     "lines above 100 columns": "1545",
 }
 NAMES = {"__init__": "xflow_jax", "lm": "lm.py", "errors": "errors.py", "types": "types.py"}
-NAMES |= {"toml_config": "toml_config.py", "tokenizer": "tokenizer.py"}
+NAMES |= {"toml_config": "toml_config.py"}
 NAMES |= {"input_files": "input_files.py"}
 HIDDEN = ("__main__", "harness")  # one line each that forwards to another module
 BOX, GAP, LANE, ROW, WIDTH = (124, 34), 18, 8, 92, 760

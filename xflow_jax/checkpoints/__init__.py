@@ -9,6 +9,7 @@ from xflow_jax.checkpoints.atomic_write import (
 )
 from xflow_jax.checkpoints.hf_export import MAX_SHARD, parse_size, write_hf, write_tensors
 from xflow_jax.checkpoints.huggingface import (
+    check_companions,
     download_from_hub,
     find_hf_directory,
     read_hf_config,
@@ -42,6 +43,7 @@ __all__ = [
     "append_text",
     "atomic_file",
     "destination_lock",
+    "check_companions",
     "download_from_hub",
     "find_hf_directory",
     "folder_lock",

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from xflow_jax.checkpoints.run_lock import RunLock, destination_lock
 from xflow_jax.errors import UserError, disk_errors
+from xflow_jax.input_files import file_inside
 
 _LARGE_ARRAY = 2**24  # bytes
 
@@ -99,12 +100,28 @@ def _move(partial: Path, path: Path) -> None:
         _delete(earlier)
 
 
+def matching_files(source: Path, patterns: Sequence[str]) -> list[Path]:
+    """Returns the files of a folder that match one of the patterns.
+
+    Raises:
+        UserError: if one is a link that leaves the folder.
+    """
+    return [
+        file_inside(source, file.name)
+        for pattern in patterns
+        for file in sorted(source.glob(pattern))
+        if file.is_file()
+    ]
+
+
 def copy_files(source: Path, target: Path, patterns: Sequence[str]) -> None:
-    """Copies the files that match one of the patterns."""
-    for pattern in patterns:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, target / file.name)
+    """Copies the files that match one of the patterns.
+
+    Raises:
+        UserError: if one is a link that leaves the source.
+    """
+    for file in matching_files(source, patterns):
+        shutil.copyfile(file, target / file.name)
 
 
 def release_memory(size: int) -> None:

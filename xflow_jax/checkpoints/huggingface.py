@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from xflow_jax.checkpoints.atomic_write import partial_path
+from xflow_jax.checkpoints.atomic_write import matching_files, partial_path
 from xflow_jax.checkpoints.safetensors_reader import (
     CONFIG_FILE,
     INDEX,
@@ -52,6 +52,11 @@ def read_hf_config(directory: Path) -> ModelConfig:
     return model_config(read_json(file), str(file))
 
 
+def check_companions(directory: Path) -> None:
+    """Raises UserError if a file beside the weights is a link that leaves the directory."""
+    matching_files(directory, COMPANIONS)
+
+
 def find_hf_directory(name: str | Path) -> Path:
     """Finds a model's directory, or downloads the model from the hub.
 
@@ -64,14 +69,19 @@ def find_hf_directory(name: str | Path) -> Path:
     Raises:
         UserError: if neither exists.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    partial = partial_path(path)
-    if path.exists():
-        raise UserError(f"{path}: this is a file. Name the directory that holds {CONFIG_FILE}.")
-    if partial.exists():
-        raise UserError(f"{path}: it is not complete yet. See {partial.name} beside it.")
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return path
+        partial = partial_path(path)
+        if path.exists():
+            raise UserError(f"{path}: this is a file. Name the directory that holds {CONFIG_FILE}.")
+        if partial.exists():
+            raise UserError(f"{path}: it is not complete yet. See {partial.name} beside it.")
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror}") from None
+    except (RuntimeError, ValueError):  # an unknown user after ~, or a name that no file can have
+        raise UserError(f"{name}: there is no such directory") from None
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
         raise UserError(f"{path}: there is no such directory")
     return download_from_hub(

@@ -7,7 +7,8 @@ and a damaged file is distinguished from an unsuitable one.
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from xflow_jax.checkpoints.weight_map import TensorSlice, WeightMapping
-from xflow_jax.errors import UserError
+from xflow_jax.errors import UserError, describe
+from xflow_jax.input_files import file_inside, open_regular, parse_json, read_json
 
 CONFIG_FILE, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
@@ -54,7 +56,7 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
-        return self.dtype.itemsize * int(np.prod(self.shape))
+        return self.dtype.itemsize * math.prod(self.shape)  # exact, unlike np.prod
 
 
 class SafetensorsSource:
@@ -158,33 +160,33 @@ def _first(names: list[str]) -> str:
 
 def _weight_files(directory: Path) -> list[str]:
     """Returns the names of the safetensors files."""
-    index = directory / INDEX
+    index = file_inside(directory, INDEX)
     if not index.exists():
-        if (directory / SINGLE).exists():
+        if file_inside(directory, SINGLE).exists():
             return [SINGLE]
         other = sorted(
             file.name for file in directory.iterdir() if file.suffix in (".bin", ".pt", ".pth")
         )
         hint = f". {other[0]} must be saved as safetensors first." if other else ""
         raise UserError(f"{directory}: there is neither {SINGLE} nor {INDEX}{hint}")
-    try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{index}: not a JSON object with a weight_map of tensors to files"
-        ) from None
+    value = read_json(index)
+    weight_map = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: not a JSON object with a weight_map of tensors to files")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise UserError(f"{index}: {describe(name)} is not the name of a file beside it")
+    files = sorted(set(weight_map.values()))
     for name in files:
-        if Path(name).name != name:
-            raise UserError(f"{index}: {name!r} is not the name of a file beside it")
-        if not (directory / name).exists():
+        if not os.path.exists(file_inside(directory, name)):  # Path.exists fails for long names
             raise UserError(f"{directory / name}: the file is missing, but {INDEX} names it")
     return files
 
 
 def _read_header(file: Path) -> dict[str, TensorEntry]:
     """Reads a file's header and checks the file's size."""
-    size = file.stat().st_size
-    with file.open("rb") as f:
+    with open_regular(file) as f:
+        size = os.fstat(f.fileno()).st_size
         start = f.read(8)
         if start == b"version ":
             raise UserError(
@@ -197,7 +199,7 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
         try:
             if len(start) < 8 or length > MAX_HEADER:
                 raise ValueError("no header")
-            header = json.loads(f.read(length))
+            header = _parse_header(f.read(length))
             header.pop("__metadata__", None)
             entries = {
                 name: _tensor_entry(file, name, value, 8 + length) for name, value in header.items()
@@ -212,16 +214,29 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
     return entries
 
 
+def _parse_header(data: bytes) -> dict[str, Any]:
+    """Parses the JSON of a header. Raises ValueError if damaged."""
+    try:
+        header = parse_json(data.decode(), "header")
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(header, dict):
+        raise ValueError("no header")
+    return header
+
+
 def _tensor_entry(file: Path, name: str, value: dict[str, Any], base: int) -> TensorEntry:
     """Converts an entry of a header. Raises ValueError if damaged."""
-    if value["dtype"] not in DTYPES:
+    if str(value["dtype"]) not in DTYPES:
         right = ", ".join(DTYPES)
         raise UserError(
             f"{file}: the tensor {name} has the dtype {value['dtype']}, "
             f"but it must be one of {right}"
         )
-    start, stop = value["data_offsets"]
-    entry = TensorEntry(file, DTYPES[value["dtype"]], tuple(value["shape"]), base + start)
+    (start, stop), shape = value["data_offsets"], value["shape"]
+    if not all(type(n) is int and 0 <= n < 2**63 for n in (start, stop, *shape)):
+        raise ValueError(name)
+    entry = TensorEntry(file, DTYPES[value["dtype"]], tuple(shape), base + start)
     if stop - start != entry.nbytes or start < 0:
         raise ValueError(name)
     return entry

@@ -5,6 +5,7 @@ from __future__ import annotations
 from xflow_jax.errors import UserError
 from xflow_jax.models.llada2_config import LLaDA2Config
 from xflow_jax.models.llada_config import LLaDAConfig
+from xflow_jax.models.size_limits import check_sizes
 from xflow_jax.toml_config import format_value
 
 __all__ = ["LLaDA2Config", "LLaDAConfig", "model_config"]
@@ -31,10 +32,12 @@ def model_config(hf: object, where: str = "config.json") -> LLaDAConfig | LLaDA2
         UserError: if there is no such family, or as its `from_hf`.
     """
     kind = hf.get("model_type") if isinstance(hf, dict) else None
-    if kind not in _CONFIGS:
+    if not isinstance(kind, str) or kind not in _CONFIGS:
         right = " or ".join(format_value(name) for name in _CONFIGS)
         raise UserError(
             f"{where}: model_type is {format_value(kind)}, which is not implemented. "
             f"It must be {right}."
         )
-    return _CONFIGS[kind].from_hf(hf, where)
+    config = _CONFIGS[kind].from_hf(hf, where)
+    check_sizes(config, where)
+    return config

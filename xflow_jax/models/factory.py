@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from xflow_jax.models.llada import LLaDA
 from xflow_jax.models.llada2 import LLaDA2
+from xflow_jax.models.size_limits import check_sizes
 from xflow_jax.types import Array, Backbone, Key, ModelConfig
 
 _BACKBONES: dict[str, Callable[..., Backbone]] = {"llada": LLaDA, "llada2": LLaDA2}
@@ -26,7 +27,11 @@ def build(config: ModelConfig, dtype: DTypeLike = jnp.float32, **fields: object)
 
     Returns:
         The module.
+
+    Raises:
+        UserError: if a size is impossible (`check_sizes`).
     """
+    check_sizes(config)
     return _BACKBONES[config.family](config, dtype=dtype, **fields)
 
 

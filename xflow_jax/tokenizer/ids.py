@@ -1,46 +1,13 @@
-"""Tokenizers: loading, chat template, left padding, decoding."""
+"""Token ids of chats, left padding, and texts of responses."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from xflow_jax.errors import UserError
+from xflow_jax.errors import UserError, require
 from xflow_jax.types import Tokenizer
-
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-
-
-def load_tokenizer(directory: str | Path) -> Tokenizer | None:
-    """Loads the transformers tokenizer of a directory.
-
-    No code of the directory runs.
-
-    Args:
-        directory: directory with tokenizer.json.
-
-    Returns:
-        The tokenizer, or None if there is no tokenizer.json.
-
-    Raises:
-        UserError: if the file cannot be read as a tokenizer.
-    """
-    directory = Path(directory)
-    if not (directory / "tokenizer.json").exists():
-        return None
-    # Without this, transformers warns every user that PyTorch is missing. It is not needed here.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import PreTrainedTokenizerFast  # slow to import, and not always needed
-
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(str(directory))
-    except Exception as error:  # the library raises bare exceptions
-        raise UserError(
-            f"{directory}/tokenizer.json cannot be read as a tokenizer: {error}"
-        ) from error
 
 
 def chat_ids(tokenizer: Tokenizer, messages: str | Sequence[dict[str, str]]) -> list[int]:
@@ -55,7 +22,8 @@ def chat_ids(tokenizer: Tokenizer, messages: str | Sequence[dict[str, str]]) -> 
         Token ids.
 
     Raises:
-        UserError: if the tokenizer has no chat template, as those of base models.
+        UserError: if the tokenizer has no chat template, as those of base models, or if the
+            template fails, or makes no token.
     """
     if tokenizer.chat_template is None:
         raise UserError(
@@ -63,9 +31,11 @@ def chat_ids(tokenizer: Tokenizer, messages: str | Sequence[dict[str, str]]) -> 
         )
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    return tokenizer.apply_chat_template(
+    ids = tokenizer.apply_chat_template(
         list(messages), tokenize=True, add_generation_prompt=True, return_dict=False
     )
+    require(bool(ids), "the chat template of the model's tokenizer makes no token of a prompt")
+    return ids
 
 
 def pad_left(

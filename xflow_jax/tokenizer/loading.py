@@ -1,0 +1,95 @@
+"""Loading of tokenizers. No code of the directory runs in this process."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from xflow_jax.errors import UserError, require
+from xflow_jax.input_files import file_inside, open_regular
+from xflow_jax.tokenizer.chat_template import render_chat
+from xflow_jax.types import Tokenizer
+
+# Files that transformers reads. Each of them may be missing but the first.
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "config.json",
+)
+MOST_BYTES = 2**29  # of a file of a tokenizer
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer | None:
+    """Loads the transformers tokenizer of a directory.
+
+    No code of the directory runs, except the chat template, in a process with limits.
+
+    Args:
+        directory: directory with tokenizer.json.
+
+    Returns:
+        The tokenizer, or None if there is no tokenizer.json.
+
+    Raises:
+        UserError: if the file cannot be read as a tokenizer.
+    """
+    directory = Path(directory)
+    if not file_inside(directory, _FILES[0]).exists():
+        return None
+    for name in _FILES:
+        _check_file(file_inside(directory, name))
+    # Without this, transformers warns every user that PyTorch is missing. It is not needed here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        return _tokenizer_class().from_pretrained(str(directory), trust_remote_code=False)
+    except Exception as error:  # the library raises bare exceptions
+        raise UserError(
+            f"{directory}/tokenizer.json cannot be read as a tokenizer: {error}"
+        ) from error
+
+
+def _check_file(file: Path) -> None:
+    """Raises UserError for a pipe, a device or a file that is too large."""
+    if not file.exists():
+        return
+    with open_regular(file) as opened:
+        size = os.fstat(opened.fileno()).st_size
+    require(size <= MOST_BYTES, f"{file}: cannot be read: it has more than {MOST_BYTES} bytes")
+
+
+@functools.cache
+def _tokenizer_class() -> Any:
+    """Makes a transformers class that renders chat templates under limits."""
+    from transformers import PreTrainedTokenizerFast  # slow to import, and not always needed
+
+    class LimitedTokenizer(PreTrainedTokenizerFast):
+        """Tokenizer whose chat template runs in another process."""
+
+        def apply_chat_template(
+            self,
+            conversation: Sequence[Mapping[str, object]],
+            tokenize: bool = True,
+            return_dict: bool = True,
+            **options: object,
+        ) -> object:
+            """Renders a chat, and converts it to token ids."""
+            text = render_chat(
+                self.get_chat_template(),
+                # transformers leaves out None too, which templates cannot handle.
+                [{k: v for k, v in turn.items() if v is not None} for turn in conversation],
+                {**self.special_tokens_map, **options},
+            )
+            if not tokenize:
+                return text
+            encoded = self(text, add_special_tokens=False)
+            return encoded if return_dict else encoded["input_ids"]
+
+    LimitedTokenizer.__name__ = PreTrainedTokenizerFast.__name__  # else transformers warns
+    return LimitedTokenizer
