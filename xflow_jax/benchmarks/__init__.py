@@ -1,5 +1,6 @@
 """Speed of decoding, and the time of each part of a step."""
 
+from xflow_jax.benchmarks.accelerator_bench import SECTIONS, SHAPES, Numbers, run_sections
 from xflow_jax.benchmarks.cache_bench import cache_variants, measure_variants, ratio_sentence
 from xflow_jax.benchmarks.decode_bench import measure_decode, timing_table
 from xflow_jax.benchmarks.timer import matmul_rate
@@ -7,7 +8,10 @@ from xflow_jax.benchmarks.torch_baseline import compare_with_torch
 from xflow_jax.benchmarks.workload import RANDOM_MODELS, count_parameters, load_or_make
 
 __all__ = [
+    "Numbers",
     "RANDOM_MODELS",
+    "SECTIONS",
+    "SHAPES",
     "cache_variants",
     "compare_with_torch",
     "count_parameters",
@@ -16,5 +20,6 @@ __all__ = [
     "measure_decode",
     "measure_variants",
     "ratio_sentence",
+    "run_sections",
     "timing_table",
 ]

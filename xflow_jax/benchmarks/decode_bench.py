@@ -81,6 +81,7 @@ def measure_decode(
     prompt_length: int,
     rate: float,
     rounds: int,
+    seconds: float | None = None,
 ) -> Timing:
     """Times a decode of random prompts and its parts.
 
@@ -92,6 +93,7 @@ def measure_decode(
         prompt_length: tokens of each prompt.
         rate: FLOP/s of `matmul_rate`.
         rounds: least number of rounds.
+        seconds: least time of the measurement, or None for LEAST_SECONDS.
     """
     decode_config = dataclasses.replace(decode_config, stop_at_eos=False)
     ids, mask, keys = random_prompts(lm, batch, prompt_length)
@@ -113,7 +115,8 @@ def measure_decode(
             run_seconds(program)  # compiles
         once = sum(map(run_seconds, programs.values()))
         # Short programs need more rounds for a steady median.
-        enough = min(MOST_ROUNDS, int(LEAST_SECONDS / once))
+        least = LEAST_SECONDS if seconds is None else seconds
+        enough = min(MOST_ROUNDS, int(least / once))
         times = time_in_turns(programs, max(rounds, enough))
     warm, with_head, backbone = (statistics.median(t) for t in times.values())
     length = ids.shape[1] + decode_config.canvas

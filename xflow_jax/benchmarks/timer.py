@@ -59,11 +59,12 @@ def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
 def matmul_rate(dtype: DTypeLike, rounds: int = 5) -> float:
     """Measures the FLOP/s of square matrix products.
 
-    Nothing else can exceed it: it is the best over sizes and rounds.
+    Nothing else can exceed it: it is the best over sizes and rounds. The matrices are random,
+    since accelerators multiply constant ones faster.
     """
     product, best = jax.jit(jnp.matmul), 0.0
     for size in SIZES:
-        a = jnp.ones((size, size), dtype)
+        a = jax.random.normal(jax.random.key(0), (size, size), dtype)
         product(a, a).block_until_ready()
 
         def multiply(a: jax.Array = a) -> jax.Array:
@@ -74,6 +75,19 @@ def matmul_rate(dtype: DTypeLike, rounds: int = 5) -> float:
         if seconds > LONG_PRODUCT:
             break
     return best
+
+
+def copy_rate(size: int = 2**31, rounds: int = 5) -> float:
+    """Measures the memory's bytes/s, read and written together.
+
+    Args:
+        size: bytes of the array that is copied.
+        rounds: number of copies, of which the fastest counts.
+    """
+    x = jnp.ones(size // 4, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)  # an addition is free beside the transfer
+    copy(x).block_until_ready()
+    return 2 * x.nbytes / min(run_seconds(lambda: copy(x)) for _ in range(rounds))
 
 
 def peak_memory() -> int:

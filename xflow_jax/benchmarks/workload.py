@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -33,7 +34,19 @@ MID = LLaDAConfig(
     eos_token_id=126081,
     rope_theta=500000.0,
 )
-RANDOM_MODELS: dict[str, ModelConfig] = {**PRESETS, "mid": MID}  # with random weights
+# A model for trials of a measurement: 9 M parameters.
+SMALL = dataclasses.replace(
+    MID,
+    d_model=256,
+    n_layers=6,
+    n_heads=4,
+    mlp_hidden_size=1024,
+    vocab_size=4096,
+    mask_token_id=4095,
+    eos_token_id=4094,
+)
+# With random weights.
+RANDOM_MODELS: dict[str, ModelConfig] = {**PRESETS, "mid": MID, "small": SMALL}
 
 
 def load_or_make(name: str, dtype: str, mesh: str | None = None) -> LM:

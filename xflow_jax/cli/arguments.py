@@ -77,11 +77,11 @@ def add_number(
     parser.add_argument(option, type=whole_number, default=default, metavar=metavar, help=help_)
 
 
-def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
+def add_dtype_argument(parser: argparse.ArgumentParser, default: str = "float32") -> None:
     """Adds --dtype."""
     parser.add_argument(
         "--dtype",
-        default="float32",
+        default=default,
         metavar="TYPE",
         help="float32 or bfloat16, for parameters and computation (default: %(default)s)",
     )

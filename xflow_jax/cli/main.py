@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from xflow_jax.cli.arguments import Parser, did_you_mean
 from xflow_jax.errors import UserError
@@ -20,6 +21,7 @@ COMMANDS = {
     "generate": "answer prompts",
     "evaluate": "measure the accuracy of rules and budgets on a task",
     "bench": "measure tokens per second, and the time of each part of a step",
+    "bench-device": "measure one GPU or TPU: its rates, decodes, attention, training",
     "plan": "compute the memory and the speed of a program on TPU slices or GPUs",
 }
 
@@ -43,8 +45,12 @@ def build_parser(command: str | None = None) -> Parser:
         sub = commands.add_parser(name, help=help_, description=description, allow_abbrev=False)
         sub.set_defaults(parser=sub, command=name)
         if name == command:
-            importlib.import_module(f"xflow_jax.cli.{name}").add_arguments(sub)
+            _command_module(name).add_arguments(sub)
     return parser
+
+
+def _command_module(name: str) -> ModuleType:
+    return importlib.import_module(f"xflow_jax.cli.{name.replace('-', '_')}")
 
 
 def version() -> str:
@@ -78,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         multihost = importlib.import_module("xflow_jax.parallel.multihost")
         multihost.initialize_processes()
         multihost.enable_compilation_cache()
-        status = importlib.import_module(f"xflow_jax.cli.{args.command}").run(args)
+        status = _command_module(args.command).run(args)
         sys.stdout.flush()
         return status or 0
     except UserError as error:

@@ -4,6 +4,7 @@ flax.linen is imported in this package alone. Elsewhere parameters are a nested 
 """
 
 from xflow_jax.models import kv_cache
+from xflow_jax.models.attention import attend
 from xflow_jax.models.config import LLaDA2Config, LLaDAConfig, model_config
 from xflow_jax.models.factory import abstract_params, build, init_params
 from xflow_jax.models.flops import (
@@ -25,6 +26,7 @@ __all__ = [
     "LoraConfig",
     "PRESETS",
     "abstract_params",
+    "attend",
     "build",
     "check_heads",
     "forward_flops",
