@@ -7,6 +7,7 @@ import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from xflow_jax.decoding.rules.baselines import Threshold
 from xflow_jax.decoding.rules.flow import Flow
 from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
 from xflow_jax.errors import UserError
+from xflow_jax.models.factory import build
 
 LENGTHS = [3, 20, 7, 1, 12, 16, 9]
 RULES = {
@@ -48,6 +50,21 @@ def test_a_prompt_does_not_depend_on_its_batch(name):
     backwards = decode_all(rule, prompts=prompts[::-1])
     np.testing.assert_array_equal(backwards.tokens[::-1], together.tokens)
     np.testing.assert_array_equal(backwards.forward_passes[::-1], together.forward_passes)
+
+
+def test_in_bfloat16_a_prompt_depends_on_the_shape_of_its_batch_alone():
+    """Neither the neighbours nor the row matter while B and the padded length stay."""
+    lm = toy()
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), lm.params)
+    lm = dataclasses.replace(lm, model=build(lm.config, jnp.bfloat16), params=half)
+    prompts, others = random_prompts(LENGTHS), random_prompts([30, 2, 17, 5, 1, 31, 8], seed=5)
+    for rule in (RULES["flow"], RULES["random"]):
+        together = decode_all(rule, lm, prompts)
+        for row, place in ((0, 6), (4, 0), (1, 1)):
+            batch = others[:place] + [prompts[row]] + others[place + 1 :]
+            out = decode_all(rule, lm, batch)
+            np.testing.assert_array_equal(out.tokens[place], together.tokens[row])
+            np.testing.assert_array_equal(out.progress[place], together.progress[row])
 
 
 def test_a_prompt_that_needs_no_padding():

@@ -144,6 +144,32 @@ def test_a_stopped_run_continues(oracle, tmp_path):
     assert len(lines) == len({(a["task_id"], a["rule"], a["budget"]) for a in lines}) == 40
 
 
+def test_a_continued_batch_has_the_shape_of_a_straight_one(oracle, monkeypatch):
+    """In bfloat16 the lengths of the other prompts change how sums are rounded."""
+    lm, problems = tiny_lm(), TASK.problems(None, 10)
+    cells = runner.make_cells(lm, TASK, parse_rules("mask"), [Fraction(1)])
+    batches, plain = [], runner.generate
+
+    def generate(lm, prompts, *args, **options):
+        batches.append([tuple(prompt) for prompt in prompts])
+        return plain(lm, prompts, *args, **options)
+
+    monkeypatch.setattr(runner, "generate", generate)
+    answers = Answers(None, {})
+    runner.evaluate(lm, TASK, problems, cells, answers, batch_size=4)
+    straight = list(batches)
+    kept = answers.select("mask", "1", [TASK.task_id(p) for p in problems])
+    for missing in (kept[3:], kept[:1] + kept[5:6], kept[9:]):
+        batches.clear()
+        part = Answers(None, {})
+        part.add([answer for answer in kept if answer not in missing])
+        runner.evaluate(lm, TASK, problems, cells, part, batch_size=4)
+        assert len(part.all()) == 10
+        prompts = {tuple(chat_ids(TOKENIZER, p.prompt)): TASK.task_id(p) for p in problems}
+        names = {answer.task_id for answer in missing}
+        assert batches == [b for b in straight if names & {prompts[row] for row in b}]
+
+
 def arguments(**given) -> SimpleNamespace:
     """Returns arguments as the command line would parse them."""
     defaults = {
@@ -444,6 +470,17 @@ def test_an_approximate_run_is_marked(oracle, tmp_path, monkeypatch, capsys):
             cli_evaluate.run(arguments(**given, out=str(tmp_path / name), refresh=refresh))
     with pytest.raises(UserError, match="refresh must be a whole number of at least 0, not -2"):
         cli_evaluate.run(arguments(**given, refresh=-2))
+
+
+def test_the_batch_size_belongs_to_a_run_in_bfloat16(oracle, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_run, "load", lambda name, dtype, mesh: tiny_lm())
+    given = {"model": "tiny", "limit": 3, "rules": "mask", "budgets": "1/2"}
+    for dtype in ("float32", "bfloat16"):
+        out = str(tmp_path / dtype)
+        cli_evaluate.run(arguments(**given, dtype=dtype, out=out, batch_size=2))
+    cli_evaluate.run(arguments(**given, dtype="float32", out=str(tmp_path / "float32")))
+    with pytest.raises(UserError, match="which differs in batch_size. Choose another folder"):
+        cli_evaluate.run(arguments(**given, dtype=dtype, out=out))
 
 
 @pytest.mark.slow

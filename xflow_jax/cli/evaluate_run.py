@@ -209,6 +209,8 @@ def _describe_run(
     }
     if args.refresh > 1:
         about["refresh"] = args.refresh
+    if args.dtype != "float32":  # the shape of a batch then decides how sums are rounded
+        about["batch_size"] = args.batch_size
     if base is not None:
         about["base"] = f"{fingerprint(base.params)} {args.dtype}"
     return about

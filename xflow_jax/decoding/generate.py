@@ -78,7 +78,10 @@ def generate(
 ) -> Generation:
     """Decodes a response of up to `gen_length` tokens to each prompt.
 
-    One compilation serves all calls with equal batch shape, rule and lengths.
+    One compilation serves all calls with equal batch shape, rule and lengths. The shape [B, P] of a
+    batch decides how sums are rounded, and P is the longest prompt's length, rounded up to a
+    multiple of 16. In float32 that changes no token, but for near ties. In bfloat16 it can, so a
+    prompt has the same tokens only in batches of one shape.
 
     Args:
         lm: the model, from `load`.

@@ -100,7 +100,9 @@ def evaluate(
 ) -> list[Row]:
     """Makes the missing answers and computes a row for each cell.
 
-    An answer depends on the problem, the cell and the seed alone, and not on the batch.
+    In float32 an answer depends on the problem, the cell and the seed alone, and not on the batch.
+    In bfloat16 the shape of the batch decides how sums are rounded. So batches are made of all
+    problems, and a continued run decodes those with a missing answer as a straight one does.
 
     Args:
         lm: a model with a tokenizer.
@@ -126,17 +128,25 @@ def evaluate(
         (cell, seed + i) for cell in cells for i in range(samples if cell.rule.needs_keys else 1)
     ]
     missing = [
-        [item for item in items if not answers.has(c.label, str(c.budget), item.task_id, at)]
+        {
+            item.task_id
+            for item in items
+            if not answers.has(c.label, str(c.budget), item.task_id, at)
+        }
         for c, at in turns
     ]
     total = len(turns) * len(items)
     with _progress_bar(total, total - sum(map(len, missing))) as bar:
         for (cell, at), todo in zip(turns, missing, strict=True):
             bar.set_description(f"{cell.label} at {cell.budget}")
-            for first in range(0, len(todo), size):
-                batch = todo[first : first + size]
-                answers.add(_answer_batch(lm, task, batch, size, cell, at, refresh, answers))
-                bar.update(len(batch))
+            for first in range(0, len(items), size):
+                batch = items[first : first + size]
+                if not any(item.task_id in todo for item in batch):
+                    continue
+                made = _answer_batch(lm, task, batch, size, cell, at, refresh, answers)
+                new = [answer for answer in made if answer.task_id in todo]
+                answers.add(new)
+                bar.update(len(new))
     length = task.config.gen_length
     kept = [answers.select(c.label, str(c.budget), ids) for c in cells]
     return [
