@@ -1,4 +1,9 @@
-"""Prompts in, responses out: checks, padding and batching around one jitted decode."""
+"""Prompts in, responses out: checks, padding and batching around one jitted decode.
+
+The shape [B, P] of a batch decides how sums are rounded. P is the length of the longest prompt,
+rounded up to a multiple of PROMPT_MULTIPLE. In float32 the rounding changes no token, but for near
+ties. In bfloat16 it can, so there a prompt has the same tokens only in batches of one shape.
+"""
 
 from __future__ import annotations
 
@@ -78,10 +83,7 @@ def generate(
 ) -> Generation:
     """Decodes a response of up to `gen_length` tokens to each prompt.
 
-    One compilation serves all calls with equal batch shape, rule and lengths. The shape [B, P] of a
-    batch decides how sums are rounded, and P is the longest prompt's length, rounded up to a
-    multiple of 16. In float32 that changes no token, but for near ties. In bfloat16 it can, so a
-    prompt has the same tokens only in batches of one shape.
+    One compilation serves all calls with equal batch shape, rule and lengths.
 
     Args:
         lm: the model, from `load`.

@@ -322,7 +322,9 @@ def score_answers(
     label: str,
     answers: Answers,
 ) -> tuple[Row, list[Answer]]:
-    """Judges answers that were made elsewhere, of which a problem may have several.
+    """Judges answers that were made elsewhere.
+
+    A problem may have several answers.
 
     Args:
         task: the task.
