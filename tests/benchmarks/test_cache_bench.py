@@ -10,6 +10,7 @@ from tests.helpers import stub
 from tests.llada2_helpers import TINY2, toy2
 from xflow_jax.benchmarks import cache_bench
 from xflow_jax.cli import bench
+from xflow_jax.decoding.cache_options import CacheOptions
 from xflow_jax.decoding.generate import make_decode_config
 from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
 from xflow_jax.errors import UserError
@@ -21,7 +22,8 @@ from xflow_jax.models.presets import PRESETS
 def test_both_variants_are_timed_and_agree():
     config = dataclasses.replace(TINY2, num_experts=None, num_hidden_layers=1)
     lm, ticks = toy2(0, config), iter([8.0, 2.0, 6.0, 1.0, 9.0, 3.0])
-    variants = cache_bench.cache_variants(lm, make_decode_config(lm, 4, 8, 4, None, 4), 0)
+    config = make_decode_config(lm, 4, 8, 4, None, 4)
+    variants = cache_bench.cache_variants(lm, config, CacheOptions())
     result = cache_bench.measure_variants(
         lm, MaskPrediction(), variants, 2, 4, 3, timer=lambda program: next(ticks)
     )
@@ -62,10 +64,12 @@ def test_models_without_the_cache():
         UserError,
         match="^llada attends to later blocks, so it has no exact cache. Choose a block-causal",
     ):
-        cache_bench.cache_variants(lm, make_decode_config(lm, 4, 8, 4, None, 4), 0)
+        cache_bench.cache_variants(lm, make_decode_config(lm, 4, 8, 4, None, 4), CacheOptions())
     with pytest.raises(UserError, match="^llada2 is block-causal, so its cache is exact"):
         lm = toy2(0, TINY2)
-        cache_bench.cache_variants(lm, make_decode_config(lm, 4, 8, 4, None, 4), 2)
+        cache_bench.cache_variants(
+            lm, make_decode_config(lm, 4, 8, 4, None, 4), CacheOptions(refresh=2)
+        )
     with pytest.raises(
         UserError, match="^--refresh must be at least 2 to differ from every step, not 1"
     ):

@@ -244,8 +244,8 @@ def test_a_step_costs_one_block():
         dots = (e for e in equations(inner.params["jaxpr"]) if e.primitive.name == "dot_general")
         return {axis for e in dots for x in (*e.invars, *e.outvars) for axis in x.aval.shape}
 
-    assert whole in products(cache=False)
-    assert whole not in products(cache=True) and cached + 4 in products(cache=True)
+    assert whole in products("none")
+    assert whole not in products("exact") and cached + 4 in products("exact")
 
 
 def test_one_compilation_for_all_blocks():
@@ -262,7 +262,7 @@ def test_one_compilation_for_all_blocks():
 @pytest.mark.slow
 def test_the_scans_equal_plain_loops():
     lm = toy2(2, DENSE)
-    config = DecodeConfig(5, 3, 2, block_causal=True, cache=True, stop_at_eos=True, trace=True)
+    config = DecodeConfig(5, 3, 2, block_causal=True, cache="exact", stop_at_eos=True, trace=True)
     inputs = prompt_arrays(lm, [5, 3])
     scanned = jax.jit(lambda *a: decode(lm.model, lm.params, Flow(), config, *a))(*inputs)
     with jax.disable_jit():

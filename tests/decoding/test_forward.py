@@ -22,12 +22,13 @@ GUIDED = MaskPrediction(cfg_scale=0.5)  # doubles the batch
 SLOW = [("float32", Flow()), ("bfloat16", Flow()), ("bfloat16", GUIDED)]
 
 
-def run(lm, rule, prompts=PROMPTS, refresh=3, steps=8):
+def run(lm, rule, prompts=PROMPTS, refresh=3, steps=8, cache=None):
     """Decodes two blocks of four tokens.
 
     By default each has four steps, and the first and the last of them renew the prompt.
     """
-    return generate(lm, prompts, rule, 8, steps, block_length=4, trace=True, refresh=refresh)
+    options = {"refresh": refresh, "cache": cache}
+    return generate(lm, prompts, rule, 8, steps, block_length=4, trace=True, **options)
 
 
 def test_a_refresh_of_1_is_off():
@@ -41,7 +42,7 @@ def test_a_refresh_of_1_is_off():
 @pytest.mark.parametrize("rule", [Flow(), GUIDED])
 def test_the_first_step_of_a_block_renews_the_prompt(rule):
     """With one step in a block, nothing is ever old."""
-    off, ours = (run(toy(), rule, refresh=r, steps=2) for r in (0, 3))
+    off, ours = (run(toy(), rule, steps=2, refresh=0, cache=c) for c in ("none", "prompt"))
     np.testing.assert_array_equal(ours.tokens, off.tokens)
     np.testing.assert_allclose(ours.trace.confidence, off.trace.confidence, rtol=0, atol=1e-5)
 

@@ -74,7 +74,7 @@ def oracle(monkeypatch):
         )
     calls = SimpleNamespace(sizes=[], refresh=[], stop_after=None)
 
-    def generate(lm, prompts, rule, gen_length, steps, block_length, seed, refresh):
+    def generate(lm, prompts, rule, gen_length, steps, block_length, seed, refresh, **cache):
         if len(calls.sizes) == calls.stop_after:
             raise KeyboardInterrupt
         calls.sizes.append(len(prompts))
@@ -195,7 +195,10 @@ def arguments(**given) -> SimpleNamespace:
         "ablate": False,
         "set": [],
         "base": None,
+        "cache": None,
         "refresh": 0,
+        "window": 0,
+        "prompt_every": 1,
     }
     return SimpleNamespace(**defaults | given)
 

@@ -1,7 +1,6 @@
 """Time of a step with a cache and without it.
 
-The cache is the exact one of block-causal decoding, or keys and values of the prompt that are
-renewed only every few steps.
+The cache is the exact one of block-causal decoding, or an approximate one of the other models.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import numpy as np
 
 from xflow_jax.benchmarks.timer import median_ratio, run_seconds, time_in_turns
 from xflow_jax.benchmarks.workload import random_prompts
-from xflow_jax.decoding import DecodeConfig, Rule, check_refresh, decode_batch
+from xflow_jax.decoding import CacheOptions, DecodeConfig, Rule, decode_batch
 from xflow_jax.errors import UserError
 from xflow_jax.lm import LM
 
@@ -43,7 +42,7 @@ class CacheRatio:
 
 
 def cache_variants(
-    lm: LM, decode_config: DecodeConfig, refresh: int
+    lm: LM, decode_config: DecodeConfig, cache: CacheOptions
 ) -> tuple[DecodeConfig, DecodeConfig]:
     """Returns the decode without and with a cache.
 
@@ -52,22 +51,19 @@ def cache_variants(
     Args:
         lm: the model.
         decode_config: lengths and steps.
-        refresh: steps after which the prompt's keys and values are renewed, or 0 for the exact
-            cache.
+        cache: the cache.
 
     Raises:
         UserError: if the model does not have such a cache.
     """
     decode_config = dataclasses.replace(decode_config, stop_at_eos=False, early_exit=False)
-    if refresh:
-        check_refresh(lm, refresh)
-        return decode_config, dataclasses.replace(decode_config, refresh=refresh)
-    if not decode_config.cache:
+    if cache.resolve(lm.config) == "none":
         raise UserError(
             f"{lm.config.family} attends to later blocks, so it has no exact cache. "
-            "Choose a block-causal model, like LLaDA2.0."
+            "Choose a block-causal model, like LLaDA2.0, or another cache, like dual."
         )
-    return dataclasses.replace(decode_config, cache=False), decode_config
+    without = dataclasses.replace(decode_config, cache="none")
+    return without, cache.apply(lm.config, decode_config)
 
 
 def measure_variants(
@@ -113,9 +109,8 @@ def measure_variants(
     )
 
 
-def ratio_sentence(result: CacheRatio, refresh: int = 0) -> str:
-    """Formats a measurement as a sentence. Arguments are those of `cache_variants`."""
-    name = f"the prompt read every {refresh} steps" if refresh else "the cache"
+def ratio_sentence(result: CacheRatio, name: str = "the cache") -> str:
+    """Formats a measurement as a sentence, with the name of the cache."""
     times = f"{1e3 * result.without:.1f} ms without and {1e3 * result.cached:.1f} ms with {name}"
     tokens = "the same tokens"
     if result.agreement != 1:

@@ -19,13 +19,14 @@ import jax.numpy as jnp
 from xflow_jax.benchmarks.timer import median_ratio, peak_memory, run_seconds, time_in_turns
 from xflow_jax.benchmarks.workload import random_prompts
 from xflow_jax.decoding import (
-    CachedForward,
     DecodeConfig,
     Rule,
     Step,
     block_layout,
     decode_batch,
+    make_forward,
     make_schedule,
+    pass_positions,
 )
 from xflow_jax.lm import LM
 from xflow_jax.models import forward_flops, make_head
@@ -120,10 +121,15 @@ def measure_decode(
         times = time_in_turns(programs, max(rounds, enough))
     warm, with_head, backbone = (statistics.median(t) for t in times.values())
     length = ids.shape[1] + decode_config.canvas
-    queries, logit_positions = length, decode_config.canvas
-    if decode_config.cache:
-        queries = logit_positions = decode_config.block_length
-    flops = step_flops(lm.config, batch * copies, queries, length, logit_positions)
+    logit_positions = decode_config.canvas
+    if decode_config.block_only and decode_config.cache != "none":
+        logit_positions = decode_config.block_length
+    # With an approximate cache the passes of a block differ, and the floor is of their mean.
+    taken = pass_positions(decode_config, ids.shape[1])[: -(-steps // decode_config.steps)]
+    rows = batch * copies
+    flops = statistics.fmean(
+        step_flops(lm.config, rows, int(queries), length, logit_positions) for queries in taken.flat
+    )
     return Timing(
         batch=batch,
         tokens_per_second=batch * decode_config.gen_length / warm,
@@ -153,7 +159,7 @@ def _partial_programs(
         steps: forward passes of the decode.
     """
     args = lm.model, lm.params, decode_config
-    if decode_config.cache:
+    if decode_config.cache != "none":
         blocks = steps // decode_config.steps
         return {
             "with_head": lambda: _cached_passes(*args, True, blocks, prompt, mask),
@@ -219,10 +225,10 @@ def _cached_passes(
     prompt: jax.Array,
     mask: jax.Array,
 ) -> Carry:
-    """Runs the forward passes of a decode with the exact cache.
+    """Runs the forward passes of a decode with a cache.
 
-    These are the pass of the prompt, the steps of each block, and the pass that adds it to the
-    cache.
+    With the exact cache these are the pass of the prompt, the steps of each block, and the pass
+    that adds it to the cache.
 
     Args:
         model: the backbone.
@@ -234,13 +240,13 @@ def _cached_passes(
         mask: False at padding, bool [B, P].
 
     Returns:
-        The last hidden states [B, canvas, E], the cache, and the logits [B, block_length, V], a
-        scalar without the head.
+        The last hidden states [B, canvas, E], the cache, and the logits of the positions that a
+        step computes [B, n, V], a scalar without the head.
     """
     logits_of, rows = make_head(params), model.config.vocab_rows
     prompt_x = model.apply({"params": params}, prompt, method="embed")
     on_canvas = block_layout(decode_config, mask)[1]
-    forward = CachedForward(model, params, decode_config, prompt_x, mask, on_canvas)
+    forward = make_forward(model, params, decode_config, prompt_x, mask, on_canvas)
 
     def one_step(carry: Carry, step: Step) -> tuple[Carry, None]:
         x, cache, logits = carry
@@ -255,7 +261,8 @@ def _cached_passes(
         return jax.lax.scan(one_step, (x, cache, logits), steps)[0], None
 
     x = jnp.zeros((prompt.shape[0], decode_config.canvas, prompt_x.shape[-1]), prompt_x.dtype)
-    logits = jnp.zeros((x.shape[0], decode_config.block_length, rows) if head else (), x.dtype)
+    width = decode_config.block_length if decode_config.block_only else decode_config.canvas
+    logits = jnp.zeros((x.shape[0], width, rows) if head else (), x.dtype)
     steps = jax.tree.map(
         lambda part: part.reshape(decode_config.blocks, -1)[:blocks], make_schedule(decode_config)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from xflow_jax.errors import require
 
@@ -103,16 +103,41 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "--seed", "random seed, for rules that draw", 0)
 
 
-def add_refresh_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds --refresh."""
+def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --cache, --refresh, --window and --prompt-every."""
+    parser.add_argument(
+        "--cache",
+        metavar="CACHE",
+        help="keys and values that steps share: none, exact (LLaDA2.0), or prompt, prefix or dual, "
+        "which are approximations for models without an exact cache, like LLaDA (default: exact "
+        "if possible)",
+    )
     add_number(
         parser,
         "--refresh",
-        "compute the prompt's keys and values only every R steps of a block, an approximation "
-        "for models without an exact cache, like LLaDA (default: every step)",
+        "renew an approximate cache every R steps of a block, and without --cache keep the "
+        "prompt's keys and values (default: in the first step of a block)",
         metavar="R",
     )
-    parser.set_defaults(refresh=0)
+    add_number(
+        parser,
+        "--window",
+        "positions on each side of the block that a step with the dual cache computes again",
+        metavar="W",
+    )
+    add_number(
+        parser,
+        "--prompt-every",
+        "read the prompt in the first step of every K-th block only",
+        metavar="K",
+    )
+    parser.set_defaults(refresh=0, window=0, prompt_every=1)
+
+
+def cache_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the arguments of decoding.CacheOptions."""
+    names = ("cache", "refresh", "window", "prompt_every")
+    return {name: getattr(args, name) for name in names}
 
 
 def add_block_length_argument(parser: argparse.ArgumentParser) -> None:

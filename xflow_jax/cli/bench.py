@@ -28,12 +28,14 @@ from xflow_jax.cli.arguments import (
     MODEL,
     RULE,
     add_block_length_argument,
+    add_cache_arguments,
     add_dtype_argument,
     add_mesh_argument,
     add_number,
+    cache_arguments,
     require_positive,
 )
-from xflow_jax.decoding import DecodeConfig, Rule, make_decode_config, parse_rule
+from xflow_jax.decoding import CacheOptions, DecodeConfig, Rule, make_decode_config, parse_rule
 from xflow_jax.errors import UserError, require
 from xflow_jax.lm import LM
 
@@ -72,18 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("torch",),
         help="compare mask prediction with the same model in plain PyTorch",
     )
-    cache = parser.add_mutually_exclusive_group()
-    cache.add_argument(
+    add_cache_arguments(parser)
+    parser.set_defaults(refresh=None)
+    parser.add_argument(
         "--cache-ratio",
         action="store_true",
-        help="compare a step with the exact cache with one without it",
-    )
-    add_number(
-        cache,
-        "--refresh",
-        "compare a step that computes the prompt's keys and values only every R steps with one "
-        "that always does",
-        metavar="R",
+        help="compare a step with the cache with one without it (always with --refresh alone)",
     )
 
 
@@ -108,9 +104,17 @@ def run(args: argparse.Namespace) -> None:
     decode_config = make_decode_config(
         lm, args.prompt_length, args.gen_length, steps, None, args.block_length
     )
-    if args.cache_ratio or args.refresh is not None:
-        _compare_cache(args, lm, rule, decode_config, sizes)
+    compare = args.cache_ratio or (args.refresh is not None and args.cache is None)
+    require(
+        not compare or args.refresh is None or args.refresh >= 2,
+        f"--refresh must be at least 2 to differ from every step, not {args.refresh}",
+    )
+    args.refresh = args.refresh or 0
+    cache = CacheOptions(**cache_arguments(args))
+    if compare:
+        _compare_cache(args, lm, rule, decode_config, cache, sizes)
         return
+    decode_config = cache.apply(lm.config, decode_config)
     with lm.scope():
         rate = matmul_rate(lm.dtype)
     parameters, device = count_parameters(lm), jax.devices()[0].device_kind
@@ -164,15 +168,20 @@ def _compare_torch(
 
 
 def _compare_cache(
-    args: argparse.Namespace, lm: LM, rule: Rule, decode_config: DecodeConfig, sizes: list[int]
+    args: argparse.Namespace,
+    lm: LM,
+    rule: Rule,
+    decode_config: DecodeConfig,
+    cache: CacheOptions,
+    sizes: list[int],
 ) -> None:
     """Times a step without and with a cache, and prints the results."""
-    require(
-        args.refresh is None or args.refresh >= 2,
-        f"--refresh must be at least 2 to differ from every step, not {args.refresh}",
-    )
-    refresh = args.refresh or 0
-    variants = cache_variants(lm, decode_config, refresh)
+    variants = cache_variants(lm, decode_config, cache)
+    name = "the cache"
+    if args.cache is None and cache.refresh:
+        name = f"the prompt read every {cache.refresh} steps"
+    elif args.cache is not None:
+        name = f"the {args.cache} cache"
     print(
         f"{args.model}: {count_parameters(lm) / 1e6:.1f} M parameters, "
         f"prompts of {args.prompt_length} tokens, responses of {decode_config.gen_length} "
@@ -180,7 +189,7 @@ def _compare_cache(
     )
     for batch in sizes:
         result = measure_variants(lm, rule, variants, batch, args.prompt_length, args.rounds)
-        print(f"batch {batch}: {ratio_sentence(result, refresh)}", flush=True)
+        print(f"batch {batch}: {ratio_sentence(result, name)}", flush=True)
 
 
 def _write_json(args: argparse.Namespace, results: Mapping[str, object]) -> None:

@@ -7,9 +7,9 @@ import argparse
 from xflow_jax.cli.arguments import (
     MODEL,
     RULE,
+    add_cache_arguments,
     add_device_arguments,
     add_number,
-    add_refresh_argument,
     require_positive,
 )
 
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder for every answer, the tables and the plot. The same command continues there",
     )
     add_number(parser, "--batch-size", "problems that are decoded together", 64)
-    add_refresh_argument(parser)
+    add_cache_arguments(parser)
     add_device_arguments(parser)
 
 

@@ -14,7 +14,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from xflow_jax.decoding import Flow, Rule, check_refresh, parse_budgets, parse_rules
+from xflow_jax.cli.arguments import cache_arguments
+from xflow_jax.decoding import CacheOptions, Flow, Rule, parse_budgets, parse_rules
 from xflow_jax.errors import UserError
 from xflow_jax.evaluation import (
     Answer,
@@ -88,7 +89,7 @@ def evaluate_task(args: argparse.Namespace) -> None:
         files = write_report(Path(args.out), task, rows, _notes(task, about), tables)
         ending = f"Wrote {', '.join(map(str, files))}."
     parts = [rows_to_text(rows), *(f"{title}\n\n{text}" for title, text in tables if text)]
-    parts += [table_legend(task), *_refresh_note(about), ending]
+    parts += [table_legend(task), *_cache_note(about), ending]
     print("\n" + "\n\n".join(parts))
 
 
@@ -102,16 +103,23 @@ def _notes(task: Task, about: Mapping[str, Any]) -> list[str]:
         for label, rule in about.get("rules", {}).items()
     }
     rules = [f"{label}: {text}" for label, text in options.items()]
-    return [table_legend(task), source, *_refresh_note(about), *rules]
+    return [table_legend(task), source, *_cache_note(about), *rules]
 
 
-def _refresh_note(about: Mapping[str, Any]) -> list[str]:
+def _cache_note(about: Mapping[str, Any]) -> list[str]:
     """Lists the sentence on an approximate decode, if the run had one."""
     if "refresh" not in about:
         return []
+    if about["refresh"] > 1 and not {"cache", "prompt_every"} & set(about):
+        return [
+            f"The prompt's keys and values were read anew every {about['refresh']} steps of a "
+            "block only."
+        ]
+    names = [name for name in ("refresh", "window", "prompt_every") if about.get(name)]
+    numbers = "".join(f", {name} {about[name]}" for name in names)
     return [
-        f"The prompt's keys and values were read anew every {about['refresh']} steps of a block "
-        "only."
+        f"Keys and values came from a cache, an approximation: {about.get('cache', 'prompt')}"
+        f"{numbers}."
     ]
 
 
@@ -165,20 +173,19 @@ def _score_model(
     mesh = default_mesh(args.mesh)
     lm = load(args.model, dtype=args.dtype, mesh=mesh)
     # Wrong budgets must fail before the base model is loaded.
-    cells = make_cells(lm, task, {**protocol.rules, **protocol.variants}, protocol.budgets)
-    check_refresh(lm, args.refresh)
+    rules, cache = {**protocol.rules, **protocol.variants}, CacheOptions(**cache_arguments(args))
+    cells = make_cells(lm, task, rules, protocol.budgets, cache)
     base_name = args.base or ("tiny-base" if args.model == "tiny" else None)
     base = load(base_name, dtype=args.dtype, mesh=mesh) if args.ablate and base_name else None
     about |= _describe_run(args, protocol, lm, base)
     answers = open_answers(args.out, about)
     options = {name: getattr(args, name) for name in ("batch_size", "seed", "samples", "k")}
-    options["refresh"] = args.refresh
-    rows = evaluate(lm, task, problems, cells, answers, **options)
+    rows = evaluate(lm, task, problems, cells, answers, cache=cache, **options)
     if base is not None and protocol.flow is not None:
         label, flow = protocol.flow
         unaligned = {f"{label} without alignment": flow}
-        cells = make_cells(base, task, unaligned, protocol.budgets)
-        rows += evaluate(base, task, problems, cells, answers, **options)
+        cells = make_cells(base, task, unaligned, protocol.budgets, cache)
+        rows += evaluate(base, task, problems, cells, answers, cache=cache, **options)
     ids = [task.task_id(problem) for problem in problems]
     return rows, _tables(args, protocol, lm.config.family, rows, answers, ids)
 
@@ -207,8 +214,7 @@ def _describe_run(
         "seed": args.seed,
         "samples": args.samples,
     }
-    if args.refresh > 1:
-        about["refresh"] = args.refresh
+    about |= CacheOptions(**cache_arguments(args)).describe(lm.config)
     if args.dtype != "float32":  # the shape of a batch then decides how sums are rounded
         about["batch_size"] = args.batch_size
     if base is not None:

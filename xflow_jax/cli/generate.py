@@ -8,9 +8,9 @@ from xflow_jax.cli.arguments import (
     MODEL,
     RULE,
     add_block_length_argument,
+    add_cache_arguments,
     add_device_arguments,
     add_number,
-    add_refresh_argument,
 )
 from xflow_jax.errors import UserError
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of the full number of steps, like 1/4 or 0.25 (default: 1)",
     )
     add_number(steps, "--steps", "forward passes for the whole response, instead of a budget")
-    add_refresh_argument(parser)
+    add_cache_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each prompt")
     parser.add_argument(
         "--trace",

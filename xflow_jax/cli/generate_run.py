@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xflow_jax.cli.arguments import cache_arguments
 from xflow_jax.decoding import Generation, generate, parse_budget, parse_rule, resolve_steps
 from xflow_jax.errors import UserError
 from xflow_jax.evaluation import judge_prompts, token_texts, verdict_sentence, write_trajectory_page
@@ -63,7 +64,7 @@ def answer_prompts(args: argparse.Namespace) -> None:
         block_length=block_length,
         seed=args.seed,
         trace=args.trace is not None,
-        refresh=args.refresh,
+        **cache_arguments(args),
     )
     seconds = time.perf_counter() - began
     answers = _judge(args.prompt, out)

@@ -1,13 +1,18 @@
 """Decoding as a flow. Start with decode.py: it is the paper."""
 
 from xflow_jax.decoding.belief import Belief, BeliefOptions, compute_belief
-from xflow_jax.decoding.blocks import block_layout, make_schedule, resolve_steps
+from xflow_jax.decoding.blocks import (
+    block_layout,
+    make_schedule,
+    pass_positions,
+    resolve_steps,
+)
+from xflow_jax.decoding.cache_options import CacheOptions
 from xflow_jax.decoding.decode import decode
-from xflow_jax.decoding.forward import CachedForward
+from xflow_jax.decoding.forward import make_forward
 from xflow_jax.decoding.generate import (
     PROMPT_MULTIPLE,
     Generation,
-    check_refresh,
     decode_batch,
     generate,
     make_decode_config,
@@ -35,7 +40,7 @@ __all__ = [
     "Action",
     "Belief",
     "BeliefOptions",
-    "CachedForward",
+    "CacheOptions",
     "DecodeConfig",
     "DecodeState",
     "Flow",
@@ -50,7 +55,6 @@ __all__ = [
     "TokenConstraints",
     "Trace",
     "block_layout",
-    "check_refresh",
     "compute_belief",
     "decode",
     "decode_batch",
@@ -60,6 +64,7 @@ __all__ = [
     "init_policy",
     "load_policy",
     "make_decode_config",
+    "make_forward",
     "make_schedule",
     "order_score",
     "pad_prompts",
@@ -67,6 +72,7 @@ __all__ = [
     "parse_budgets",
     "parse_rule",
     "parse_rules",
+    "pass_positions",
     "read_out",
     "resolve_steps",
     "row_keys",

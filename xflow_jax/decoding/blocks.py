@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from xflow_jax.decoding.state import DecodeConfig, Step
+from xflow_jax.decoding.state import RENEW, RENEW_CANVAS, REUSE, DecodeConfig, Step
 from xflow_jax.errors import UserError, require
 from xflow_jax.types import Array, Bool, Int, ModelConfig
+
+PREFIX_LENGTHS = 4  # lengths of a pass with the prefix cache, each of which is compiled
 
 # A whole number from a user. Anything can arrive at run time, and the functions here check it.
 if TYPE_CHECKING:
@@ -33,7 +35,63 @@ def make_schedule(config: DecodeConfig) -> Step:
         rho=jnp.asarray(local / max(s - 1, 1), jnp.float32),
         quota=jnp.asarray(quota, jnp.int32),
         steps_left=jnp.asarray(s - local, jnp.float32),
+        cache_pass=jnp.asarray(cache_passes(config).ravel()),
     )
+
+
+def cache_passes(config: DecodeConfig) -> np.ndarray:
+    """Returns the pass of each step with an approximate cache.
+
+    Steps count within the block. A row that finishes a block early may skip its last steps or run
+    through them with the rest of its batch, and the next block must be the same in both cases.
+
+    Returns:
+        REUSE, RENEW or RENEW_CANVAS, int [blocks, steps].
+    """
+    passes = np.full((config.blocks, config.steps), REUSE, np.int32)
+    if config.refresh:
+        passes[:, :: config.refresh] = RENEW
+    passes[:, 0] = RENEW_CANVAS
+    passes[:: config.prompt_every, 0] = RENEW
+    return passes
+
+
+def prefix_spans(config: DecodeConfig) -> np.ndarray:
+    """Returns the blocks that a pass with the prefix cache covers.
+
+    Returns:
+        For each block, a number of blocks from it on, int [blocks]. There are few different ones,
+        since each is compiled, so a span may end behind the canvas.
+    """
+    group = -(-config.blocks // PREFIX_LENGTHS)
+    left = config.blocks - np.arange(config.blocks)
+    return np.minimum(-(-left // group) * group, config.blocks)
+
+
+def pass_positions(config: DecodeConfig, prompt_length: int) -> np.ndarray:
+    """Returns the positions that each step computes.
+
+    Args:
+        config: lengths, steps and cache.
+        prompt_length: P.
+
+    Returns:
+        int [blocks, steps].
+    """
+    if config.cache == "exact":
+        return np.full((config.blocks, config.steps), config.block_length)
+    canvas, passes = config.canvas, cache_passes(config)
+    reuse = np.full(config.blocks, prompt_length + canvas)
+    if config.cache == "prompt":
+        reuse[:] = canvas
+    elif config.cache == "prefix":
+        reuse[:] = prefix_spans(config) * config.block_length
+    elif config.cache == "dual":
+        reuse[:] = config.block_length + 2 * config.window
+    if config.cache == "none":
+        passes[:] = RENEW
+    renewed = np.where(passes == RENEW, prompt_length + canvas, canvas)
+    return np.where(passes == REUSE, reuse[:, None], renewed)
 
 
 def block_layout(

@@ -185,15 +185,7 @@ def _active_step(
         step = dataclasses.replace(step, keys=keys)
     belief, cache = _compute_belief(context, step, state, cache)
     action = context.rule(belief, state, step)
-    x_pred = context.embed(belief.tokens)
-    after = advance(
-        state, belief, action, candidates, x_pred, context.m, context.model.config.mask_id
-    )
-    if action.mixture is not None:
-        mixed = jnp.einsum("bnk,bnke->bne", action.mixture, context.embed(belief.top_tokens))
-        mixed += (1 - action.mixture.sum(-1, keepdims=True)) * context.m
-        stays = (candidates & (after.t < 1))[..., None]
-        after = dataclasses.replace(after, x=jnp.where(stays, mixed, after.x))
+    after = _move(context, step, state, belief, action)
     if action.memory is not None:
         after = dataclasses.replace(after, memory=action.memory)
     finished = _find_finished(context, state, after) if config.eos_early_stop else state.finished
@@ -251,11 +243,57 @@ def _compute_belief(
         step.keys,
         h[batch:] if context.options.guidance else None,
     )
-    if context.config.block_causal:
+    if context.config.block_only:
         here = (context.block_of == step.block) & context.on_canvas
         first = context.forward.block_columns(step.block)[:batch, :1]
         belief = _onto_canvas(belief, first, here, state.tokens)
     return belief, cache
+
+
+def _move(
+    context: DecodeContext, step: Step, state: DecodeState, belief: Belief, action: Action
+) -> DecodeState:
+    """Moves the candidates.
+
+    Blocks that count from the canvas's start are the same columns in all rows. Then only these are
+    read and written, since x has E numbers at each position.
+    """
+    config, candidates = context.config, step.candidates
+    action = dataclasses.replace(action, notes=None, memory=None)
+    if config.block_causal or config.blocks == 1:
+        return _move_columns(context, candidates, state, belief, action)
+    first, size = step.block * config.block_length, config.block_length
+
+    def cut(x: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, first, size, axis=1)
+
+    moving = {name: getattr(state, name) for name in ("x", "t", "tokens")}
+    part = dataclasses.replace(state, **{name: cut(x) for name, x in moving.items()})
+    part = _move_columns(
+        context, cut(candidates), part, jax.tree.map(cut, belief), jax.tree.map(cut, action)
+    )
+    update = jax.lax.dynamic_update_slice_in_dim
+    moved = {name: update(x, getattr(part, name), first, axis=1) for name, x in moving.items()}
+    return dataclasses.replace(state, **moved)
+
+
+def _move_columns(
+    context: DecodeContext,
+    candidates: Bool[Array, "B n"],
+    state: DecodeState,
+    belief: Belief,
+    action: Action,
+) -> DecodeState:
+    """Moves the candidates among columns, and mixes the others' inputs."""
+    x_pred = context.embed(belief.tokens)
+    mask_id = context.model.config.mask_id
+    after = advance(state, belief, action, candidates, x_pred, context.m, mask_id)
+    if action.mixture is None:
+        return after
+    mixed = jnp.einsum("bnk,bnke->bne", action.mixture, context.embed(belief.top_tokens))
+    mixed += (1 - action.mixture.sum(-1, keepdims=True)) * context.m
+    stays = (candidates & (after.t < 1))[..., None]
+    return dataclasses.replace(after, x=jnp.where(stays, mixed, after.x))
 
 
 def advance(

@@ -1,4 +1,4 @@
-"""Forward passes for one step: full, block-cached (exact) or stale-prompt (approximate).
+"""Forward passes for one step, without or with a cache.
 
 Each class turns the canvas, x [B, N, E], into hidden states. Its cache is in the carry of the
 decoder's scans: `init_cache` makes it, `begin_block` updates it once a block, `hidden` reads it in
@@ -8,13 +8,16 @@ every step and may replace it. B counts the copies for guidance too.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from xflow_jax.decoding.state import DecodeConfig, Step
+from xflow_jax.decoding.blocks import cache_passes, prefix_spans
+from xflow_jax.decoding.state import RENEW, RENEW_CANVAS, REUSE, DecodeConfig, Step
 from xflow_jax.models import kv_cache
 from xflow_jax.parallel import BATCH, LOGICAL, divides
 from xflow_jax.types import Array, Backbone, Bool, Cache, Float, Int, Params
@@ -70,8 +73,8 @@ class FullForward:
     ) -> tuple[Float[Array, "B n E"], Carry]:
         """Computes hidden states.
 
-        Under block-causal attention the result covers the active block alone. The other positions
-        have no part in the step, and the head is the more expensive part of it.
+        With `config.block_only` the result covers the active block alone. The other positions have
+        no part in the step, and the head is the more expensive part of it.
 
         Args:
             cache: the cache of the block.
@@ -92,11 +95,12 @@ class FullForward:
     def block_columns(self, block: Int[Array, ""]) -> Int[Array, "B block"]:
         """Returns the canvas positions of a block.
 
-        The block grid counts from each row's first token. Positions of the first block are
-        negative as far as the prompt reaches into it.
+        Under block-causal attention the block grid counts from each row's first token. Positions
+        of the first block are then negative as far as the prompt reaches into it.
         """
         size = self.config.block_length
-        return block * size - self.length % size + jnp.arange(size)[None, :]
+        shift = self.length % size if self.config.block_causal else jnp.zeros_like(self.length)
+        return block * size - shift + jnp.arange(size)[None, :]
 
     @property
     def mask(self) -> Bool[Array, "B L"]:
@@ -170,39 +174,166 @@ class CachedForward(FullForward):
         return (self.length[:, 0] // size + block) * size
 
 
-class StalePromptForward(FullForward):
-    """Forward pass over the canvas, with stale prompt keys and values.
+class PromptCacheForward(FullForward):
+    """Forward pass over the canvas, on a stale cache of the prompt.
 
-    For models whose prompt attends to the response, which have no exact cache. In the first step
-    of a block, and every `config.refresh` steps of it, the pass covers all positions and renews
-    the prompt's keys and values.
-
-    Steps count within the block. A row that finishes a block early may skip its last steps or run
-    through them with the rest of its batch, and the next block must be the same in both cases.
+    For models that attend both ways, which have no exact cache. A full pass covers all positions
+    and renews the cache. It is the first of a block, or of every `prompt_every`-th block, and comes
+    again every `refresh` steps (blocks.cache_passes).
     """
 
+    @property
+    def positions(self) -> int:
+        """Positions of the cache."""
+        return self.prompt_x.shape[1]
+
     def init_cache(self) -> Cache:
-        """Returns a cache with room for the prompts' keys and values."""
-        return _constrain(self.model.empty_cache(*self.prompt_mask.shape))
+        """Returns a cache with room for all that is kept."""
+        return _constrain(self.model.empty_cache(self.prompt_x.shape[0], self.positions))
 
     def hidden(
         self, cache: Carry, x: Float[Array, "B N E"], step: Step
     ) -> tuple[Float[Array, "B n E"], Carry]:
-        """Computes hidden states of the canvas, [B, N, E]."""
-        batch, prompt = self.prompt_mask.shape
+        """Computes hidden states of the canvas or the active block."""
+        passes = {REUSE: self._reuse, RENEW: self._renew, RENEW_CANVAS: self._renew_canvas}
+        used = np.unique(cache_passes(self.config))
         x = x.astype(self.prompt_x.dtype)
+        branches = [functools.partial(passes[int(kind)], x, step) for kind in used]
+        return jax.lax.switch(jnp.searchsorted(used, step.cache_pass), branches, cache)
 
-        def renew(cache: Cache) -> tuple[Array, Cache]:
-            both = jnp.concatenate([self.prompt_x, x], axis=1)
-            empty = self.model.empty_cache(batch, 0)
-            h, new = self._apply("hidden_cached", both, empty, 0, self.mask)
-            return h[:, prompt:], _constrain(jax.tree.map(lambda part: part[:, :, :prompt], new))
+    def _renew(
+        self, x: Float[Array, "B N E"], step: Step, cache: Cache
+    ) -> tuple[Float[Array, "B n E"], Cache]:
+        """Runs the full pass."""
+        both = jnp.concatenate([self.prompt_x, x], axis=1)
+        empty = self.model.empty_cache(both.shape[0], 0)
+        h, new = self._apply("hidden_cached", both, empty, 0, self.mask)
+        new = jax.tree.map(lambda part: part[:, :, : self.positions], new)
+        h = self._active(h[:, self.prompt_x.shape[1] :], step)
+        return h, self._write(cache, new, 0, step)
 
-        def reuse(cache: Cache) -> tuple[Array, Cache]:
-            return self._apply("hidden_cached", x, cache, prompt, self.mask)[0], cache
+    def _renew_canvas(
+        self, x: Float[Array, "B N E"], step: Step, cache: Cache
+    ) -> tuple[Float[Array, "B n E"], Cache]:
+        """Runs the first pass of a block without the prompt."""
+        return self._reuse(x, step, cache)
 
-        due = step.index % self.config.steps % self.config.refresh == 0
-        return jax.lax.cond(due, renew, reuse, cache)
+    def _reuse(
+        self, x: Float[Array, "B N E"], step: Step, cache: Cache
+    ) -> tuple[Float[Array, "B n E"], Cache]:
+        """Runs a pass on the cache."""
+        prompt = self.prompt_x.shape[1]
+        return self._apply("hidden_cached", x, cache, prompt, self.mask)[0], cache
+
+    def _active(self, h: Float[Array, "B N E"], step: Step) -> Float[Array, "B n E"]:
+        """Selects the hidden states that the step needs."""
+        return h
+
+    def _write(self, cache: Cache, new: Cache, start: int | Int[Array, ""], step: Step) -> Cache:
+        """Writes keys and values of consecutive positions.
+
+        A row that skips the step keeps its own, if a later block could read them.
+        """
+        if self.config.prompt_every > 1 and step.candidates is not None:
+            busy = jnp.any(step.candidates, axis=-1)
+            busy = jnp.tile(busy, self.prompt_x.shape[0] // busy.shape[0])[:, None, None, None]
+
+            def merge(old: Array, part: Array) -> Array:
+                old = jax.lax.dynamic_slice_in_dim(old, start, part.shape[2], axis=2)
+                return jnp.where(busy[None], part, old)
+
+            new = jax.tree.map(merge, cache, new)
+        return _constrain(kv_cache.write_cache(cache, new, start))
+
+
+class PrefixCacheForward(PromptCacheForward):
+    """Forward pass from the block on, on a stale cache before it.
+
+    This is the prefix cache of Fast-dLLM (arXiv:2505.22618). Passes have one of a few lengths, and
+    the surplus is masked positions behind the canvas.
+    """
+
+    @property
+    def surplus(self) -> int:
+        """Most positions behind the canvas that a pass reads."""
+        ends = np.arange(self.config.blocks) + prefix_spans(self.config)
+        return int(max(ends) - self.config.blocks) * self.config.block_length
+
+    @property
+    def positions(self) -> int:
+        """Positions of the cache: all, with the surplus."""
+        return _round_up(self.prompt_x.shape[1] + self.config.canvas + self.surplus)
+
+    def _renew_canvas(
+        self, x: Float[Array, "B N E"], step: Step, cache: Cache
+    ) -> tuple[Float[Array, "B n E"], Cache]:
+        h, new = self._read(cache, x, 0, self.config.canvas)
+        return self._active(h, step), self._write(cache, new, self.prompt_x.shape[1], step)
+
+    def _reuse(
+        self, x: Float[Array, "B N E"], step: Step, cache: Cache
+    ) -> tuple[Float[Array, "B n E"], Cache]:
+        size, spans = self.config.block_length, prefix_spans(self.config)
+
+        def run(count: int, cache: Cache) -> Array:
+            return self._read(cache, x, step.block * size, count * size)[0][:, :size]
+
+        counts, index = np.unique(spans, return_inverse=True)
+        branches = [functools.partial(run, int(count)) for count in counts]
+        return jax.lax.switch(jnp.asarray(index)[step.block], branches, cache), cache
+
+    def _active(self, h: Float[Array, "B N E"], step: Step) -> Float[Array, "B n E"]:
+        size = self.config.block_length
+        return jax.lax.dynamic_slice_in_dim(h, step.block * size, size, axis=1)
+
+    def _read(
+        self, cache: Cache, x: Float[Array, "B N E"], first: int | Int[Array, ""], count: int
+    ) -> tuple[Array, Cache]:
+        """Runs consecutive positions, whose keys and values replace those of the cache.
+
+        Args:
+            cache: keys and values of all positions.
+            x: the canvas.
+            first: canvas position of the first one, at least -window.
+            count: number of positions.
+        """
+        prompt, before = self.prompt_x.shape[1], self.config.window
+        row = jnp.concatenate([self.prompt_x[:, prompt - before :], x], axis=1)
+        row = jnp.pad(row, ((0, 0), (0, self.surplus), (0, 0)))
+        part = jax.lax.dynamic_slice_in_dim(row, before + first, count, axis=1)
+        mask = jnp.pad(self.mask, ((0, 0), (0, self.positions - self.mask.shape[1])))
+        return self._apply("hidden_cached", part, cache, prompt + first, mask, None, True)
+
+
+class DualCacheForward(PrefixCacheForward):
+    """Forward pass over the active block, on a stale cache elsewhere.
+
+    This is the dual cache of Fast-dLLM (arXiv:2505.22618). With `window` a pass also covers that
+    many positions on both sides. All keys and values that a pass computes go into the cache.
+    """
+
+    @property
+    def surplus(self) -> int:
+        """Most positions behind the canvas that a pass reads."""
+        return self.config.window
+
+    def _reuse(
+        self, x: Float[Array, "B N E"], step: Step, cache: Cache
+    ) -> tuple[Float[Array, "B n E"], Cache]:
+        size, window = self.config.block_length, self.config.window
+        first = step.block * size - window
+        h, new = self._read(cache, x, first, size + 2 * window)
+        cache = self._write(cache, new, self.prompt_x.shape[1] + first, step)
+        return h[:, window : window + size], cache
+
+
+FORWARDS: dict[str, type[FullForward]] = {
+    "none": FullForward,
+    "exact": CachedForward,
+    "prompt": PromptCacheForward,
+    "prefix": PrefixCacheForward,
+    "dual": DualCacheForward,
+}
 
 
 def make_forward(
@@ -214,12 +345,15 @@ def make_forward(
     on_canvas: Bool[Array, "B N"],
 ) -> FullForward:
     """Builds the forward pass that a decode's configuration selects."""
-    kind = FullForward
-    if config.cache:
-        kind = CachedForward
-    elif config.refresh > 1:
-        kind = StalePromptForward
-    return kind(model, params, config, prompt_x, prompt_mask, on_canvas)
+    if (more := config.window - prompt_x.shape[1]) > 0:  # the first block's window fits then
+        prompt_x = jnp.pad(prompt_x, ((0, 0), (more, 0), (0, 0)))
+        prompt_mask = jnp.pad(prompt_mask, ((0, 0), (more, 0)))
+    return FORWARDS[config.cache](model, params, config, prompt_x, prompt_mask, on_canvas)
+
+
+def _round_up(positions: int) -> int:
+    """Rounds up to a multiple of 8, as attention kernels like it."""
+    return -(-positions // 8) * 8
 
 
 def _columns(x: Float[Array, "B L E"], columns: Int[Array, "B n"]) -> Float[Array, "B n E"]:

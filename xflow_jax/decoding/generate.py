@@ -26,6 +26,7 @@ from xflow_jax.decoding.blocks import (
     require_count,
     resolve_block_length,
 )
+from xflow_jax.decoding.cache_options import CacheOptions
 from xflow_jax.decoding.decode import decode
 from xflow_jax.decoding.rules.base import Rule
 from xflow_jax.decoding.state import DecodeConfig, Trace, read_out
@@ -78,8 +79,10 @@ def generate(
     seed: int = 0,
     trace: bool = False,
     early_exit: bool | None = None,
-    cache: bool | None = None,
+    cache: str | bool | None = None,
     refresh: Count = 0,
+    window: Count = 0,
+    prompt_every: Count = 1,
 ) -> Generation:
     """Decodes a response of up to `gen_length` tokens to each prompt.
 
@@ -97,9 +100,10 @@ def generate(
         seed: of rules that draw. Draws depend on the seed and the sequence's own prompt alone.
         trace: return every step.
         early_exit: skip passes that can change nothing, or None for the default of the rule.
-        cache: keep keys and values of finished blocks, with the same tokens. None: if possible.
-        refresh: compute the prompt's keys and values only every `refresh` steps of a block, an
-            approximation for models without an exact cache. 0 or 1 means every step.
+        cache: one of CACHES, or None for "exact" if the model has it (see `CacheOptions`).
+        refresh: steps after which an approximate cache is renewed.
+        window: further positions on each side of a block.
+        prompt_every: blocks after which the prompt is read again.
 
     Returns:
         Tokens, texts, final progress, and forward passes of each sequence.
@@ -107,18 +111,12 @@ def generate(
     Raises:
         UserError: for bad input.
     """
-    check_refresh(lm, refresh)
+    options = CacheOptions(cache, refresh, window, prompt_every)
     rows = _token_rows(lm, prompts)
     longest = max(map(len, rows))
     config = make_decode_config(lm, longest, gen_length, steps, steps_per_block, block_length)
-    require(
-        not cache or config.cache,
-        f"{lm.config.family} attends to later blocks, so it has no exact cache. Leave cache out.",
-    )
     config = dataclasses.replace(
-        config,
-        cache=config.cache if cache is None else cache,
-        refresh=int(refresh) if refresh > 1 else 0,
+        options.apply(lm.config, config),
         early_exit=rule.early_exit if early_exit is None else early_exit,
         eos_early_stop=eos_early_stop,
         trace=trace,
@@ -268,7 +266,7 @@ def make_decode_config(
         block_length=size,
         steps=int(steps_per_block),
         block_causal=causal,
-        cache=causal,
+        cache="exact" if causal else "none",
         stop_at_eos=causal,
     )
     if longest + config.canvas > lm.config.max_length:
@@ -277,17 +275,6 @@ def make_decode_config(
             f"{lm.config.max_length} positions. Shorten one of them."
         )
     return config
-
-
-def check_refresh(lm: LanguageModel, refresh: Count) -> None:
-    """Raises UserError if the model or the number forbids `refresh`."""
-    if isinstance(refresh, bool) or not isinstance(refresh, int | np.integer) or refresh < 0:
-        raise UserError(f"refresh must be a whole number of at least 0, not {refresh}")
-    if refresh and lm.config.is_block_causal:
-        raise UserError(
-            f"{lm.config.family} is block-causal, so its cache is exact and never refreshed. "
-            "Leave refresh out."
-        )
 
 
 def _eot_id(lm: LanguageModel) -> int | None:

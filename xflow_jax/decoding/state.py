@@ -14,6 +14,11 @@ from xflow_jax.types import Array, Float, Int
 
 SETTLED = 0.99  # progress from which a position counts as decided
 
+# Keys and values that a decode keeps (forward.py).
+CACHES = ("none", "exact", "prompt", "prefix", "dual")
+# Passes with an approximate cache: on all that is kept, over all positions, or over the canvas.
+REUSE, RENEW, RENEW_CANVAS = range(3)
+
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
@@ -27,9 +32,13 @@ class DecodeConfig:
         steps: forward passes in each block.
         block_causal: True for blocks that count from each sequence's first token and attend to
             earlier blocks only (LLaDA2.0).
-        cache: keep the keys and values of finished blocks. The result is the same.
-        refresh: compute the prompt's keys and values only every `refresh` steps of a block, an
-            approximation. 0 or 1 means every step. Not for block_causal.
+        cache: one of CACHES. "exact" keeps those of finished blocks, with the same result, and
+            needs block_causal. "prompt", "prefix" and "dual" are approximations for the others.
+        refresh: renew an approximate cache every `refresh` steps of a block, by a pass over all
+            positions. 0: only in its first step.
+        window: positions on each side of the block that a pass with the dual cache reads as well.
+        prompt_every: renew the prompt's keys and values only in the first step of every
+            `prompt_every`-th block. Other blocks begin with a pass over the canvas.
         early_exit: skip passes of blocks in which no position is open (see Rule.is_open).
         stop_at_eos: decode no block after one that holds EOS.
         eos_early_stop: stop as soon as all positions up to the first EOS are settled.
@@ -42,8 +51,10 @@ class DecodeConfig:
     block_length: int
     steps: int
     block_causal: bool = False
-    cache: bool = False
+    cache: str = "none"
     refresh: int = 0
+    window: int = 0
+    prompt_every: int = 1
     early_exit: bool = False
     stop_at_eos: bool = False
     eos_early_stop: bool = False
@@ -63,6 +74,11 @@ class DecodeConfig:
     def blocks(self) -> int:
         """Largest number of blocks that the canvas can touch."""
         return -(-self.canvas // self.block_length)
+
+    @property
+    def block_only(self) -> bool:
+        """True if a step computes hidden states of the active block alone."""
+        return self.block_causal or self.cache in ("prefix", "dual")
 
 
 @struct.dataclass
@@ -96,7 +112,8 @@ class Trace:
     The scan stacks them to [T, B, N], and `generate` returns NumPy arrays.
 
     Skipped steps have zero confidence, step_fraction, top and notes. Under block-causal attention,
-    positions outside the active block keep their tokens and have confidence 0.
+    and with a prefix or dual cache, positions outside the active block keep their tokens and have
+    confidence 0.
 
     Attributes:
         tokens: predictions of the step.
@@ -128,6 +145,7 @@ class Step:
         rho: position in the block's steps, 0 to 1, a scalar.
         quota: masks that mask prediction writes in this step, a scalar.
         steps_left: steps of the block from this one on, a scalar.
+        cache_pass: pass with an approximate cache, REUSE, RENEW or RENEW_CANVAS, a scalar.
         candidates: True at positions of the active block that may move, bool [B, N].
         keys: one random key per sequence [B], or None if the rule draws nothing.
     """
@@ -137,6 +155,7 @@ class Step:
     rho: jax.Array
     quota: jax.Array
     steps_left: jax.Array
+    cache_pass: Any = None
     candidates: Any = None
     keys: Any = None
 

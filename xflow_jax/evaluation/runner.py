@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from xflow_jax.decoding import Rule, generate, resolve_steps
+from xflow_jax.decoding import CacheOptions, Rule, generate, make_decode_config, resolve_steps
 from xflow_jax.errors import UserError
 from xflow_jax.evaluation.answers import Answer, Answers, Row, summarize_answers
 from xflow_jax.input_files import read_jsonl
@@ -33,6 +33,7 @@ from xflow_jax.types import LanguageModel
 
 ProblemT = TypeVar("ProblemT")
 
+NO_CACHE = CacheOptions()  # the exact one, if the model has it
 SCORE_BATCH = 64  # answers from elsewhere that are run and stored together
 
 
@@ -63,7 +64,11 @@ class _Item(Generic[ProblemT]):
 
 
 def make_cells(
-    lm: LanguageModel, task: Task, rules: Mapping[str, Rule], budgets: Sequence[Fraction]
+    lm: LanguageModel,
+    task: Task,
+    rules: Mapping[str, Rule],
+    budgets: Sequence[Fraction],
+    cache: CacheOptions = NO_CACHE,
 ) -> list[Cell]:
     """Combines every rule with every budget.
 
@@ -72,13 +77,17 @@ def make_cells(
         task: the task, for its response and block length.
         rules: label -> rule.
         budgets: shares of the full number of steps.
+        cache: the cache of `evaluate`, which is checked.
 
     Raises:
-        UserError: if a budget makes no whole number of steps for each block.
+        UserError: if a budget makes no whole number of steps for each block, or if the model and
+            the steps do not go with the cache.
     """
     length = task.config.gen_length
     block_length = task.config.block_length
     steps = {b: resolve_steps(lm.config, b, length, block_length) for b in budgets}
+    for count in steps.values():
+        cache.apply(lm.config, make_decode_config(lm, 1, length, count, None, block_length))
     return [
         Cell(label, rule, budget, steps[budget])
         for label, rule in rules.items()
@@ -96,7 +105,7 @@ def evaluate(
     seed: int = 0,
     samples: int = 1,
     k: int = 1,
-    refresh: int = 0,
+    cache: CacheOptions = NO_CACHE,
 ) -> list[Row]:
     """Makes the missing answers and computes a row for each cell.
 
@@ -115,7 +124,7 @@ def evaluate(
         samples: answers to each problem, with seeds from `seed` on. A rule that draws nothing
             makes one.
         k: k of pass@k.
-        refresh: as for `generate`.
+        cache: keys and values that a decode keeps.
 
     Raises:
         UserError: for bad input.
@@ -143,7 +152,7 @@ def evaluate(
                 batch = items[first : first + size]
                 if not any(item.task_id in todo for item in batch):
                     continue
-                made = _answer_batch(lm, task, batch, size, cell, at, refresh, answers)
+                made = _answer_batch(lm, task, batch, size, cell, at, cache, answers)
                 new = [answer for answer in made if answer.task_id in todo]
                 answers.add(new)
                 bar.update(len(new))
@@ -206,7 +215,7 @@ def _answer_batch(
     size: int,
     cell: Cell,
     seed: int,
-    refresh: int,
+    cache: CacheOptions,
     answers: Answers,
 ) -> list[Answer]:
     """Decodes and judges one batch.
@@ -214,7 +223,7 @@ def _answer_batch(
     It is filled up to `size`, since each size of batch needs a compilation.
     """
     prompts = [item.prompt for item in batch + batch[-1:] * (size - len(batch))]
-    texts, passes, seconds = _decode(lm, task, prompts, cell, seed, refresh)
+    texts, passes, seconds = _decode(lm, task, prompts, cell, seed, cache)
     texts = texts[: len(batch)]
     verdicts = judge_answers(
         task, [(item.problem, text) for item, text in zip(batch, texts, strict=True)], answers
@@ -262,7 +271,12 @@ def judge_answers(
 
 
 def _decode(
-    lm: LanguageModel, task: Task, prompts: list[list[int]], cell: Cell, seed: int, refresh: int
+    lm: LanguageModel,
+    task: Task,
+    prompts: list[list[int]],
+    cell: Cell,
+    seed: int,
+    cache: CacheOptions,
 ) -> tuple[list[str], np.ndarray, float]:
     """Decodes one batch. Returns texts, forward passes [B] and seconds without compilation."""
     settings = task.config
@@ -276,7 +290,7 @@ def _decode(
             steps=cell.steps,
             block_length=settings.block_length,
             seed=seed,
-            refresh=refresh,
+            **dataclasses.asdict(cache),
         )
         seconds = time.perf_counter() - began
     assert out.texts is not None and lm.tokenizer is not None

@@ -162,8 +162,9 @@ class BackboneBase(nn.Module):
         start: int | Int[ArrayLike, ""] | Int[ArrayLike, " B"],
         mask: Bool[ArrayLike, "B _"] | None = None,
         block_length: int | None = None,
+        replace: bool = False,
     ) -> tuple[Float[Array, "B N E"], Cache]:
-        """Computes hidden states of consecutive positions, on a cache of those before.
+        """Computes hidden states of consecutive positions, on a cache of others.
 
         Args:
             x: input embeddings of the positions start ... start + N - 1.
@@ -171,12 +172,18 @@ class BackboneBase(nn.Module):
             start: the first position, or int [B] with one for each row.
             mask: real positions, [B, N] or [B, M + N], as in `kv_cache.cache_mask`.
             block_length: positions of a block, for block-causal attention among the N positions.
+            replace: use the cache at all positions but these N, so also at later ones. The cache
+                then has a place for them, `start` is a scalar, and `mask` is [B, M].
 
         Returns:
             (hidden states after the final norm, keys and values of the N positions).
         """
         x = jnp.asarray(x)
         mask = None if mask is None else jnp.asarray(mask)
+        if replace:
+            first = jnp.asarray(start)
+            attended = None if mask is None else mask[:, None, None, :]
+            return self._run_layers(x, first, attended, kv_cache.replace_keys(cache, first))
         start = jnp.broadcast_to(start, x.shape[:1])
         attended = kv_cache.cache_mask(cache, start, x.shape[1], mask, block_length)
         return self._run_layers(x, start, attended, cache)

@@ -13,8 +13,9 @@ so that the block grid is the same in all of them. In outline:
         h, block = hidden_cached(x_block, cache, start)  # any number of steps
         cache = write_cache(cache, block, start)  # once its tokens are final
 
-Without blocks the same cache is an approximation: keys and values of a prompt that are some steps
-old (decoding/forward.py).
+Without block-causal attention a cache is an approximation, since its keys and values are some
+steps old (decoding/forward.py). It can then hold positions after the queries too, and the queries'
+own keys and values take the place of those at their positions (`replace_keys`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from xflow_jax.types import Array, Bool, Cache, Float, Int
 
-# {"k", "v"}: [B, M, K, D] of one layer
+# {"k", "v"}: [B, M, K, D] of one layer. With "column", a scalar, the keys and values of the queries
+# take the place of those from this position on.
 LayerCache: TypeAlias = dict[str, jax.Array]
 
 
@@ -127,7 +129,9 @@ def cache_mask(
 def extend_keys(
     layer: LayerCache | None, k: Float[Array, "B L K D"], v: Float[Array, "B L K D"]
 ) -> tuple[Float[Array, "B M K D"], Float[Array, "B M K D"], LayerCache | None]:
-    """Puts a layer's cached keys and values before the new ones.
+    """Joins a layer's cached keys and values with the new ones.
+
+    The new ones come after the cached ones, or with "column" in their place.
 
     Args:
         layer: the layer's cache, or None.
@@ -140,10 +144,29 @@ def extend_keys(
     """
     if layer is None:
         return k, v, None
-    keys, values = (
-        jnp.concatenate([layer[name], new], axis=1) for name, new in (("k", k), ("v", v))
-    )
+    pairs = ((layer["k"], k), (layer["v"], v))
+    if "column" in layer:
+        update = jax.lax.dynamic_update_slice_in_dim
+        keys, values = (update(old, new, layer["column"], axis=1) for old, new in pairs)
+    else:
+        keys, values = (jnp.concatenate(pair, axis=1) for pair in pairs)
     return keys, values, {"k": k, "v": v}
+
+
+def replace_keys(cache: Cache, start: int | Int[ArrayLike, ""]) -> Cache:
+    """Marks where the queries' keys and values replace cached ones.
+
+    Args:
+        cache: the cache.
+        start: position of the first query.
+
+    Returns:
+        The cache with a "column" for each layer, as `extend_keys` reads it.
+    """
+    return {
+        stack: {**part, "column": jnp.broadcast_to(jnp.asarray(start, jnp.int32), len(part["k"]))}
+        for stack, part in cache.items()
+    }
 
 
 def align_left(x: ArrayLike, mask: Bool[ArrayLike, "B L"]) -> jax.Array:
