@@ -103,10 +103,14 @@ def _write(
         for path, x in leaves.items():
             bar.set_postfix_str(path)
             if not checkpoint.has(path):
-                with _on_cpu():
-                    leaf = read_hf_leaf(
-                        source, mapping.slices[path], x.shape, x.dtype, placement.get(path)
-                    )
+                try:
+                    with _on_cpu():
+                        leaf = read_hf_leaf(
+                            source, mapping.slices[path], x.shape, x.dtype, placement.get(path)
+                        )
+                except UserError:  # the source is bad, so the same command cannot continue
+                    checkpoint.discard()
+                    raise
                 checkpoint.write(path, leaf)
                 del leaf
                 release_memory(_nbytes(x))

@@ -208,8 +208,60 @@ def double(folder):
     save_file(load_file(folder / second) | {name: load_file(folder / first)[name]}, folder / second)
 
 
+def header(edit):
+    """Changes the pairs (name, entry) of the second file's header."""
+
+    def change(folder):
+        data = (folder / TWO).read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        pairs = edit(list(json.loads(data[8 : 8 + length]).items()))
+        text = "{" + ",".join(f"{json.dumps(k)}:{json.dumps(v)}" for k, v in pairs) + "}"
+        raw = text.encode() + b" " * (-len(text) % 8)
+        (folder / TWO).write_bytes(len(raw).to_bytes(8, "little") + raw + data[8 + length :])
+
+    return change
+
+
+def overlap(pairs):
+    """Gives two tensors of one shape the same bytes, as aliases in the file of a stranger."""
+    first, second, *_ = (i for i, (name, _) in enumerate(pairs) if "_norm.weight" in name)
+    pairs[second][1]["data_offsets"] = list(pairs[first][1]["data_offsets"])
+    return pairs
+
+
+def append(data):
+    return lambda folder: (folder / TWO).write_bytes((folder / TWO).read_bytes() + data)
+
+
 TWO = "model-00002-of-00002.safetensors"
 BAD = {
+    "tensors overlap": (
+        header(overlap),
+        "{dir}/" + TWO + f": the tensors {PREFIX}blocks.0.attn_norm.weight and "
+        f"{PREFIX}blocks.1.attn_norm.weight overlap. Fetch it again.",
+    ),
+    "a tensor twice in a header": (
+        header(lambda pairs: [*pairs, pairs[-1]]),
+        "{dir}/" + TWO + ": not a safetensors file, or damaged. Fetch it again.",
+    ),
+    "bytes of no tensor": (
+        append(b"more"),
+        "{dir}/" + TWO + ": its last 4 bytes belong to no tensor. Fetch it again.",
+    ),
+    "NaN": (
+        tensors(lambda t: t.update({Q2: np.full_like(t[Q2], np.nan)})),
+        f"{{dir}}/model.safetensors: the tensor {Q2} holds NaN or infinity. "
+        "Fetch it again, or train the model again.",
+    ),
+    "infinity in float16": (
+        tensors(lambda t: t.update({Q2: np.full((64, 64), -np.inf, np.float16)})),
+        f"{{dir}}/model.safetensors: the tensor {Q2} holds NaN or infinity. ",
+    ),
+    "two sets of weights": (
+        lambda folder: shutil.copyfile(folder / TWO, folder / "model.safetensors"),
+        "{dir}: it has both model.safetensors and model.safetensors.index.json, which names other "
+        "files. Remove the one that is out of date.",
+    ),
     "no config": (remove("config.json"), "{dir}: there is no config.json"),
     "config not JSON": (
         write("config.json", b"{"),
@@ -321,6 +373,17 @@ def test_bad_input(tmp_path, case):
             read(folder)
         assert "\n" not in str(caught.value)
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
+
+
+def test_values_that_are_too_large_for_bfloat16(tmp_path):
+    """The largest float32 rounds to infinity."""
+    largest = np.full((64, 64), np.finfo(np.float32).max)
+    edited(tmp_path / "source", lambda t: t.update({Q2: largest}))
+    sentence = "source: values of .* are too large for bfloat16. Choose float32."
+    with pytest.raises(UserError, match=sentence):
+        load(tmp_path / "source", "bfloat16")
+    with pytest.raises(UserError, match=sentence):
+        from_hf.convert(tmp_path / "source", tmp_path / "orbax", "bfloat16")
 
 
 def test_no_such_place(tmp_path, monkeypatch):

@@ -73,6 +73,22 @@ def test_any_mesh_to_any_other(tmp_path, params, first, then):
             assert jax.tree.map(lambda x: x.sharding, lm.params) == wanted
 
 
+@eight
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("mesh", [None, "1,8,1"])
+def test_values_that_are_not_finite_are_refused(tmp_path, params, mesh, value):
+    scale = np.ones(32, np.float32)
+    scale[-1] = value
+    save_params(tmp_path / "saved", params | {"ln_f": {"scale": jnp.asarray(scale)}}, TOY)
+    with pytest.raises(UserError) as error:
+        load(tmp_path / "saved", "bfloat16" if mesh is None else "float32", mesh)
+    dtype = "bfloat16" if mesh is None else "float32"
+    assert str(error.value) == (
+        f"{tmp_path / 'saved'}: ln_f/scale holds NaN or infinity in {dtype}. "
+        "The weights are damaged, or too large for this dtype."
+    )
+
+
 def test_what_is_not_the_configurations_is_not_saved(tmp_path, params):
     wrong = params | {"ln_f": {"scale": jnp.ones(31)}}
     less = {name: leaf for name, leaf in params.items() if name != "ln_f"}

@@ -33,6 +33,7 @@ from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from xflow_jax.checkpoints.atomic_write import copy_files, partial_path, refuse_existing
+from xflow_jax.checkpoints.finite_values import is_finite
 from xflow_jax.checkpoints.hf_export import check_shapes
 from xflow_jax.checkpoints.huggingface import COMPANIONS
 from xflow_jax.checkpoints.run_lock import destination_lock, locked_by_first_process
@@ -183,6 +184,11 @@ class PartialCheckpoint:
         item = self.partial / _item_name(path)
         with disk_errors(self.path, self.note), _quiet():
             ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).save(item, args)
+
+    def discard(self) -> None:
+        """Deletes the partial checkpoint."""
+        if jax.process_index() == 0:
+            shutil.rmtree(self.partial, ignore_errors=True)
 
     def finish(self, companions: str | Path | None = None) -> None:
         """Renames the checkpoint to its destination.
@@ -348,7 +354,13 @@ def load_params(
         placement = flatten_dict(shardings(abstract, mesh, config.family), sep="/")
     leaves = {}
     for path, x in flatten_dict(abstract, sep="/").items():
-        leaves[path] = jnp.asarray(read_leaf(directory, record, path, x.dtype, placement.get(path)))
+        leaf = read_leaf(directory, record, path, x.dtype, placement.get(path))
+        if not is_finite(leaf):
+            raise UserError(
+                f"{directory}: {path} holds NaN or infinity in {np.dtype(x.dtype).name}. "
+                "The weights are damaged, or too large for this dtype."
+            )
+        leaves[path] = jnp.asarray(leaf)
     return config, unflatten_dict(leaves, sep="/")
 
 

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
+from xflow_jax.checkpoints.finite_values import is_finite
 from xflow_jax.checkpoints.weight_map import TensorSlice, WeightMapping
 from xflow_jax.errors import UserError, describe
 from xflow_jax.input_files import file_inside, open_regular, parse_json, read_json
@@ -180,6 +181,11 @@ def _weight_files(directory: Path) -> list[str]:
     for name in files:
         if not os.path.exists(file_inside(directory, name)):  # Path.exists fails for long names
             raise UserError(f"{directory / name}: the file is missing, but {INDEX} names it")
+    if SINGLE not in files and os.path.exists(directory / SINGLE):
+        raise UserError(
+            f"{directory}: it has both {SINGLE} and {INDEX}, which names other files. "
+            "Remove the one that is out of date."
+        )
     return files
 
 
@@ -211,7 +217,26 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
     expected = max((entry.start + entry.nbytes for entry in entries.values()), default=8 + length)
     if size < expected:
         raise UserError(f"{file}: truncated: it has {size} bytes of {expected}. Fetch it again.")
+    _check_layout(file, entries, 8 + length, size)
     return entries
+
+
+def _check_layout(file: Path, entries: Mapping[str, TensorEntry], start: int, stop: int) -> None:
+    """Raises UserError unless the tensors fill the bytes from `start` to `stop` without overlap."""
+    end, before = start, ""
+    for name, entry in sorted(
+        entries.items(), key=lambda item: (item[1].start, item[1].start + item[1].nbytes)
+    ):
+        if entry.start < end:
+            raise UserError(f"{file}: the tensors {before} and {name} overlap. Fetch it again.")
+        if entry.start > end:
+            raise UserError(
+                f"{file}: {entry.start - end} bytes before the tensor {name} belong to none. "
+                "Fetch it again."
+            )
+        end, before = entry.start + entry.nbytes, name
+    if end != stop:
+        raise UserError(f"{file}: its last {stop - end} bytes belong to no tensor. Fetch it again.")
 
 
 def _parse_header(data: bytes) -> dict[str, Any]:
@@ -262,6 +287,9 @@ def read_hf_leaf(
 
     Returns:
         The parameter. With a sharding, this process reads only its own shards.
+
+    Raises:
+        UserError: if a value is NaN or infinite.
     """
     complete = tuple((0, size) for size in shape)
     regions: dict[jax.Device | None, Region] = {None: complete}
@@ -278,10 +306,28 @@ def read_hf_leaf(
     }
     for part in slices:
         _copy_part(source, part, shards)
+    if not all(map(is_finite, shards.values())):
+        _refuse_values(source, slices, dtype)
     if sharding is None:
         return jax.device_put(shards.pop(complete))
     placed = [jax.device_put(shards[region], device) for device, region in regions.items()]
     return jax.make_array_from_single_device_arrays(shape, sharding, placed)
+
+
+def _refuse_values(
+    source: SafetensorsSource, slices: Collection[TensorSlice], dtype: DTypeLike
+) -> NoReturn:
+    """Raises UserError that names the tensor whose values are not finite."""
+    for name in {part.tensor: None for part in slices}:
+        if not is_finite(source.read(name)):
+            raise UserError(
+                f"{source.entries[name].file}: the tensor {name} holds NaN or infinity. "
+                "Fetch it again, or train the model again."
+            )
+    raise UserError(
+        f"{source.directory}: values of {next(iter(slices)).tensor} are too large for "
+        f"{np.dtype(dtype).name}. Choose float32."
+    )
 
 
 def _copy_part(
