@@ -51,6 +51,7 @@ BAD = {
     "lacks the tensors b1, w2": (lambda t: t.pop("b1") is t.pop("w2"), {}),
     "w_mu has shape [63, 1], not [64, 1]": (lambda t: t.update(w_mu=t["w_mu"][:-1]), {}),
     "w1 has shape [64, 7], not [8, 64]": (lambda t: t.update(w1=np.zeros((64, 7), np.float32)), {}),
+    "w1 has shape [64, 8], not [8, 64]": (lambda t: t.update(w1=t["w1"].T.copy()), {}),
     "b_mu has shape [0], not [1]": (lambda t: t.update(b_mu=np.zeros((0,), np.float32)), {}),
     "b2 holds numbers that are not finite": (lambda t: t["b2"].__setitem__(3, np.nan), {}),
     "its metadata lack a_max, kappa_min": (lambda t: None, {"a_max": None, "kappa_min": None}),

@@ -222,7 +222,7 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
 
 
 def _check_layout(file: Path, entries: Mapping[str, TensorEntry], start: int, stop: int) -> None:
-    """Raises UserError unless the tensors fill the bytes from `start` to `stop` without overlap."""
+    """Raises UserError unless the tensors fill the bytes of a file exactly."""
     end, before = start, ""
     for name, entry in sorted(
         entries.items(), key=lambda item: (item[1].start, item[1].start + item[1].nbytes)

@@ -86,7 +86,9 @@ def _check_tensors(path: str | Path, tensors: dict[str, jax.Array]) -> dict[str,
         "b_kappa": (1,),
     }
     for name, shape in shapes.items():
-        if tensors[name].size != math.prod(shape):
+        # Axes of one do not matter. [d, 8] is the transposed matrix, and not to be reshaped.
+        axes = [tuple(n for n in sizes if n != 1) for sizes in (tensors[name].shape, shape)]
+        if axes[0] != axes[1] or tensors[name].size != math.prod(shape):
             raise UserError(
                 f"{path}: {name} has shape {list(tensors[name].shape)}, not {list(shape)}"
             )
