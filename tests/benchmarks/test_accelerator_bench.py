@@ -59,14 +59,20 @@ def test_small_sections_give_numbers(monkeypatch):
     shapes = accelerator_bench.Shapes("toy", "toy", 4, 8, 4, 2, (1, 2), (2,), 4096, 1)
     kept = []
     numbers = accelerator_bench.run_sections(
-        shapes, 600.0, ("machine", "belief", "attention"), "float32", lambda line: None, kept.append
+        shapes,
+        600.0,
+        ("machine", "short_pass", "belief", "attention"),
+        "float32",
+        lambda line: None,
+        kept.append,
     )
     assert numbers["machine"]["matmul_flops_per_second"] == 1e10
     assert numbers["machine"]["copy_bytes_per_second"] > 0
     for row in numbers["belief"]["seconds"]:
         assert row["product"] > 0 and row["chunk default"] > 0
     assert {row["queries"] for row in numbers["attention"]["seconds"]} == {4, 12}
-    assert len(kept) == 3
+    assert [row["batch"] for row in numbers["short_pass"]["batches"]] == [1, 2]
+    assert len(kept) == 4
 
 
 @pytest.mark.slow

@@ -39,10 +39,11 @@ from xflow_jax.decoding import (
     parse_rule,
 )
 from xflow_jax.lm import LM, load
-from xflow_jax.models import attend, build, forward_flops, make_head
+from xflow_jax.models import Head, attend, build, forward_flops, make_head, matrix_parameters
 from xflow_jax.parallel import make_mesh
 from xflow_jax.tasks import microcode
 from xflow_jax.training import AlignmentConfig, align_program
+from xflow_jax.types import Backbone, Params
 
 Numbers: TypeAlias = dict[str, object]
 Section: TypeAlias = Callable[["Bench"], Numbers]
@@ -195,18 +196,19 @@ def measure_belief(bench: Bench) -> Numbers:
     head, rows = make_head(lm.params), lm.config.vocab_rows
     options = BeliefOptions(never=(lm.config.mask_id,))
 
+    # The head is an argument: as a constant it would be compiled into the program.
     @partial(jax.jit, static_argnames="chunk")
-    def belief(h: jax.Array, chunk: int | None) -> object:
+    def belief(head: Head, h: jax.Array, chunk: int | None) -> object:
         return compute_belief(head, h, rows, options, chunk=chunk)
 
-    product = jax.jit(head.project)
+    product = jax.jit(Head.project)
     for positions in sorted({shapes.block, shapes.response, 8 * shapes.response}):
         h = jax.random.normal(jax.random.key(1), (1, positions, lm.config.hidden_size), lm.dtype)
         sizes = [None, *(size for size in (2048, 8192, 32768, 131072) if size // 2 < rows)]
         if not bench.has_time(f"belief at {positions} positions", 15.0):
             break
-        programs: dict[str, Callable[[], object]] = {"product": partial(product, h)}
-        programs |= {f"chunk {size or 'default'}": partial(belief, h, size) for size in sizes}
+        programs: dict[str, Callable[[], object]] = {"product": partial(product, head, h)}
+        programs |= {f"chunk {size or 'default'}": partial(belief, head, h, size) for size in sizes}
         for program in programs.values():
             run_seconds(program)
         times = time_in_turns(programs, 4 * shapes.rounds)
@@ -219,6 +221,31 @@ def measure_belief(bench: Bench) -> Numbers:
             }
         )
     return {"seconds": results}
+
+
+def measure_short_pass(bench: Bench) -> Numbers:
+    """Measures a pass over the positions of one block, which reads every weight.
+
+    Its floor is the time of reading the layers' matrices once at the measured rate of copies.
+    """
+    shapes = bench.shapes
+    lm = bench.model(shapes.llada)
+    read = jnp.dtype(bench.dtype).itemsize * matrix_parameters(lm.config)[1]
+    floor, results = read / copy_rate(shapes.copy_bytes), []
+
+    @partial(jax.jit, static_argnames="model")
+    def one_pass(model: Backbone, params: Params, x: jax.Array) -> jax.Array:
+        return model.apply({"params": params}, x, method="hidden")
+
+    for batch in shapes.batches:
+        if not bench.has_time(f"pass of {batch} x {shapes.block} positions", 10.0):
+            break
+        x = jnp.ones((batch, shapes.block, lm.config.hidden_size), lm.dtype)
+        program = partial(one_pass, lm.model, lm.params, x)
+        run_seconds(program)
+        seconds = statistics.median(run_seconds(program) for _ in range(4 * shapes.rounds))
+        results.append({"batch": batch, "seconds": seconds, "floor_share": floor / seconds})
+    return {"positions": shapes.block, "floor": floor, "batches": results}
 
 
 def measure_attention(bench: Bench) -> Numbers:
@@ -400,6 +427,7 @@ SECTIONS: dict[str, Section] = {
     "agreement": measure_agreement,
     "steps": measure_steps,
     "profile": measure_profile,
+    "short_pass": measure_short_pass,
     "belief": measure_belief,
     "attention": measure_attention,
     "experts": measure_experts,
