@@ -30,6 +30,7 @@ from xflow_jax.benchmarks.timer import (
 from xflow_jax.benchmarks.workload import RANDOM_MODELS, load_or_make, random_prompts
 from xflow_jax.decoding import (
     BeliefOptions,
+    CacheOptions,
     DecodeConfig,
     Rule,
     compute_belief,
@@ -37,6 +38,7 @@ from xflow_jax.decoding import (
     generate,
     make_decode_config,
     parse_rule,
+    pass_positions,
 )
 from xflow_jax.lm import LM, load
 from xflow_jax.models import Head, attend, build, forward_flops, make_head, matrix_parameters
@@ -169,24 +171,84 @@ def measure_steps(bench: Bench) -> Numbers:
     return {"passes_per_block": shapes.passes, "batches": results}
 
 
+def measure_caches(bench: Bench) -> Numbers:
+    """Measures whole decodes with the dual and the prefix cache."""
+    shapes, results = bench.shapes, []
+    lm = bench.model(shapes.llada)
+    rule, bandwidth = parse_rule("flow")[1], copy_rate(shapes.copy_bytes)
+    runs = [("dual", batch) for batch in shapes.batches]
+    runs += [("prefix", batch) for batch in shapes.batches[:2]]
+    for cache, batch in runs:
+        if not bench.has_time(f"decode with the {cache} cache at batch {batch}", 40.0):
+            break
+        config = _cached_config(lm, shapes, cache)
+        decode = _decode_program(lm, rule, config, batch, shapes.prompt)
+        with lm.scope():
+            cold = run_seconds(decode)
+            warm = min(run_seconds(decode) for _ in range(2))
+        floor = _decode_floor(lm, config, batch, shapes.prompt, bench.rate, bandwidth)
+        results.append(
+            {
+                "cache": cache,
+                "batch": batch,
+                "cold": cold,
+                "warm": warm,
+                "floor_share": floor / warm,
+                "tokens_per_second": batch * shapes.response / warm,
+                "bound_tokens_per_second": batch * shapes.response / floor,
+                "peak_memory": peak_memory(),
+            }
+        )
+    return {"passes_per_block": shapes.passes, "decodes": results}
+
+
+def _cached_config(lm: LM, shapes: Shapes, cache: str) -> DecodeConfig:
+    """Builds the configuration of a decode in blocks with an approximate cache."""
+    config = make_decode_config(lm, shapes.prompt, shapes.response, 1, shapes.passes, shapes.block)
+    config = CacheOptions(cache).apply(lm.config, config)
+    return dataclasses.replace(config, early_exit=False)
+
+
+def _decode_floor(
+    lm: LM, config: DecodeConfig, batch: int, prompt: int, rate: float, bandwidth: float
+) -> float:
+    """Computes the least seconds of a decode.
+
+    Each pass takes the longer time of its products and of reading the matrices and the head once.
+    """
+    model, length = lm.config, prompt + config.canvas
+    head = model.hidden_size * model.vocab_rows
+    read = lm.dtype.itemsize * (matrix_parameters(model)[1] + head)
+    products = 2.0 * batch * config.block_length * head
+    return sum(
+        max((forward_flops(model, batch, n, length) + products) / rate, read / bandwidth)
+        for n in pass_positions(config, prompt).ravel().tolist()
+    )
+
+
 def measure_profile(bench: Bench) -> Numbers:
-    """Profiles a decode without a cache, at the middle batch size."""
+    """Profiles decodes without a cache and with the dual one."""
     shapes = bench.shapes
     lm = bench.model(shapes.llada)
-    batch = shapes.batches[len(shapes.batches) // 2]
-    config = make_decode_config(
+    full = make_decode_config(
         lm, shapes.prompt, shapes.response, SCHEDULE_STEPS, None, shapes.response
     )
-    decode = _decode_program(lm, parse_rule("flow")[1], config, batch, shapes.prompt)
-    with lm.scope():
-        run_seconds(decode)
-        profile = profile_kernels(decode, run_seconds)
-    return {
-        "batch": batch,
-        "steps": SCHEDULE_STEPS,
-        "text": profile.text().splitlines(),
-        **dataclasses.asdict(profile),
-    }
+    decodes = {"none": (full, shapes.batches[1])}
+    decodes["dual"] = (_cached_config(lm, shapes, "dual"), shapes.batches[0])
+    results: Numbers = {}
+    for cache, (config, batch) in decodes.items():
+        if not bench.has_time(f"profile with cache {cache} at batch {batch}", 30.0):
+            break
+        decode = _decode_program(lm, parse_rule("flow")[1], config, batch, shapes.prompt)
+        with lm.scope():
+            run_seconds(decode)
+            profile = profile_kernels(decode, run_seconds)
+        results[cache] = {
+            "batch": batch,
+            "steps": config.blocks * config.steps,
+            "text": profile.text().splitlines(),
+        }
+    return results
 
 
 def measure_belief(bench: Bench) -> Numbers:
@@ -426,6 +488,7 @@ SECTIONS: dict[str, Section] = {
     "machine": measure_machine,
     "agreement": measure_agreement,
     "steps": measure_steps,
+    "caches": measure_caches,
     "profile": measure_profile,
     "short_pass": measure_short_pass,
     "belief": measure_belief,
