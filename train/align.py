@@ -16,7 +16,8 @@ from typing import Any, Literal
 import jax
 from jax.sharding import NamedSharding
 
-from train.setup import Run, export, run_program
+from train.run import Run
+from train.setup import export, run_program
 from xflow_jax.errors import require
 from xflow_jax.evaluation import plot_alignment
 from xflow_jax.lm import load, read_model_config
@@ -166,29 +167,29 @@ def train(
     )
     key, eval_key = jax.random.split(jax.random.key(config.seed))
     fixed = HeldOut(program, held_out, sharding, eval_key)
-    run = Run(config.out, config.keep)
-    state, base, notes = _begin(run, config, program, directory, data, fixed)
-    first, start = int(state.step), time.perf_counter()
-    for step in run.steps(first, config.steps, "align"):
-        batch = place_batch(next(data), sharding, config.batch_size)
-        state, metrics = program.step(state, batch, key, base)
-        done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
-            seconds = (time.perf_counter() - start) / (done - first)
-            measured = fixed.measure(state.params, base)
-            run.log(done, metrics | measured | notes | {"seconds_per_step": seconds})
-            run.bar.set_postfix(loss=f"{float(metrics['loss']):.4f}")
-        if done % config.save_every == 0 or done == config.steps or run.stopped:
-            run.save(done, state, data, notes)
-    run.close()
-    if run.stopped and int(state.step) < config.steps:
-        if run.first_process:
-            print(
-                f"stopped at step {int(state.step)} of {config.steps}. The same command continues "
-                "from there."
-            )
-        return
-    _finish(run, config, state.params, base, directory, model_config)
+    with Run(config.out, config.seed, config.keep) as run:
+        state, base, notes = _begin(run, config, program, directory, data, fixed)
+        first, start = int(state.step), time.perf_counter()
+        for step in run.steps(first, config.steps, "align"):
+            batch = place_batch(next(data), sharding, config.batch_size)
+            state, metrics = program.step(state, batch, key, base)
+            done = step + 1
+            if done % config.log_every == 0 or done == config.steps:
+                seconds = (time.perf_counter() - start) / (done - first)
+                measured = fixed.measure(state.params, base)
+                run.log(done, metrics | measured | notes | {"seconds_per_step": seconds})
+                run.bar.set_postfix(loss=f"{float(metrics['loss']):.4f}")
+            if done % config.save_every == 0 or done == config.steps or run.stopped:
+                run.save(done, state, data, notes)
+        run.wait()
+        if run.stopped and int(state.step) < config.steps:
+            if run.first_process:
+                print(
+                    f"stopped at step {int(state.step)} of {config.steps}. The same command "
+                    "continues from there."
+                )
+            return
+        _finish(run, config, state.params, base, directory, model_config)
 
 
 def _begin(

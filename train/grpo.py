@@ -22,7 +22,8 @@ from jax.sharding import Mesh
 
 from train.grpo_config import GrpoConfig
 from train.grpo_sampler import Sampler, parse_flow
-from train.setup import Run, run_program
+from train.run import Run
+from train.setup import run_program
 from xflow_jax.decoding import (
     Flow,
     MaskPrediction,
@@ -43,6 +44,7 @@ from xflow_jax.evaluation import (
     evaluate,
     fingerprint,
     make_cells,
+    open_answers,
     plot_policy_steps,
 )
 from xflow_jax.lm import LM, load
@@ -87,17 +89,26 @@ def main(path: str, overrides: list[str]) -> None:
     )
     held_out = task.problems(_data_file(config), config.evaluate_problems)
     measure = partial(evaluate_policy, config, lm, task, held_out, cell)
-    state = train(
-        config, sampler, policy, TrainState.create(policy.params, optimizer), step_fn, measure
-    )
-    if int(state.step) == config.steps and multihost.is_first_process():
-        trained = dataclasses.replace(policy, params=jax.device_get(state.params))
-        out = Path(config.out)
-        made_by = {"command": "python -m train.grpo", "config": dataclasses.asdict(config)}
-        metadata = {"switches": config.switches, "made_by": json.dumps(made_by)}
-        save_policy(out / "policy.safetensors", trained, **metadata)
-        plot_policy_steps(trained, out / "policy.png")
-        print(f"{out / 'policy.safetensors'}: the policy. policy.png beside it shows its steps.")
+    begin = TrainState.create(policy.params, optimizer)
+    with Run(config.out, config.seed) as run:
+        state = train(run, config, sampler, policy, begin, step_fn, measure)
+        if int(state.step) == config.steps and multihost.is_first_process():
+            trained = dataclasses.replace(policy, params=jax.device_get(state.params))
+            _write_policy(config, trained)
+
+
+def _write_policy(config: GrpoConfig, policy: Policy) -> None:
+    """Writes and plots the policy."""
+    out = Path(config.out)
+    options = dataclasses.asdict(config)
+    # The same run has the same bytes in every folder.
+    for place in ("out", "solved"):
+        del options[place]
+    made_by = {"command": "python -m train.grpo", "config": options}
+    metadata = {"switches": config.switches, "made_by": json.dumps(made_by)}
+    save_policy(out / "policy.safetensors", policy, **metadata)
+    plot_policy_steps(policy, out / "policy.png")
+    print(f"{out / 'policy.safetensors'}: the policy. policy.png beside it shows its steps.")
 
 
 def check_mesh(config: GrpoConfig, mesh: Mesh | None) -> None:
@@ -120,6 +131,7 @@ def check_mesh(config: GrpoConfig, mesh: Mesh | None) -> None:
 
 
 def train(
+    run: Run,
     config: GrpoConfig,
     sampler: Sampler,
     policy: Policy,
@@ -130,6 +142,7 @@ def train(
     """Runs GRPO, from the last checkpoint if there is one.
 
     Args:
+        run: the folder of the run.
         config: the configuration.
         sampler: samples and judges the batches.
         policy: supplies the ranges of the policy.
@@ -140,7 +153,6 @@ def train(
     Returns:
         The state after the last step.
     """
-    run = Run(config.out)
     # `behaviour` is the parameters that sampled the current batch. With them a resumed run samples
     # that batch again.
     behaviour = state.params
@@ -177,7 +189,7 @@ def train(
                 run.bar.write(f"step {done}: {solved:.1%} of the held-out problems are solved")
             if done % config.save_every == 0 or is_last or run.stopped:
                 run.save(done, (state, behaviour))
-    run.close()
+    run.wait()
     return state
 
 
@@ -266,13 +278,13 @@ def select_problems(config: GrpoConfig, task: Task, lm: LM) -> list[object]:
             "rules": [[str(cell.budget), describe_rule(cell.rule)] for cell in cells],
             "problems": config.problems,
         }
-        answers = Answers(config.solved, json.loads(json.dumps(description)))
-        for cell in cells:
-            evaluate(lm, task, problems, [cell], answers, config.batch_size)
-            ids = [task.task_id(problem) for problem in problems]
-            given = answers.select(cell.label, str(cell.budget), ids)
-            wanted = cell is cells[0]  # solved by mask prediction, and not by the other rule
-            problems = [p for p, a in zip(problems, given, strict=True) if a.passed == wanted]
+        with open_answers(config.solved, json.loads(json.dumps(description))) as answers:
+            for cell in cells:
+                evaluate(lm, task, problems, [cell], answers, config.batch_size)
+                ids = [task.task_id(problem) for problem in problems]
+                given = answers.select(cell.label, str(cell.budget), ids)
+                wanted = cell is cells[0]  # solved by mask prediction, and not by the other rule
+                problems = [p for p, a in zip(problems, given, strict=True) if a.passed == wanted]
         print(f"{len(problems)} problems to train on")
     require(
         len(problems) >= config.prompts_per_step,

@@ -10,10 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from xflow_jax.checkpoints import write_atomic
+from xflow_jax.errors import UserError, disk_errors
 from xflow_jax.tasks import microcode
 
 # A token is a word, a digit or a punctuation mark with the space before it, or a line break with
@@ -83,9 +86,7 @@ def main(directory: str) -> None:
         directory: the destination. It is made if necessary.
     """
     out = Path(directory)
-    out.mkdir(parents=True, exist_ok=True)
     tokenizer = build()
-    tokenizer.save(str(out / "tokenizer.json"))
     names = {
         "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>",
@@ -98,8 +99,11 @@ def main(directory: str) -> None:
         "model_max_length": 256,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (out / "special_tokens_map.json").write_text(json.dumps(names, indent=2) + "\n")
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "tokenizer.json", tokenizer.to_str(pretty=True))
+    write_atomic(out / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    write_atomic(out / "special_tokens_map.json", json.dumps(names, indent=2) + "\n")
     print(
         f"{out}: {tokenizer.get_vocab_size()} tokens, mask {tokenizer.token_to_id('<|mdm_mask|>')}"
     )
@@ -111,4 +115,8 @@ if __name__ == "__main__":
         description="Writes the tokenizer of the bundled model.",
     )
     parser.add_argument("directory", help="destination, made if necessary")
-    main(parser.parse_args().directory)
+    try:
+        main(parser.parse_args().directory)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

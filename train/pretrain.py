@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from train.setup import Run, export, run_program
+from train.run import Run
+from train.setup import export, run_program
 from xflow_jax.decoding import MaskPrediction, generate
 from xflow_jax.errors import UserError
 from xflow_jax.lm import LM
@@ -183,39 +184,46 @@ def train(config: PretrainConfig) -> None:
     largest = optax.linear_schedule(config.first_sigma, 1.0, config.curriculum_steps)
     step_fn = jax.jit(make_pretrain_step(model, optimizer, largest), donate_argnums=0)
 
-    run = Run(config.out)
     wide = config.wide_steps * config.batch_size
     source = MicrocodePairs(config.seed, tokenizer, config.prompt_length, config.gen_length, wide)
     data = batch_iterator(source, config.batch_size)
     create = jax.jit(lambda k: TrainState.create(init_params(model, k), optimizer))
-    if run.latest is None:
-        state = create(key)
-    else:
-        state, _ = run.restore(jax.eval_shape(create, key), data)
-    size = sum(x.size for x in jax.tree.leaves(state.params))
-    print(f"{size / 1e6:.2f} M parameters, from step {int(state.step)} to {config.steps}")
+    with Run(config.out, config.seed) as run:
+        if run.latest is None:
+            state = create(key)
+        else:
+            state, _ = run.restore(jax.eval_shape(create, key), data)
+        size = sum(x.size for x in jax.tree.leaves(state.params))
+        print(f"{size / 1e6:.2f} M parameters, from step {int(state.step)} to {config.steps}")
+        start, first = time.perf_counter(), int(state.step)
+        for step in run.steps(first, config.steps, "pretrain"):
+            state, metrics = step_fn(state, jax.tree.map(jnp.asarray, next(data)), key)
+            done, is_last = step + 1, step + 1 == config.steps
+            if done % config.log_every == 0:
+                seconds = (time.perf_counter() - start) / (done - first)
+                run.log(done, metrics | {"seconds_per_step": seconds})
+                run.bar.set_postfix(loss=f"{float(metrics['loss']):.4f}")
+            # The evaluation comes before the checkpoint: a resumed run does not repeat it.
+            if done % config.evaluate_every == 0 or is_last:
+                lm = LM(build(model.config), model.config, state.params, tokenizer)
+                _evaluate(run, config, lm, done)
+            if done % config.save_every == 0 or is_last or run.stopped:
+                run.save(done, state, data)
+        run.wait()
+        if int(state.step) == config.steps:
+            made_by = {"command": "python -m train.pretrain", "config": dataclasses.asdict(config)}
+            folder = Path(config.out) / "hf"
+            export(
+                folder, state.params, model.config, config.tokenizer, made_by, config.export_dtype
+            )
 
-    start, first = time.perf_counter(), int(state.step)
-    for step in run.steps(first, config.steps, "pretrain"):
-        state, metrics = step_fn(state, jax.tree.map(jnp.asarray, next(data)), key)
-        done = step + 1
-        if done % config.log_every == 0:
-            seconds = (time.perf_counter() - start) / (done - first)
-            run.log(done, metrics | {"seconds_per_step": seconds})
-            run.bar.set_postfix(loss=f"{float(metrics['loss']):.4f}")
-        if done % config.save_every == 0 or done == config.steps or run.stopped:
-            run.save(done, state, data)
-        if done % config.evaluate_every == 0 or done == config.steps:
-            lm = LM(build(model.config), model.config, state.params, tokenizer)
-            solved = solve_rate(lm, config)
-            run.log(done, {"solved": solved})
-            problems = f"{config.evaluate_problems} held-out problems"
-            run.bar.write(f"step {done}: {100 * solved:.1f} % of {problems} solved")
-    run.close()
-    if int(state.step) == config.steps:
-        made_by = {"command": "python -m train.pretrain", "config": dataclasses.asdict(config)}
-        folder = Path(config.out) / "hf"
-        export(folder, state.params, model.config, config.tokenizer, made_by, config.export_dtype)
+
+def _evaluate(run: Run, config: PretrainConfig, lm: LM, done: int) -> None:
+    """Logs and prints the share of held-out problems that the model solves."""
+    solved = solve_rate(lm, config)
+    run.log(done, {"solved": solved})
+    problems = f"{config.evaluate_problems} held-out problems"
+    run.bar.write(f"step {done}: {100 * solved:.1f} % of {problems} solved")
 
 
 def solve_rate(lm: LM, config: PretrainConfig) -> float:

@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from train.prompts import read_conversations
 from train.setup import run_program
-from xflow_jax.checkpoints import write_atomic
+from xflow_jax.checkpoints import append_text, destination_lock, write_atomic
 from xflow_jax.decoding import MaskPrediction, generate, make_decode_config
 from xflow_jax.errors import UserError, require
+from xflow_jax.input_files import read_json
 from xflow_jax.lm import LM, load, read_model_config
 from xflow_jax.models import build
 from xflow_jax.parallel import make_mesh
@@ -30,7 +31,7 @@ from xflow_jax.sandbox import run_many
 from xflow_jax.tasks import microcode
 from xflow_jax.tokenizer import chat_ids, load_tokenizer
 from xflow_jax.toml_config import load_toml
-from xflow_jax.training import read_lines
+from xflow_jax.training import read_lines, read_records
 from xflow_jax.types import Tokenizer
 
 # Keys that may differ between the calls of one run.
@@ -180,10 +181,11 @@ def main(path: str, overrides: list[str]) -> None:
         config.block_length or None,
     )
     out = _own_file(Path(config.out))
-    done = _resume(out, config)
     own = {i: ids for i, ids in prompts.items() if i % jax.process_count() == jax.process_index()}
-    mesh = make_mesh(config.mesh, jax.local_devices()) if config.mesh else None
-    _generate(config, load(directory, dtype=config.dtype, mesh=mesh), own, done, out)
+    with destination_lock(out):  # each process has its own file and its own lock
+        done = _resume(out, config)
+        mesh = make_mesh(config.mesh, jax.local_devices()) if config.mesh else None
+        _generate(config, load(directory, dtype=config.dtype, mesh=mesh), own, done, out)
     print(f"{out}: {len(own)} responses")
 
 
@@ -195,15 +197,12 @@ def _generate(
     # Prompts of similar length share a batch, so that it has little padding.
     todo = sorted((i for i in prompts if i not in done), key=lambda i: (len(prompts[i]), i))
     start, tokens = time.perf_counter(), 0
-    with (
-        out.open("a") as file,
-        tqdm(
-            total=len(prompts),
-            initial=len(prompts) - len(todo),
-            desc="self-generate",
-            dynamic_ncols=True,
-        ) as bar,
-    ):
+    with tqdm(
+        total=len(prompts),
+        initial=len(prompts) - len(todo),
+        desc="self-generate",
+        dynamic_ncols=True,
+    ) as bar:
         for first in range(0, len(todo), config.batch_size):
             batch = todo[first : first + config.batch_size]
             responses, texts = _decode(config, lm, [prompts[i] for i in batch])
@@ -214,8 +213,7 @@ def _generate(
             if problems:
                 passed = judge([problems[i] for i in batch], texts)
                 lines = [line | {"passed": p} for line, p in zip(lines, passed, strict=True)]
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
-            file.flush()
+            append_text(out, "".join(json.dumps(line) + "\n" for line in lines))
             tokens += len(batch) * config.gen_length
             bar.update(len(batch))
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s")
@@ -269,18 +267,22 @@ def _resume(out: Path, config: SelfGenerateConfig) -> set[int]:
     made_by = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     about = out.with_suffix(".about.json")
     if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        about.write_text(json.dumps(made_by, indent=2) + "\n")
+        write_atomic(about, json.dumps(made_by, indent=2) + "\n")
+        write_atomic(out, "")
         return set()
-    before = json.loads(about.read_text()) if about.exists() else None
+    before = read_json(about) if about.exists() else None
     if before != made_by:
         raise UserError(
             f"{out} was made with another configuration, see {about}. Choose another out, or "
             "remove the file."
         )
-    lines = read_lines(out)
-    write_atomic(out, "".join(line + "\n" for line in lines))
-    return {json.loads(line)["index"] for line in lines}
+    done = set()
+    for where, line in read_records(out):
+        if not isinstance(line, dict) or not isinstance(line.get("index"), int):
+            raise UserError(f"{where}: no response with an index. Correct or remove the line.")
+        done.add(line["index"])
+    write_atomic(out, "".join(line + "\n" for line in read_lines(out)))
+    return done
 
 
 if __name__ == "__main__":

@@ -25,6 +25,26 @@ def policy():
     return load_policy(FILE)
 
 
+def test_equal_policies_have_equal_bytes(policy, tmp_path):
+    entries = {f"entry_{i}": i for i in range(9)}
+    written = []
+    for number in range(4):
+        file = tmp_path / f"{number}.safetensors"
+        save_policy(file, policy, **dict(reversed(entries.items()) if number % 2 else entries))
+        written.append(file.read_bytes())
+    assert len(set(written)) == 1
+
+
+def test_a_policy_that_cannot_be_written_is_one_sentence(policy, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/x.safetensors: cannot be written: "):
+        save_policy(tmp_path / "file" / "x.safetensors", policy)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="folder: cannot be written: Is a directory"):
+        save_policy(tmp_path / "folder", policy)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "folder"]
+
+
 def test_round_trip(policy, tmp_path):
     policy = Policy(policy.params, a_min=1 / 64, a_max=0.5, kappa_min=3.0, kappa_max=9.0)
     file = tmp_path / "deep" / "p.safetensors"

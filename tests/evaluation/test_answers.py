@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import pytest
 
 from xflow_jax.errors import UserError
-from xflow_jax.evaluation import answers as answers_module
 from xflow_jax.evaluation.answers import Answer, Answers, summarize_answers
 
 RUN = {"task": "t", "rules": {"mask": {"order": "confidence"}}}
@@ -96,6 +96,12 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(answers_module.os, "fsync", full)
-    with pytest.raises(UserError, match="answers.jsonl cannot be written: No space left on device"):
-        answers.add([answer("a")])
+    answers.add([answer("a")])
+    before = (tmp_path / "answers.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="answers.jsonl: the disk is full$"):
+            answers.add([answer("b")])
+    assert (tmp_path / "answers.jsonl").read_bytes() == before
+    answers.add([answer("b")])
+    assert [a.task_id for a in Answers(tmp_path, RUN).all()] == ["a", "b"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -244,6 +246,28 @@ def test_several_answers_to_a_problem(oracle):
     ]
 
 
+def test_several_answers_to_a_problem_continue_at_their_seeds(oracle, tmp_path):
+    """An answer of one seed is none of another: a stopped run makes each of them once."""
+    lm, problems = tiny_lm(), TASK.problems(None, 4)
+    cells = runner.make_cells(lm, TASK, parse_rules("mask:order=random"), [Fraction(1)])
+    options = {"batch_size": 2, "seed": 5, "samples": 3, "k": 2}
+    straight = Answers(tmp_path / "straight", {})
+    row = runner.evaluate(lm, TASK, problems, cells, straight, **options)[0]
+    oracle.sizes.clear()
+    for stop_after in (1, 3, 5, None):  # within a seed, each time
+        oracle.stop_after = stop_after
+        answers = Answers(tmp_path / "stopped", {})
+        with contextlib.nullcontext() if stop_after is None else pytest.raises(KeyboardInterrupt):
+            again = runner.evaluate(lm, TASK, problems, cells, answers, **options)[0]
+    assert len(oracle.sizes) == 6
+    kept = [
+        [dataclasses.replace(answer, seconds=0.0) for answer in given.all()]
+        for given in (straight, answers)
+    ]
+    assert kept[0] == kept[1] and {answer.seed for answer in kept[1]} == {5, 6, 7}
+    assert (again.accuracy, again.pass_at_k) == (row.accuracy, row.pass_at_k)
+
+
 def test_compilation_time_is_separate():
     @jax.jit
     def f(x):
@@ -281,6 +305,19 @@ def test_descriptions_of_rules():
     assert policies[0] == policies[1] != policies[2]
     about = {**describe_task(TASK, None), "rules": policies}
     assert json.loads(json.dumps(about)) == about
+
+
+def test_two_evaluations_never_share_a_folder(oracle, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_run, "load", lambda name, dtype, mesh: tiny_lm())
+    args = arguments(model="tiny", limit=2, budgets="1", out=str(tmp_path / "out"))
+    with runner.open_answers(tmp_path / "out", {"another": "run"}):
+        before = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+        with pytest.raises(UserError, match=f"out: process {os.getpid()} on .* is writing it"):
+            cli_evaluate.run(args)
+        assert {file: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+    assert not oracle.sizes
+    with pytest.raises(UserError, match="holds another run"):
+        cli_evaluate.run(args)
 
 
 def test_an_edited_rule_file_is_another_run(oracle, tmp_path, monkeypatch):

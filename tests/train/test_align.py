@@ -22,7 +22,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.helpers import TOY, eight, toy
-from train import align, setup
+from train import align
+from train.run import Run
 from xflow_jax.checkpoints.hf_export import write_hf
 from xflow_jax.errors import UserError
 from xflow_jax.parallel.mesh import make_mesh
@@ -138,9 +139,9 @@ def programs():
 
 
 @contextlib.contextmanager
-def fate(at: int, strike: Callable[[setup.Run], None]):
+def fate(at: int, strike: Callable[[Run], None]):
     """Calls strike(run) before step `at` of a run."""
-    steps = setup.Run.steps
+    steps = Run.steps
 
     def fated(run, first, last, describe):
         for step in steps(run, first, last, describe):
@@ -149,16 +150,16 @@ def fate(at: int, strike: Callable[[setup.Run], None]):
             yield step
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup.Run, "steps", fated)
+        patch.setattr(Run, "steps", fated)
         yield
 
 
-def die(run: setup.Run) -> None:
-    run.manager.wait_until_finished()
+def die(run: Run) -> None:
+    run.wait()
     raise KeyboardInterrupt
 
 
-def terminate(run: setup.Run) -> None:
+def terminate(run: Run) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -21,6 +21,7 @@ SMALL = [
     "batch_size=4",
 ]
 QUICK = ["steps=6", "save_every=2", "log_every=1", "evaluate_every=100", "evaluate_problems=4"]
+QUICK += ["seed=3"]  # a resumed run must not fall back to another one
 QUICK += ["export_dtype=float32"]  # so that runs can be compared to the last bit
 
 
@@ -37,6 +38,8 @@ def generate_small(base: Path, *overrides: str) -> list[dict]:
         "limit=24",
         "steps=3",
         "batch_size=8",
+        "temperature=0.7",
+        "seed=2",
     ]
     self_generate.main(str(ROOT / "configs/self_generate_tiny.toml"), [*base_overrides, *overrides])
     return [json.loads(line) for line in out.read_text().splitlines()]

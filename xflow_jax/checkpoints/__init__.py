@@ -7,6 +7,7 @@ from xflow_jax.checkpoints.atomic_write import (
     release_memory,
     write_atomic,
 )
+from xflow_jax.checkpoints.checksums import find_damage, write_checksums
 from xflow_jax.checkpoints.hf_export import MAX_SHARD, parse_size, write_hf, write_tensors
 from xflow_jax.checkpoints.huggingface import (
     check_companions,
@@ -21,6 +22,7 @@ from xflow_jax.checkpoints.orbax_checkpoint import (
     is_checkpoint,
     load_params,
     make_record,
+    quiet_orbax,
     read_leaf,
     read_record,
     save_params,
@@ -45,6 +47,7 @@ __all__ = [
     "destination_lock",
     "check_companions",
     "download_from_hub",
+    "find_damage",
     "find_hf_directory",
     "folder_lock",
     "is_checkpoint",
@@ -53,6 +56,7 @@ __all__ = [
     "make_record",
     "map_weights",
     "parse_size",
+    "quiet_orbax",
     "read_hf_config",
     "read_hf_leaf",
     "read_hf_params",
@@ -62,6 +66,7 @@ __all__ = [
     "release_memory",
     "save_params",
     "write_atomic",
+    "write_checksums",
     "write_hf",
     "write_tensors",
 ]

@@ -141,7 +141,7 @@ class PartialCheckpoint:
         _in_first_process(self._make_parent)
         metadata = {"format": FORMAT, **asdict(self.record)}
         args = ocp.args.Composite(config=ocp.args.JsonSave(self.record.config))
-        with _quiet():
+        with quiet_orbax():
             ocp.Checkpointer(ocp.CompositeCheckpointHandler()).save(
                 self.partial, args, custom_metadata=metadata
             )
@@ -182,7 +182,7 @@ class PartialCheckpoint:
             {"value": leaf}, save_args={"value": ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)}
         )
         item = self.partial / _item_name(path)
-        with disk_errors(self.path, self.note), _quiet():
+        with disk_errors(self.path, self.note), quiet_orbax():
             ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).save(item, args)
 
     def discard(self) -> None:
@@ -323,7 +323,7 @@ def read_leaf(
     item = Path(directory).absolute() / _item_name(path)
     args = ocp.args.PyTreeRestore({"value": 0}, restore_args={"value": restore_args})
     try:
-        with _quiet():
+        with quiet_orbax():
             return ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(item, args)["value"]
     except Exception as error:  # Orbax and tensorstore raise bare Exceptions
         raise UserError(
@@ -392,7 +392,7 @@ def abstract_model(
 def _read_record(directory: Path) -> CheckpointRecord:
     """Reads the record of a checkpoint that may be incomplete."""
     try:
-        with _quiet():
+        with quiet_orbax():
             metadata = (
                 ocp.Checkpointer(ocp.CompositeCheckpointHandler())
                 .metadata(directory)
@@ -429,7 +429,7 @@ def _in_first_process(action: Callable[[], object]) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_orbax() -> Iterator[None]:
     """Silences Orbax, which logs tracebacks of errors that it also raises."""
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level

@@ -7,6 +7,7 @@ first one writes and prints.
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -77,17 +78,18 @@ def evaluate_task(args: argparse.Namespace) -> None:
     problems = task.problems(data, args.limit)
     about: dict[str, Any] = {"format": 2, **describe_task(task, data), "limit": args.limit}
     tables: list[tuple[str, str]] = []
-    if args.canonical or args.answers is not None:
-        rows = [_score_given(args, task, problems, about)]
-    else:
-        rows, tables = _score_model(args, task, problems, about)
-    if not multihost.is_first_process():
-        return
-    ending = "The answers were not kept. --out DIR keeps them, with the tables and a plot."
-    if args.out is not None:
-        # Files come before the output, whose reader may close the pipe early.
-        files = write_report(Path(args.out), task, rows, _notes(task, about), tables)
-        ending = f"Wrote {', '.join(map(str, files))}."
+    with contextlib.ExitStack() as stack:  # the folder of --out is locked until its report is there
+        if args.canonical or args.answers is not None:
+            rows = [_score_given(args, task, problems, about, stack)]
+        else:
+            rows, tables = _score_model(args, task, problems, about, stack)
+        if not multihost.is_first_process():
+            return
+        ending = "The answers were not kept. --out DIR keeps them, with the tables and a plot."
+        if args.out is not None:
+            # Files come before the output, whose reader may close the pipe early.
+            files = write_report(Path(args.out), task, rows, _notes(task, about), tables)
+            ending = f"Wrote {', '.join(map(str, files))}."
     parts = [rows_to_text(rows), *(f"{title}\n\n{text}" for title, text in tables if text)]
     parts += [table_legend(task), *_cache_note(about), ending]
     print("\n" + "\n\n".join(parts))
@@ -124,7 +126,11 @@ def _cache_note(about: Mapping[str, Any]) -> list[str]:
 
 
 def _score_given(
-    args: argparse.Namespace, task: Task, problems: Sequence[object], about: dict[str, Any]
+    args: argparse.Namespace,
+    task: Task,
+    problems: Sequence[object],
+    about: dict[str, Any],
+    stack: contextlib.ExitStack,
 ) -> Row:
     """Scores the reference answers, or answers from elsewhere, and prints failures."""
     wanted = [task.task_id(problem) for problem in problems]
@@ -139,7 +145,8 @@ def _score_given(
         texts = read_answers(Path(args.answers), wanted, known + wanted)
         about["answers"] = hash_file(Path(args.answers))
     about["source"] = label
-    row, failed = score_answers(task, problems, texts, label, open_answers(args.out, about))
+    answers = stack.enter_context(open_answers(args.out, about))
+    row, failed = score_answers(task, problems, texts, label, answers)
     if multihost.is_first_process():
         _print_failures(task, dict(zip(wanted, problems, strict=True)), failed)
     return row
@@ -158,7 +165,11 @@ def _print_failures(task: Task, by_id: Mapping[str, object], failed: Sequence[An
 
 
 def _score_model(
-    args: argparse.Namespace, task: Task, problems: Sequence[object], about: dict[str, Any]
+    args: argparse.Namespace,
+    task: Task,
+    problems: Sequence[object],
+    about: dict[str, Any],
+    stack: contextlib.ExitStack,
 ) -> tuple[list[Row], list[tuple[str, str]]]:
     """Decodes and scores all rules at all budgets.
 
@@ -178,7 +189,7 @@ def _score_model(
     base_name = args.base or ("tiny-base" if args.model == "tiny" else None)
     base = load(base_name, dtype=args.dtype, mesh=mesh) if args.ablate and base_name else None
     about |= _describe_run(args, protocol, lm, base)
-    answers = open_answers(args.out, about)
+    answers = stack.enter_context(open_answers(args.out, about))
     options = {name: getattr(args, name) for name in ("batch_size", "seed", "samples", "k")}
     rows = evaluate(lm, task, problems, cells, answers, cache=cache, **options)
     if base is not None and protocol.flow is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xflow_jax.decoding.policy import FEATURES, Policy
-from xflow_jax.errors import UserError
+from xflow_jax.errors import UserError, disk_errors
 
 BUNDLED = Path(__file__).parents[1] / "tiny" / "policy.safetensors"
 A_LIMIT = 4.0  # largest a_max
@@ -117,24 +118,38 @@ def _read_ranges(path: str | Path, metadata: dict[str, str]) -> dict[str, float]
 def save_policy(path: str | Path, policy: Policy, **metadata: object) -> None:
     """Writes a file for `load_policy`.
 
-    The file is complete as soon as it exists.
+    The file is complete as soon as it exists. Equal policies have equal bytes.
 
     Args:
         path: the file. Missing directories are created.
         policy: the policy.
         **metadata: further entries, written as text. `switches` are the options of the flow for
             `read_policy`.
+
+    Raises:
+        UserError: if it cannot be written.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     path = Path(path)
     text = {name: json.dumps(getattr(policy, name)) for name in _RANGES}
     text |= {name: str(value) for name, value in metadata.items()}
     tensors = {name: np.asarray(value, np.float32) for name, value in policy.params.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    data = _sort_header(save(tensors, text))
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        save_file(tensors, str(temporary), text)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _sort_header(data: bytes) -> bytes:
+    """Sorts the keys of a safetensors header, which have no order."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[end:]

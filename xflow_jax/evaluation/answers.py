@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from xflow_jax.checkpoints import write_atomic
-from xflow_jax.errors import UserError
+from xflow_jax.checkpoints import append_text, write_atomic
+from xflow_jax.errors import UserError, disk_errors
 from xflow_jax.evaluation.statistics import pass_at_k, wilson_interval
 
 
@@ -125,7 +124,8 @@ class Answers:
     """All answers of a run, in memory and in a folder.
 
     The folder is optional. It holds answers.jsonl and run.json. A folder that holds the beginning
-    of the same run is continued. A last line that a crash cut off is removed from the file.
+    of the same run is continued. A last line that a crash cut off is removed from the file. A
+    command locks the folder before (`open_answers`).
 
     Args:
         folder: the output folder, or None to keep answers in memory only.
@@ -174,7 +174,10 @@ class Answers:
     def _read(self) -> None:
         if not self._file.exists():
             return
-        data = self._file.read_bytes()
+        try:
+            data = self._file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{self._file}: cannot be read: {error.strerror}") from None
         whole = data[: data.rfind(b"\n") + 1]
         for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
             try:
@@ -185,7 +188,7 @@ class Answers:
                     "Correct the line, or choose another folder."
                 ) from None
         if len(whole) < len(data):
-            with self._file.open("r+b") as file:
+            with disk_errors(self._file), self._file.open("r+b") as file:
                 file.truncate(len(whole))
 
     def _keep(self, answer: Answer) -> None:
@@ -199,14 +202,8 @@ class Answers:
             UserError: if the file cannot be written.
         """
         if self.folder is not None:
-            lines = "".join(json.dumps(dataclasses.asdict(answer)) + "\n" for answer in answers)
-            try:
-                with self._file.open("a") as file:
-                    file.write(lines)
-                    file.flush()
-                    os.fsync(file.fileno())
-            except OSError as error:
-                raise UserError(f"{self._file} cannot be written: {error.strerror}") from None
+            lines = [json.dumps(dataclasses.asdict(answer)) + "\n" for answer in answers]
+            append_text(self._file, "".join(lines))
         for answer in answers:
             self._keep(answer)
 

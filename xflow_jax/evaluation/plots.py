@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 import numpy as np
 
+from xflow_jax.checkpoints import atomic_file
 from xflow_jax.decoding import Policy, features
-from xflow_jax.errors import UserError
+from xflow_jax.errors import disk_errors
 from xflow_jax.evaluation.answers import Row
 
 if TYPE_CHECKING:
@@ -235,7 +236,5 @@ def _style_axes(axes: Axes) -> None:
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    try:
-        figure.savefig(path, format="png")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    with disk_errors(path), atomic_file(Path(path)) as temporary:
+        figure.savefig(temporary, format="png")

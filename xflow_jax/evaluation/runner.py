@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from xflow_jax.checkpoints import folder_lock, locked_by_first_process
 from xflow_jax.decoding import CacheOptions, Rule, generate, make_decode_config, resolve_steps
 from xflow_jax.errors import UserError
 from xflow_jax.evaluation.answers import Answer, Answers, Row, summarize_answers
@@ -410,8 +411,9 @@ def read_answers(path: Path, wanted: Sequence[str], known: Sequence[str]) -> lis
     return [(i, text) for i, text in found if i in keep]
 
 
-def open_answers(folder: str | Path | None, run: Mapping[str, object]) -> Answers:
-    """Opens the store of answers of a run.
+@contextlib.contextmanager
+def open_answers(folder: str | Path | None, run: Mapping[str, object]) -> Iterator[Answers]:
+    """Opens the store of answers of a run, and locks its folder.
 
     With several processes, only the first one uses the folder. All get the answers in it.
 
@@ -419,8 +421,11 @@ def open_answers(folder: str | Path | None, run: Mapping[str, object]) -> Answer
         folder: the output folder, or None to keep answers in memory only.
         run: description of the run in JSON's types.
 
+    Yields:
+        The store. The folder is locked until the block ends.
+
     Raises:
-        UserError: on all processes, if the folder holds another run or cannot be used.
+        UserError: on all processes, if the folder holds another run, is in use or cannot be used.
     """
     opened: list[Answers] = []
 
@@ -430,9 +435,13 @@ def open_answers(folder: str | Path | None, run: Mapping[str, object]) -> Answer
             return []
         return [dataclasses.asdict(answer) for answer in opened[0].all()]
 
-    kept = multihost.broadcast_from_first(read)
-    if opened:
-        return opened[0]
-    answers = Answers(None, run)
-    answers.add([Answer(**fields) for fields in kept])
-    return answers
+    with contextlib.ExitStack() as stack:
+        if folder is not None:
+            stack.enter_context(locked_by_first_process(folder_lock(Path(folder))))
+        kept = multihost.broadcast_from_first(read)
+        if opened:
+            yield opened[0]
+        else:
+            answers = Answers(None, run)
+            answers.add([Answer(**fields) for fields in kept])
+            yield answers

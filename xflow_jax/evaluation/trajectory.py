@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from xflow_jax.checkpoints import write_atomic
 from xflow_jax.decoding import Trace
-from xflow_jax.errors import UserError
 from xflow_jax.types import LanguageModel
 
 # Fields of the trace that the page needs.
@@ -88,10 +88,7 @@ def write_trajectory_page(
     page = (Path(__file__).parent / "trajectory.html").read_text()
     page = page.replace("<!--PROMPT-->", html.escape(prompt)).replace("<!--FACTS-->", described)
     page = page.replace("/*DATA*/", data)
-    try:
-        Path(path).write_text(page)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    write_atomic(Path(path), page)
 
 
 def _page_data(trace: Trace, row: int, texts: Sequence[str]) -> dict[str, object]:
