@@ -164,6 +164,14 @@ EVALUATE = ("evaluate", "--task", "microcode", "--model", "{model}")
             (*GENERATE, "--model", "{model}", "--refresh", "-1"),
             "refresh must be a whole number of at least 0, not -1",
         ),
+        (
+            (*GENERATE, "--model", "{model}", "--cache", "duel"),
+            "there is no cache 'duel'. There are none, exact, prompt, prefix and dual.",
+        ),
+        (
+            (*GENERATE, "--model", "{model}", "--cache=dual", "--window=33", "--gen-length=32"),
+            "window 33 exceeds the response of 32 tokens",
+        ),
         ((*GENERATE, "--model", "./nowhere"), "no such directory"),
         (
             ("evaluate", "--task", "microcode"),

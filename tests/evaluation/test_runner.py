@@ -74,13 +74,14 @@ def oracle(monkeypatch):
         texts[tuple(chat_ids(TOKENIZER, problem.prompt))] = (
             wrong if number % 2 else TASK.canonical(problem)
         )
-    calls = SimpleNamespace(sizes=[], refresh=[], stop_after=None)
+    calls = SimpleNamespace(sizes=[], refresh=[], caches=[], stop_after=None)
 
     def generate(lm, prompts, rule, gen_length, steps, block_length, seed, refresh, **cache):
         if len(calls.sizes) == calls.stop_after:
             raise KeyboardInterrupt
         calls.sizes.append(len(prompts))
         calls.refresh.append(refresh)
+        calls.caches.append(cache)
         passes = np.full(len(prompts), steps)
         return SimpleNamespace(texts=[texts[tuple(p)] for p in prompts], forward_passes=passes)
 
@@ -508,6 +509,15 @@ def test_an_approximate_run_is_marked(oracle, tmp_path, monkeypatch, capsys):
             UserError, match="holds another run, which differs in refresh. Choose another folder"
         ):
             cli_evaluate.run(arguments(**given, out=str(tmp_path / name), refresh=refresh))
+    dual = {"cache": "dual", "window": 2, "prompt_every": 3, "out": str(tmp_path / "dual")}
+    cli_evaluate.run(arguments(**given | dual))
+    sentence = "a cache, an approximation: dual, window 2, prompt_every 3."
+    assert sentence in capsys.readouterr().out
+    assert oracle.caches[-1] == {"cache": "dual", "window": 2, "prompt_every": 3}
+    with pytest.raises(UserError, match="differs in window. Choose another folder"):
+        cli_evaluate.run(arguments(**given | dual | {"window": 3}))
+    with pytest.raises(UserError, match="refresh 9 exceeds the 8 steps of a block"):
+        cli_evaluate.run(arguments(**given, refresh=9))
     with pytest.raises(UserError, match="refresh must be a whole number of at least 0, not -2"):
         cli_evaluate.run(arguments(**given, refresh=-2))
 

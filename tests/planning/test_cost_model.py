@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from tests.helpers import toy
+from xflow_jax.decoding.cache_options import CacheOptions
 from xflow_jax.models.presets import PRESETS
 from xflow_jax.parallel.mesh import make_mesh
 from xflow_jax.planning.cost_model import Workload, estimate_cost
@@ -42,6 +43,38 @@ def test_analytic_by_hand():
         estimate_cost(PRESETS["llada2-mini"], Workload("decode", 1), (1, 1, 4)).weights
         == mini.weights / 4
     )
+
+
+def test_a_cached_decode_by_hand():
+    """TFLOP of a pass at 128 + 512 tokens, and the bounds of a chip of 790 TFLOP/s and 4.3 TB/s."""
+    c, chip = PRESETS["llada-8b"], dataclasses.replace(CHIPS["v6e"], flops=790e12, bandwidth=4.3e12)
+
+    def work(cache, batch=1):
+        sizes = {"prompt_length": 128, "gen_length": 512, "steps": 12 * 16, "block_length": 32}
+        return Workload("decode", batch, **sizes, cache=CacheOptions(cache))
+
+    full, reuse = (estimate_cost(c, work("dual"), (1, 1, 1)).passes[step][0] for step in (0, 1))
+    assert full == pytest.approx(9.2e12, rel=0.01) and reuse == pytest.approx(0.49e12, rel=0.02)
+    dual, prefix, eight = (
+        predict_row(c, w, chip, (1, 1, 1))["tokens_per_second"]
+        for w in (work("dual"), work("prefix"), work("dual", 8))
+    )
+    assert dual == pytest.approx(629, rel=0.02)
+    assert 0.9 * 442 < prefix < 442  # a pass has one of four lengths
+    assert eight == pytest.approx(1734, rel=0.02)
+    kept = estimate_cost(c, work("dual"), (1, 1, 1)).memory
+    assert kept - estimate_cost(c, work("none"), (1, 1, 1)).memory == 2 * 2 * 32 * 640 * 4096
+
+
+def test_a_compiled_cached_decode_counts_its_passes():
+    """The branches of the program count as often as the schedule takes them."""
+    lm, lengths = toy(), {"prompt_length": 16, "gen_length": 32, "steps": 16, "block_length": 8}
+    for cache in ("dual", "prefix"):
+        work = Workload("decode", 4, **lengths, cache=CacheOptions(cache))
+        program = make_lowerable(lm.config, work, make_mesh("1,1,1"))
+        found = program_cost(program.compile().as_text(), None, program.branch_shares)
+        least = estimate_cost(lm.config, work, (1, 1, 1)).flops
+        assert 0.95 <= found.flops / 16 / least < 1.1
 
 
 def test_meshes_divide_heads_and_vocabulary():

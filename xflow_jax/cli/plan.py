@@ -16,7 +16,15 @@ from typing import Literal
 import jax
 
 from xflow_jax.checkpoints import write_atomic
-from xflow_jax.cli.arguments import add_mesh_argument, add_number, require_positive
+from xflow_jax.cli.arguments import (
+    add_block_length_argument,
+    add_cache_arguments,
+    add_mesh_argument,
+    add_number,
+    cache_arguments,
+    require_positive,
+)
+from xflow_jax.decoding import CacheOptions
 from xflow_jax.errors import UserError, require
 from xflow_jax.models import PRESETS
 from xflow_jax.planning import (
@@ -75,6 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "--prompt-length", "tokens of a prompt", 128)
     add_number(parser, "--gen-length", "tokens of a response", 512)
     add_number(parser, "--steps", "forward passes of a decode (default: a quarter of the tokens)")
+    add_block_length_argument(parser)
+    add_cache_arguments(parser)
     parser.add_argument(
         "--set",
         action="append",
@@ -153,6 +163,8 @@ def _request(args: argparse.Namespace) -> PlanRequest:
         steps=args.steps,
         overrides=tuple(args.set),
         hlo_folder=Path(args.hlo) if args.hlo else None,
+        block_length=args.block_length,
+        cache=CacheOptions(**cache_arguments(args)),
     )
 
 
@@ -182,8 +194,10 @@ def _batches(text: str) -> tuple[int | Literal["max"], ...]:
 def _command(args: argparse.Namespace) -> str:
     """Returns the command line for the page."""
     parts = [f"xflow plan --preset {args.preset}"]
-    for name in ("device", "topology", "program", "mesh", "steps", "json", "markdown", "batch"):
+    names = ("device", "topology", "program", "mesh", "steps", "json", "markdown", "batch")
+    for name in (*names, "block_length", "cache", "refresh", "window"):
         if getattr(args, name):
-            parts.append(f"--{name} {getattr(args, name)}")
+            parts.append(f"--{name.replace('_', '-')} {getattr(args, name)}")
+    parts += [f"--prompt-every {args.prompt_every}"] if args.prompt_every > 1 else []
     parts += ["--sweep"] if args.sweep else []
     return " ".join(parts + [f"--set {text}" for text in args.set])

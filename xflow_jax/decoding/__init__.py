@@ -3,6 +3,7 @@
 from xflow_jax.decoding.belief import Belief, BeliefOptions, compute_belief
 from xflow_jax.decoding.blocks import (
     block_layout,
+    branch_shares,
     make_schedule,
     pass_positions,
     resolve_steps,
@@ -55,6 +56,7 @@ __all__ = [
     "TokenConstraints",
     "Trace",
     "block_layout",
+    "branch_shares",
     "compute_belief",
     "decode",
     "decode_batch",

@@ -68,6 +68,19 @@ def prefix_spans(config: DecodeConfig) -> np.ndarray:
     return np.minimum(-(-left // group) * group, config.blocks)
 
 
+def branch_shares(config: DecodeConfig) -> dict[str, list[float]]:
+    """Returns how often a cached decode takes each of its branches.
+
+    Returns:
+        Named scope of a conditional in forward.py -> share of each branch.
+    """
+    counts = {
+        "cache_pass": np.unique(cache_passes(config), return_counts=True)[1],
+        "prefix_span": np.unique(prefix_spans(config), return_counts=True)[1],
+    }
+    return {name: (count / count.sum()).tolist() for name, count in counts.items()}
+
+
 def pass_positions(config: DecodeConfig, prompt_length: int) -> np.ndarray:
     """Returns the positions that each step computes.
 

@@ -199,7 +199,8 @@ class PromptCacheForward(FullForward):
         used = np.unique(cache_passes(self.config))
         x = x.astype(self.prompt_x.dtype)
         branches = [functools.partial(passes[int(kind)], x, step) for kind in used]
-        return jax.lax.switch(jnp.searchsorted(used, step.cache_pass), branches, cache)
+        with jax.named_scope("cache_pass"):
+            return jax.lax.switch(jnp.searchsorted(used, step.cache_pass), branches, cache)
 
     def _renew(
         self, x: Float[Array, "B N E"], step: Step, cache: Cache
@@ -280,7 +281,8 @@ class PrefixCacheForward(PromptCacheForward):
 
         counts, index = np.unique(spans, return_inverse=True)
         branches = [functools.partial(run, int(count)) for count in counts]
-        return jax.lax.switch(jnp.asarray(index)[step.block], branches, cache), cache
+        with jax.named_scope("prefix_span"):
+            return jax.lax.switch(jnp.asarray(index)[step.block], branches, cache), cache
 
     def _active(self, h: Float[Array, "B N E"], step: Step) -> Float[Array, "B n E"]:
         size = self.config.block_length

@@ -112,6 +112,7 @@ def generate(
         UserError: for bad input.
     """
     options = CacheOptions(cache, refresh, window, prompt_every)
+    options.resolve(lm.config)
     rows = _token_rows(lm, prompts)
     longest = max(map(len, rows))
     config = make_decode_config(lm, longest, gen_length, steps, steps_per_block, block_length)

@@ -8,6 +8,7 @@ semicolons separate the options of a rule. Needs the extra [lm-eval].
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from xflow_jax.decoding import (
+    CacheOptions,
     MaskPrediction,
     Rule,
     generate,
@@ -66,6 +68,8 @@ class XFlow(LM):
         mesh: sizes of the mesh, with semicolons between them, or None for the default.
         batch_size: sequences of a batch.
         seed: of masks and of rules that draw.
+        cache, refresh, window, prompt_every: keys and values that the decode of a response keeps,
+            as in xflow_jax.generate.
 
     Raises:
         UserError: for bad input.
@@ -85,6 +89,10 @@ class XFlow(LM):
         mesh: str | None = None,
         batch_size: int | str = 8,
         seed: int = 0,
+        cache: str | None = None,
+        refresh: int = 0,
+        window: int = 0,
+        prompt_every: int = 1,
         **_: object,  # lm-evaluation-harness passes more to every model, such as a device
     ) -> None:
         super().__init__()
@@ -101,6 +109,8 @@ class XFlow(LM):
         self.gen_length, self.block_length = gen_length, block_length
         self.samples, self.cfg_scale, self.check_greedy = samples, cfg_scale, check_greedy
         self.batch_size, self.seed = int(batch_size), seed
+        self.cache_options = CacheOptions(cache, refresh, window, prompt_every)
+        self.cache_options.resolve(self.lm.config)
 
     @property
     def tokenizer_name(self) -> str:
@@ -136,7 +146,15 @@ class XFlow(LM):
         for length, numbers in by_length.items():
             steps = resolve_steps(self.lm.config, self.budget, length, self.block_length)
             batch = [prompts[i] for i in numbers]
-            rows = self._decode(batch, self.rule, length, steps, self.block_length, disable_tqdm)
+            rows = self._decode(
+                batch,
+                self.rule,
+                length,
+                steps,
+                self.block_length,
+                disable_tqdm,
+                self.cache_options,
+            )
             for number, row in zip(numbers, rows, strict=True):
                 end = row.index(eos_id) if eos_id in row else len(row)
                 texts[number] = self._tokenizer.decode(row[:end], skip_special_tokens=True)
@@ -224,6 +242,7 @@ class XFlow(LM):
         steps: int,
         block_length: int | None,
         silent: bool,
+        cache: CacheOptions | None = None,
     ) -> list[list[int]]:
         """Decodes prompts, those of similar length in one batch."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -233,7 +252,14 @@ class XFlow(LM):
             batch = order[first : first + size]
             filled = [prompts[i] for i in batch + batch[-1:] * (size - len(batch))]
             out = generate(
-                self.lm, filled, rule, length, steps, block_length=block_length, seed=self.seed
+                self.lm,
+                filled,
+                rule,
+                length,
+                steps,
+                block_length=block_length,
+                seed=self.seed,
+                **dataclasses.asdict(cache or CacheOptions()),
             )
             for i, row in zip(batch, out.tokens.tolist(), strict=False):
                 rows[i] = row

@@ -86,7 +86,7 @@ def compile_row(
     if hlo_file:
         hlo_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(hlo_file, text)
-    cost = program_cost(text, _expert_count(config, mesh))
+    cost = program_cost(text, _expert_count(config, mesh), program.branch_shares)
     memory = _memory_of_program(compiled) | {"capacity": topology.chip.memory}
     row |= {"memory": memory, "fits": memory["total"] <= topology.chip.memory}
     row |= step_costs(cost, work, topology, mesh, program.steps)

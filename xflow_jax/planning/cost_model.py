@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import jax
 
-from xflow_jax.decoding import Policy, init_policy, make_decode_config
+from xflow_jax.decoding import (
+    CacheOptions,
+    DecodeConfig,
+    Policy,
+    init_policy,
+    make_decode_config,
+    pass_positions,
+)
 from xflow_jax.lm import LM
 from xflow_jax.models import build, forward_flops, matrix_parameters, touched_parameters
 from xflow_jax.types import ModelConfig
@@ -29,6 +36,8 @@ class Workload:
         gen_length: N, in tokens.
         steps: forward passes of a decode, for the whole response.
         overrides: overrides of the alignment's configuration, as "name=value".
+        block_length: positions of a block, or None for the default of the model.
+        cache: keys and values that a decode keeps.
     """
 
     program: str
@@ -37,6 +46,8 @@ class Workload:
     gen_length: int = 512
     steps: int = 128
     overrides: tuple[str, ...] = ()
+    block_length: int | None = None
+    cache: CacheOptions = field(default_factory=CacheOptions)
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,7 @@ class CostEstimate:
             every layer count as written and read once.
         links: bytes of the activations that the all-reduces over `tensor` move.
         memory: bytes of weights, optimizer state, and all that grows with the batch.
+        passes: (FLOPs, bytes) of each pass, if a program's passes differ.
     """
 
     flops: float
@@ -57,6 +69,7 @@ class CostEstimate:
     bytes: float
     links: float
     memory: float
+    passes: tuple[tuple[float, float], ...] = ()
 
 
 def decode_passes(config: ModelConfig, work: Workload) -> int:
@@ -66,11 +79,20 @@ def decode_passes(config: ModelConfig, work: Workload) -> int:
     """
     if work.program == "align":
         return 1
-    lm = LM(build(config), config, {}, None)
-    decode_config = make_decode_config(
-        lm, work.prompt_length, work.gen_length, work.steps, None, None
-    )
+    decode_config = work_decode_config(LM(build(config), config, {}, None), work)
     return decode_config.blocks * decode_config.steps
+
+
+def work_decode_config(lm: LM, work: Workload) -> DecodeConfig:
+    """Builds the configuration of a decode or rollout.
+
+    Raises:
+        UserError: if the model, the lengths and the cache do not go together.
+    """
+    decode_config = make_decode_config(
+        lm, work.prompt_length, work.gen_length, work.steps, None, work.block_length
+    )
+    return work.cache.apply(lm.config, decode_config)
 
 
 def estimate_cost(
@@ -79,7 +101,8 @@ def estimate_cost(
     """Computes the least cost of a step.
 
     A mixture of experts has balanced routing. The decode of a block-causal model passes its active
-    block on a cache, and each block once more to add it to the cache.
+    block on a cache, and each block once more to add it to the cache. With an approximate cache the
+    passes of a block differ, and the cost is their mean.
 
     Args:
         config: the model.
@@ -125,33 +148,57 @@ def _alignment_cost(
 def _decode_cost(
     config: ModelConfig, work: Workload, rows: float, fsdp: int, tensor: int, itemsize: int
 ) -> CostEstimate:
-    """Computes the cost of one step of a decode."""
+    """Computes the mean cost of a step of a decode."""
     e, length = config.hidden_size, work.prompt_length + work.gen_length
-    queries: float = length  # positions that a pass computes, on average
-    keys, logit_positions, cache = length, work.gen_length, 0.0
-    if config.is_block_causal:
-        passes, size = decode_passes(config, work), config.default_block_length or work.gen_length
-        blocks = -(-(work.gen_length + size - 1) // size)
+    queries, keys, logit_positions, kept = _decode_positions(config, work)
+    head = _head_parameters(config)
+    policy = sum(x.size for x in jax.tree.leaves(abstract_policy().params) if x.ndim == 2)
+    policy_flops = 2 * rows * work.gen_length * policy
+    head_flops = 2 * rows * logit_positions * head
+    key_bytes = itemsize * 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    cache = key_bytes * rows * kept / tensor
+    passes = []
+    for count in queries:
+        products = forward_flops(config, rows, count, keys) + head_flops
+        read = itemsize * (touched_parameters(config, rows * count) + head) / tensor
+        traffic = read + _activation_bytes(config, rows * count, itemsize) + cache
+        passes.append((products / tensor + policy_flops, traffic))
+    state = rows * work.gen_length * e * 8 + itemsize * rows * length * e * 4
+    largest = rows * max(queries)
+    temporary = itemsize * largest * 3 * config.mlp_dim + 6 * largest * keys * config.num_heads
+    weights = _weight_bytes(config, fsdp, tensor, itemsize)
+    return CostEstimate(
+        flops=sum(flops for flops, _ in passes) / len(passes),
+        weights=weights,
+        bytes=sum(traffic for _, traffic in passes) / len(passes),
+        links=_reduced_bytes(config, rows * sum(queries) / len(queries), tensor, itemsize),
+        memory=weights + state + temporary / tensor + cache,
+        passes=tuple(passes),
+    )
+
+
+def _decode_positions(config: ModelConfig, work: Workload) -> tuple[list[float], int, int, int]:
+    """Counts the positions of the passes of a decode.
+
+    Returns:
+        Positions that each pass computes (one number if all passes are alike), positions that they
+        attend to, positions that the head computes, and positions in the cache.
+    """
+    decode_config = work_decode_config(LM(build(config), config, {}, None), work)
+    size, blocks = decode_config.block_length, decode_config.blocks
+    length = work.prompt_length + work.gen_length
+    if decode_config.cache == "none":
+        return [length], length, work.gen_length, 0
+    if decode_config.cache == "exact":
+        passes = blocks * decode_config.steps
         prompt = work.prompt_length // size * size
         keys = prompt + blocks * size
-        queries = (prompt * prompt / keys + size * (passes + blocks - 1)) / passes
-        logit_positions = size
-        cached = config.num_layers * rows * keys * config.num_kv_heads * config.head_dim
-        cache = itemsize * 2 * cached / tensor
-    tokens, scores = rows * queries, rows * queries * keys
-    head = _head_parameters(config)
-    products = forward_flops(config, rows, queries, keys) + 2 * rows * logit_positions * head
-    policy = sum(x.size for x in jax.tree.leaves(abstract_policy().params) if x.ndim == 2)
-    flops = products / tensor + 2 * rows * work.gen_length * policy
-    read = itemsize * (touched_parameters(config, tokens) + head) / tensor
-    traffic = read + _activation_bytes(config, tokens, itemsize) + cache
-    state = rows * work.gen_length * e * 8 + itemsize * rows * length * e * 4
-    temporary = (itemsize * tokens * 3 * config.mlp_dim + 6 * scores * config.num_heads) / tensor
-    weights = _weight_bytes(config, fsdp, tensor, itemsize)
-    memory = weights + state + temporary + cache
-    return CostEstimate(
-        flops, weights, traffic, _reduced_bytes(config, tokens, tensor, itemsize), memory
-    )
+        mean = (prompt * prompt / keys + size * (passes + blocks - 1)) / passes
+        return [mean], keys, size, keys
+    queries = pass_positions(decode_config, work.prompt_length).ravel().tolist()
+    logit_positions = size if decode_config.block_only else work.gen_length
+    kept = work.prompt_length if decode_config.cache == "prompt" else length
+    return queries, length, logit_positions, kept
 
 
 def _head_parameters(config: ModelConfig) -> int:
@@ -186,7 +233,14 @@ def abstract_policy() -> Policy:
     return jax.eval_shape(init_policy, jax.random.key(0))
 
 
-def step_speed(work: Workload, passes: int, compute: float, memory: float, links: float) -> PlanRow:
+def step_speed(
+    work: Workload,
+    passes: int,
+    compute: float,
+    memory: float,
+    links: float,
+    least: float = 0.0,
+) -> PlanRow:
     """Computes the bound on the speed of a step.
 
     Args:
@@ -195,6 +249,7 @@ def step_speed(work: Workload, passes: int, compute: float, memory: float, links
         compute: least seconds that a step takes for its FLOPs.
         memory: least seconds for its memory traffic.
         links: least seconds for its collectives.
+        least: least seconds for all of it, if more than each of these is known.
 
     Returns:
         "seconds" of each resource, "bound" with the name of the slowest one, and
@@ -203,4 +258,5 @@ def step_speed(work: Workload, passes: int, compute: float, memory: float, links
     seconds = {"compute": compute, "memory": memory, "links": links}
     bound = max(seconds, key=lambda name: seconds[name])
     tokens = work.batch * work.gen_length / passes
-    return {"seconds": seconds, "bound": bound, "tokens_per_second": tokens / seconds[bound]}
+    speed = tokens / max(seconds[bound], least)
+    return {"seconds": seconds, "bound": bound, "tokens_per_second": speed}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
 
 from xflow_jax.planning.hlo_flops import ExpertCount, instruction_flops, is_grouped_product
@@ -115,26 +115,38 @@ def _add_counts(counts: dict[str, float], other: Mapping[str, float], times: flo
         counts[key] = counts.get(key, 0.0) + times * value
 
 
-def program_cost(text: str, experts: ExpertCount | None = None) -> Cost:
+def program_cost(
+    text: str,
+    experts: ExpertCount | None = None,
+    branch_shares: Mapping[str, Sequence[float]] | None = None,
+) -> Cost:
     """Counts the cost of a program from its HLO text.
 
-    A loop counts as often as it runs, and a conditional counts its most expensive branch.
+    A loop counts as often as it runs. A conditional counts its most expensive branch, or the mean
+    of its branches if their shares are known.
 
     Args:
         text: the program, as `jax.stages.Compiled.as_text` returns it.
         experts: experts of a layer, if the model is a mixture of experts. Tokens are taken to be
             spread evenly over them.
+        branch_shares: named scope right around a conditional -> share of each branch.
     """
     module = HloModule(text)
-    return _CostCounter(module, experts).cost(module.entry)
+    return _CostCounter(module, experts, branch_shares or {}).cost(module.entry)
 
 
 class _CostCounter:
     """Walk over the computations of a module. Each is counted once."""
 
-    def __init__(self, module: HloModule, experts: ExpertCount | None):
+    def __init__(
+        self,
+        module: HloModule,
+        experts: ExpertCount | None,
+        branch_shares: Mapping[str, Sequence[float]],
+    ):
         self.module = module
         self.experts = experts
+        self.branch_shares = branch_shares
         self._costs: dict[str, Cost] = {}
 
     def cost(self, name: str) -> Cost:
@@ -154,11 +166,20 @@ class _CostCounter:
                 total.unknown_loops.append(i.op_name or i.name)
             total.add(self.cost(i.computation_name("body")), 1 if trips is None else trips)
         elif i.opcode == "conditional":
-            total.add(max(map(self.cost, i.called), key=lambda c: (c.flops, c.bytes)), 1)
+            self._count_conditional(i, total)
         elif i.opcode == "call" or (i.opcode == "async-start" and i.called):
             total.add(self.cost(i.called[0]), 1)
         elif i.opcode not in _FREE and not i.opcode.endswith(("-done", "-update")):
             self._count_operation(i, computation, total)
+
+    def _count_conditional(self, i: Instruction, total: Cost) -> None:
+        branches = [self.cost(name) for name in i.called]
+        shares = self.branch_shares.get((["", *i.op_name.split("/")])[-2], ())
+        if len(shares) != len(branches):
+            total.add(max(branches, key=lambda c: (c.flops, c.bytes)), 1)
+            return
+        for branch, share in zip(branches, shares, strict=True):
+            total.add(branch, share)
 
     def _count_operation(self, i: Instruction, computation: Computation, total: Cost) -> None:
         flops = instruction_flops(i, computation, self.module, self.experts)

@@ -48,7 +48,10 @@ def predict_row(config: ModelConfig, work: Workload, chip: Chip, shape: MeshShap
         "fits": cost.memory <= chip.memory,
     }
     compute, memory = cost.flops / chip.flops, cost.bytes / chip.bandwidth
-    return row | step_speed(work, decode_passes(config, work), compute, memory, links)
+    # Passes of different lengths differ in what bounds them.
+    times = [max(flops / chip.flops, moved / chip.bandwidth) for flops, moved in cost.passes]
+    least = sum(times) / len(times) if times else 0.0
+    return row | step_speed(work, decode_passes(config, work), compute, memory, links, least)
 
 
 def candidate_meshes(config: ModelConfig, devices: int) -> list[MeshShape]:

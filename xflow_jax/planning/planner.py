@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from xflow_jax.decoding import CacheOptions
 from xflow_jax.errors import require
 from xflow_jax.models import PRESETS
 from xflow_jax.parallel import MESH_AXES, make_mesh, parse_mesh
@@ -36,6 +37,8 @@ class PlanRequest:
         steps: forward passes of a decode, or None for N / 4.
         overrides: overrides of the alignment's configuration, as "name=value".
         hlo_folder: folder for the text of the compiled programs, or None.
+        block_length: positions of a block, or None for the default of the model.
+        cache: keys and values that a decode keeps.
     """
 
     presets: tuple[str, ...]
@@ -52,6 +55,8 @@ class PlanRequest:
     steps: int | None = None
     overrides: tuple[str, ...] = ()
     hlo_folder: Path | None = None
+    block_length: int | None = None
+    cache: CacheOptions = dataclasses.field(default_factory=CacheOptions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +83,8 @@ class _Job:
             "response": work.gen_length,
             "steps": work.steps,
             "overrides": list(work.overrides),
+            "block_length": work.block_length,
+            "cache": dataclasses.asdict(work.cache),
         }
 
     @property
@@ -91,6 +98,8 @@ class _Job:
             request.gen_length,
             request.steps or request.gen_length // 4,
             request.overrides,
+            request.block_length,
+            request.cache,
         )
 
     @property
@@ -130,7 +139,9 @@ def plan_rows(request: PlanRequest, previous_rows: Sequence[PlanRow]) -> Iterato
 def _rows_of(job: _Job, previous_rows: Sequence[PlanRow]) -> Iterator[PlanRow]:
     """Yields the row of a job, or the rows of a sweep."""
     key = job.key
-    previous = next((row for row in previous_rows if row.items() >= key.items()), None)
+    # Rows of older versions have no block length and no cache.
+    older = {"block_length": None, "cache": dataclasses.asdict(CacheOptions())}
+    previous = next((row for row in previous_rows if (older | row).items() >= key.items()), None)
     if previous is not None and not job.request.sweep:
         yield previous
         return

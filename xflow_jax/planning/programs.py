@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -11,11 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, Sharding
 
-from xflow_jax.decoding import Flow, decode_batch, make_decode_config
+from xflow_jax.decoding import Flow, branch_shares, decode_batch
 from xflow_jax.lm import LM
 from xflow_jax.models import abstract_params, build, shardings
 from xflow_jax.parallel import BATCH, batch_sharding, divides, replicated
-from xflow_jax.planning.cost_model import Workload, abstract_policy, uses_lora
+from xflow_jax.planning.cost_model import (
+    Workload,
+    abstract_policy,
+    uses_lora,
+    work_decode_config,
+)
 from xflow_jax.toml_config import with_overrides
 from xflow_jax.training import AlignmentConfig, align_program, rollout
 from xflow_jax.types import ModelConfig
@@ -30,12 +35,14 @@ class Lowerable:
         arguments: shapes, dtypes and shardings, and the static arguments.
         scope: makes the context in which the function is lowered.
         steps: number of steps that the function runs.
+        branch_shares: share of each branch of the decode's conditionals, by name.
     """
 
     fn: jax.stages.Wrapped = field(repr=False)
     arguments: tuple[object, ...] = field(repr=False)
     scope: Callable[[], contextlib.AbstractContextManager[None]] = field(repr=False)
     steps: int = 1
+    branch_shares: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def compile(self) -> jax.stages.Compiled:
         """Compiles the function, and passes on what the compiler raises."""
@@ -62,9 +69,7 @@ def make_lowerable(config: ModelConfig, work: Workload, mesh: Mesh) -> Lowerable
     params = abstract_params(model)
     placed = jax.tree.map(_placed, params, shardings(params, mesh, config.family))
     lm = LM(model, config, placed, None, mesh)
-    decode_config = make_decode_config(
-        lm, work.prompt_length, work.gen_length, work.steps, None, None
-    )
+    decode_config = work_decode_config(lm, work)
     with jax.set_mesh(mesh):
         rows = batch_sharding(mesh) if divides(work.batch, BATCH) else replicated(mesh)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), work.batch))
@@ -77,7 +82,8 @@ def make_lowerable(config: ModelConfig, work: Workload, mesh: Mesh) -> Lowerable
     flow = Flow(policy=jax.tree.map(lambda x: _placed(x, replicated(mesh)), abstract_policy()))
     fn = decode_batch if work.program == "decode" else rollout
     steps = decode_config.blocks * decode_config.steps
-    return Lowerable(fn, (model, placed, flow, decode_config, *batch), lm.scope, steps)
+    arguments = (model, placed, flow, decode_config, *batch)
+    return Lowerable(fn, arguments, lm.scope, steps, branch_shares(decode_config))
 
 
 def alignment_config(config: ModelConfig, work: Workload) -> AlignmentConfig:

@@ -107,6 +107,8 @@ def _cells(row: PlanRow) -> dict[str, str]:
     memory, seconds = row["memory"], row.get("seconds", {})
     cells = dict.fromkeys(_COLUMNS, "")
     cells |= {key: str(row[key]) for key in ("preset", "topology", "program", "batch")}
+    if name := row.get("cache", {}).get("cache"):
+        cells["program"] += f", {name} cache"
     cells["mesh"] = ",".join(map(str, row["mesh"].values()))
     cells["fits"] = "yes" if row["fits"] else "no"
     cells["memory"] = f"{memory['total'] / GIB:.1f} / {memory['capacity'] / GIB:.1f}"
