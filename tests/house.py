@@ -36,8 +36,12 @@ RANKS = {
 }
 ENTRY_POINTS = ("harness", "__main__")  # a line that forwards to another module's main
 TORCH = ("convert.verify", "xflow_jax.benchmarks.torch_baseline")
-# Their text runs in bare interpreters. The child shares its memory with untrusted programs.
-SCRIPTS = ("xflow_jax.sandbox.launch", "xflow_jax.sandbox.child")
+# Their text runs in bare interpreters.
+SCRIPTS = tuple(
+    f"xflow_jax.sandbox.{name}"
+    for name in ("launch", "child", "codec", "seccomp", "program", "check_names", "judge", "zygote")
+)
+PROGRAM = "xflow_jax.sandbox.program"  # shares its memory with untrusted programs
 LINEN = "xflow_jax.models"
 # Packages in which no function may exceed MAX_FUNCTION lines.
 SHORT_FUNCTIONS = ("decoding", "models", "training")
@@ -225,11 +229,12 @@ def _behind_a_fence(where: str, module: str, other: str, imported: Import) -> li
     name = imported.module
     if name.split(".")[0] == "torch" and not (module in TORCH and imported.in_function):
         found.append(f"{where}: torch is imported only inside functions of {' and '.join(TORCH)}")
-    if module in SCRIPTS and name.split(".")[0] not in sys.stdlib_module_names:
+    known = name.split(".")[0] in sys.stdlib_module_names or other in SCRIPTS
+    if module in SCRIPTS and not known:
         found.append(f"{where}: a script of the sandbox imports only the standard library")
-    if module == SCRIPTS[1] and name.split(".")[0] == "ctypes":
-        found.append(f"{where}: ctypes must stay out of the sandbox's child")
-    if other in SCRIPTS:
+    if module == PROGRAM and name.split(".")[0] == "ctypes":
+        found.append(f"{where}: ctypes must stay out of the sandbox's program")
+    if other in SCRIPTS and module not in SCRIPTS:
         found.append(f"{where}: {other} is a script, and is not imported")
     if f"{name}.".startswith("flax.linen.") and not f"{module}.".startswith(f"{LINEN}."):
         found.append(f"{where}: flax.linen is imported only in {LINEN}")

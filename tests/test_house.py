@@ -119,7 +119,7 @@ DECODE = "xflow_jax/decoding/decode.py"
         ({"xflow_jax/lm.py": "from flax import linen as nn"}, "flax.linen is imported only in"),
         ({"train/align.py": "from flax.linen import Module"}, "flax.linen is imported only in"),
         ({"xflow_jax/sandbox/child.py": "import numpy"}, "imports only the standard library"),
-        ({"xflow_jax/sandbox/child.py": "from ctypes import CDLL"}, "ctypes must stay out of"),
+        ({"xflow_jax/sandbox/program.py": "from ctypes import CDLL"}, "ctypes must stay out of"),
         (
             {
                 "xflow_jax/sandbox/x.py": "import xflow_jax.sandbox.launch",

@@ -281,6 +281,13 @@ def all_below(pid: int) -> list[int]:
     return [each for child in children(pid) for each in (child, *all_below(child))]
 
 
+def assert_nothing_runs(pool: Pool) -> None:
+    (worker,) = pool._idle
+    if Path("/proc/self/task").exists():
+        for zygote in (worker.programs, worker.judges):
+            assert len(all_below(zygote.process.pid)) <= 1  # the zygote, and none of its children
+
+
 @pytest.mark.parametrize("program", HOSTILE.values(), ids=HOSTILE)
 def test_hostile(pool, program):
     result = pool.run(textwrap.dedent(program), CHECKS)
@@ -289,9 +296,7 @@ def test_hostile(pool, program):
     assert not Path("/tmp/xflow-hostile").exists()
     after = patiently(pool, CLEAN)
     assert after.passed, after.reason
-    (worker,) = pool._idle
-    if Path("/proc/self/task").exists():
-        assert len(all_below(worker.process.pid)) <= 1  # the zygote, and none of its children
+    assert_nothing_runs(pool)
 
 
 def test_there_are_many_hostile_programs():
@@ -380,10 +385,16 @@ def test_memory_stays_flat(pool, runs):
 
 
 def test_a_killed_worker_is_replaced(pool):
-    """Kills the zygote and then the worker's first process."""
+    """Kills each zygote and then the first process of each."""
     (worker,) = pool._idle
-    zygote = children(worker.process.pid)[0]
-    for victim in (lambda: zygote, lambda: pool._idle[0].process.pid):
+    zygotes = [children(each.process.pid)[0] for each in (worker.programs, worker.judges)]
+    victims = [
+        lambda: zygotes[0],
+        lambda: children(pool._idle[0].judges.process.pid)[0],
+        lambda: pool._idle[0].programs.process.pid,
+        lambda: pool._idle[0].judges.process.pid,
+    ]
+    for victim in victims:
         os.kill(victim(), 9)
         assert patiently(pool, RIGHT, CHECKS).passed
     assert patiently(pool, CLEAN).passed

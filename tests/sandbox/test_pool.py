@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from xflow_jax.errors import UserError
-from xflow_jax.sandbox import pool, worker
+from xflow_jax.sandbox import commands, pool, worker
 from xflow_jax.sandbox.limits import FULL_ISOLATION, Limits
 from xflow_jax.sandbox.pool import Pool, run_program
 
@@ -68,8 +71,10 @@ def probe(tmp_path, method: str, landlock: bool) -> dict[str, str | None]:
     with ours, socket.create_server(("127.0.0.1", 0)) as server:
         with theirs:
             command = [
-                *worker.launch_command(method, landlock, scratch, 1 << 20, theirs.fileno()),
-                *worker.interpreter_command(), "-c", PROBE, str(tmp_path / "outside"),
+                *commands.launch_command(
+                    method, scratch, 1 << 20, theirs.fileno(), landlock=landlock
+                ),
+                *commands.interpreter_command(), "-c", PROBE, str(tmp_path / "outside"),
                 str(os.getpid()), str(server.getsockname()[1]), str(theirs.fileno()),
             ]  # fmt: skip
             subprocess.run(
@@ -93,7 +98,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="namespaces and Landl
 @pytest.mark.parametrize("method", ["unshare", "bubblewrap"])
 @pytest.mark.parametrize("landlock", [True, False])
 def test_namespaces_hold_without_any_hook(tmp_path, method, landlock):
-    if method == "bubblewrap" and not worker.find_bubblewrap():
+    if method == "bubblewrap" and not commands.find_bubblewrap():
         pytest.skip("bubblewrap is not installed")
     done = probe(tmp_path, method, landlock)
     parts = done["isolation"].split("+")
@@ -124,33 +129,58 @@ def methods(monkeypatch):
     return lambda *names: monkeypatch.setattr(pool, "_methods", names)
 
 
+def find_false(monkeypatch, path: str) -> None:
+    for module in (commands, worker):
+        monkeypatch.setattr(module, "find_bubblewrap", lambda: path)
+
+
 @linux
 def test_with_less_isolation_it_warns_once_and_says_so(methods, monkeypatch):
-    monkeypatch.setattr(worker, "find_bubblewrap", lambda: "/bin/false")
+    find_false(monkeypatch, "/bin/false")
     methods("bubblewrap", "bare")
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         results = [
-            run_program(program, "", PATIENT)
+            run_program(program, "", dataclasses.replace(PATIENT, minimum="limits"))
             for program in ("x = 1", "import os; os.kill(os.getppid(), 9)")
         ]
-    assert [result.isolation for result in results] == ["limits"] * 2
+    assert [result.isolation for result in results] == ["seccomp+limits"] * 2
     assert [result.passed for result in results] == [True, False]
     (warning,) = seen
-    less = f"the sandbox is not fully isolated: limits instead of {FULL_ISOLATION}"
+    less = f"the sandbox is not fully isolated: seccomp+limits instead of {FULL_ISOLATION}"
     assert str(warning.message) == f"{less} (bubblewrap: it ended at once)"
+
+
+@linux
+def test_without_isolation_only_by_an_explicit_minimum(methods, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    find_false(monkeypatch, "/bin/false")
+    methods("bubblewrap", "bare")
+    with pytest.raises(UserError, match="the sandbox cannot start a process: bubblewrap: it ended"):
+        run_program("x = 1", "", PATIENT)
+    methods("plain")  # a kernel without Landlock
+    bare = functools.partial(commands.launch_command, landlock=False)
+    monkeypatch.setattr(worker, "launch_command", bare)
+    sentence = "only seccomp.limits here, which is below its minimum of namespaces or landlock"
+    with pytest.raises(UserError, match=sentence):
+        run_program("x = 1", "", PATIENT)
+    assert run_program("x = 1", "", dataclasses.replace(PATIENT, minimum="limits")).passed
+    # An opt-in by one pool is none for the next.
+    methods("bare")
+    monkeypatch.undo()
+    assert "bare" not in run_program("x = 1", "", PATIENT).isolation
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_below_its_minimum_nothing_runs(methods, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    methods("bare")
-    sentence = "has only limits here, which is below its minimum of landlock: allow user namespaces"
+    methods("plain")
+    sentence = "has only .*limits here, which is below its minimum of namespaces: allow user names"
     with pytest.raises(UserError, match=sentence):
-        run_program("x = 1", "", Limits(minimum="landlock"))
+        run_program("x = 1", "", Limits(minimum="namespaces"))
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(
-        UserError, match="minimum must be some of namespaces.landlock.limits, not 'all'"
-    ):
+    sentence = "minimum must be some of namespaces.landlock.seccomp.cgroup.limits, not 'all'"
+    with pytest.raises(UserError, match=sentence):
         Limits(minimum="all")
 
 
@@ -161,7 +191,7 @@ def test_the_minimum_may_be_what_there_is():
 
 def test_no_way_at_all(methods, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(worker, "find_bubblewrap", lambda: "/no/such/file")
+    find_false(monkeypatch, "/no/such/file")
     methods("bubblewrap")
     with pytest.raises(
         UserError,
@@ -172,17 +202,18 @@ def test_no_way_at_all(methods, tmp_path, monkeypatch):
 
 
 def test_what_escapes_from_its_group_is_ended(methods, monkeypatch, tmp_path):
-    """Without namespaces or hook, the worker's first process adopts it and is not used again."""
+    """Without namespaces, hook or filter, the first process adopts it and is not used again."""
     if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
         pytest.skip("the kernel does not list a process's children")
     methods("plain")
-    child = (Path(worker.__file__).parent / "child.py").read_text()
-    assert "sys.addaudithook(guard)" in child
     folder = tmp_path / "unguarded"
-    folder.mkdir()
-    (folder / "child.py").write_text(child.replace("sys.addaudithook(guard)", ""))
-    (folder / "launch.py").write_text((Path(worker.__file__).parent / "launch.py").read_text())
-    monkeypatch.setattr(worker, "__file__", str(folder / "worker.py"))
+    shutil.copytree(Path(commands.__file__).parent, folder)
+    program = (folder / "program.py").read_text()
+    for line in ("sys.addaudithook(guard)", "kernel.filter_calls(processes)"):
+        assert line in program
+        program = program.replace(line, "")
+    (folder / "program.py").write_text(program)
+    monkeypatch.setattr(commands, "__file__", str(folder / "commands.py"))
     escape = """
 import os, time
 if os.fork() == 0:
@@ -193,12 +224,12 @@ if os.fork() == 0:
 os.wait()
 """
     with Pool(Limits(seconds=60, processes=10**5), workers=1) as pool:
-        first = pool._idle[0].process
+        first = pool._idle[0].programs.process
         assert pool.run(escape).passed
         # The worker was given back, found unclean, and ended with all processes below it.
         assert first.poll() is not None
         assert pool.run("x = 1").passed
-        assert pool._idle[0].process is not first
+        assert pool._idle[0].programs.process is not first
 
 
 def test_pool_closes_and_leaves_nothing(tmp_path, monkeypatch):
@@ -209,7 +240,7 @@ def test_pool_closes_and_leaves_nothing(tmp_path, monkeypatch):
         assert [result.passed for result in results] == [bool(i % 3) for i in range(12)]
         assert [result.output for result in results] == [f"{i}\n" for i in range(12)]
         assert 1 <= len(pool._idle) <= 2
-        processes = [each.process for each in pool._idle]
+        processes = [z.process for each in pool._idle for z in (each.programs, each.judges)]
     assert all(process.returncode is not None for process in processes)
     assert list(tmp_path.iterdir()) == [] and threading.active_count() == threads
     with pytest.raises(UserError, match="the sandbox's pool is closed"):
@@ -223,7 +254,7 @@ def test_an_interrupted_worker_is_not_used_again(monkeypatch):
 
     with Pool(PATIENT, workers=1) as pool:
         with monkeypatch.context() as patch:
-            patch.setattr(worker, "_wait_for_outcome", stop)
+            patch.setattr(worker._Run, "wait", stop)
             with pytest.raises(KeyboardInterrupt):
                 pool.run("raise KeyError")
         assert pool._idle == [] and pool.run("x = 1").passed
@@ -241,11 +272,19 @@ def test_pool_that_is_closed_while_it_runs(tmp_path, monkeypatch):
     assert results[0].reason == "timeout" and list(tmp_path.iterdir()) == []
 
 
+def is_alive(pid: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
+    return False
+
+
 def test_a_forgotten_pool_ends_with_the_process(tmp_path):
     """Also if the process is killed, since the workers' other ends are closed then."""
     code = (
         "import os, signal, sys\nfrom xflow_jax.sandbox import Pool\npool = Pool(workers=1)\n"
-        "print(pool._idle[0].process.pid, flush=True)\n"
+        "worker = pool._idle[0]\n"
+        "print(worker.programs.process.pid, worker.judges.process.pid, flush=True)\n"
         "if len(sys.argv) > 1: os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     for arguments in ([], ["kill"]):
@@ -257,11 +296,9 @@ def test_a_forgotten_pool_ends_with_the_process(tmp_path):
         assert ended.returncode == (-9 if arguments else 0), ended.stderr
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(ended.stdout), 0)
-                time.sleep(0.05)
-                continue
-            break
+            if not any(is_alive(int(pid)) for pid in ended.stdout.split()):
+                break
+            time.sleep(0.05)
         else:
             pytest.fail("the worker outlives its process")
         if not arguments:

@@ -150,7 +150,7 @@ def test_death_is_reported():
     )
 
 
-def test_what_the_program_writes_to_the_verdict_is_no_verdict():
+def test_bytes_to_the_judge_are_no_verdict():
     forge = """
         import os
         for number in range(3, 32):
@@ -159,7 +159,7 @@ def test_what_the_program_writes_to_the_verdict_is_no_verdict():
     """
     result = run(textwrap.dedent(forge) + RIGHT)
     assert not result.passed
-    assert result.reason == "error: the program wrote to the channel of the verdict"
+    assert result.reason == "error: the program sent bytes that are no answer to a call"
 
 
 def test_run_many_keeps_order_shares_equal_jobs_and_reports():

@@ -11,6 +11,7 @@ object:
     scratch        an empty folder, the working directory, the only one that may be written
     scratch_bytes  its size, which only namespaces can limit
     control        a descriptor that the command inherits, for an error as a JSON string
+    cgroup         folder of a control group to enter, or ""
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS =
 KEPT_CAPABILITIES = (1, 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 # user, mnt, pid, net, ipc, uts
 NEW_NAMESPACES = 0x10000000 | 0x20000 | 0x20000000 | 0x40000000 | 0x8000000 | 0x4000000
-MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 2, 4, 4096, 16384, 1 << 18, 2
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
+MNT_DETACH = 2
+KEYCTL = {"x86_64": 250, "aarch64": 219}  # number of the system call
+KEYCTL_JOIN_SESSION_KEYRING = 1
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, READ_ONLY_NOSUID = 442, -100, 0x8000, 3
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, MAKE_CHAR, MAKE_BLOCK, IOCTL_DEV = (
@@ -126,7 +130,8 @@ def enter_root(scratch: str, scratch_bytes: int, readable: list[str]) -> None:
         "syscall", MOUNT_SETATTR, AT_FDCWD, root.encode(), AT_RECURSIVE, attributes, len(attributes)
     )
     size = f"size={scratch_bytes},nr_inodes=4096,mode=777".encode()
-    call("mount", b"tmpfs", (root + scratch).encode(), b"tmpfs", MS_NOSUID | MS_NODEV, size)
+    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
+    call("mount", b"tmpfs", (root + scratch).encode(), b"tmpfs", flags, size)
     os.chdir(root)
     call("pivot_root", b".", b".")
     call("umount2", b".", MNT_DETACH)
@@ -155,6 +160,23 @@ def drop_capabilities() -> None:
         if capability not in KEPT_CAPABILITIES:
             with contextlib.suppress(OSError):  # the kernel has fewer, or this is not root
                 call("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
+
+
+def enter_keyring() -> None:
+    """Replaces the user's session keyring by an empty one."""
+    number = KEYCTL.get(os.uname().machine)
+    if number is not None:
+        with contextlib.suppress(OSError):  # a container may refuse all keyrings, old and new
+            call("syscall", number, KEYCTL_JOIN_SESSION_KEYRING, None)
+
+
+def enter_cgroup(folder: str) -> bool:
+    """Moves this process into a control group. Returns False if it cannot."""
+    try:
+        write_text(f"{folder}/cgroup.procs", "0")
+    except OSError:
+        return False
+    return True
 
 
 def enter_landlock(scratch: str, readable: list[str]) -> bool:
@@ -211,6 +233,9 @@ def main() -> None:
     method, scratch, readable = spec["method"], spec["scratch"], spec["readable"]
     parts, other_processes = [], 0
     try:
+        ending = ["limits"]
+        if spec["cgroup"] and enter_cgroup(spec["cgroup"]):
+            ending.insert(0, "cgroup")
         if method == "unshare":
             enter_namespaces()
         if method != "inside" and sys.platform == "linux":
@@ -227,16 +252,17 @@ def main() -> None:
             parts.append("namespaces")
         os.chdir(scratch)
         if sys.platform == "linux":
+            enter_keyring()
             drop_capabilities()
             call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
             call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             if spec["landlock"] and enter_landlock(scratch, readable):
                 parts.append("landlock")
         os.set_inheritable(spec["control"], True)
-        arguments = [*command, "+".join([*parts, "limits"]), str(other_processes)]
-        # The environment is empty but for the hash seed: a verdict must not depend on the order of
-        # a set.
-        os.execve(command[0], arguments, {"PYTHONHASHSEED": "0"})
+        arguments = [*command, "+".join([*parts, *ending]), str(other_processes)]
+        # A verdict must not depend on the order of a set, and a program has one thread only.
+        environment = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        os.execve(command[0], arguments, environment)
     except OSError as error:
         os.write(spec["control"], json.dumps(error.strerror or str(error)).encode())
         os._exit(1)

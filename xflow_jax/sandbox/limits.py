@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 
 from xflow_jax.errors import require
 
-FULL_ISOLATION = "namespaces+landlock+limits"
+FULL_ISOLATION = "namespaces+landlock+seccomp+limits"
+PROTECTIONS = ("namespaces", "landlock", "seccomp", "cgroup", "limits")
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,10 @@ class Limits:
         files: files open at once, and files opened for writing in all.
         processes: processes and threads, the program itself included. Without namespaces, all
             processes of this user count.
-        minimum: a part of "namespaces+landlock+limits". Nothing runs if less is in force.
+        libraries: packages of this Python that programs may import, if they are installed.
+        minimum: protections that must be in force, some of namespaces, landlock, seccomp, cgroup
+            and limits, joined by "+". None requires namespaces or Landlock on Linux. "limits"
+            allows programs to run without both.
 
     Raises:
         UserError: a limit is not above 0, or `minimum` has an unknown part.
@@ -35,18 +39,31 @@ class Limits:
     file_bytes: int = 1 << 20
     files: int = 32
     processes: int = 1
-    minimum: str = "limits"
+    libraries: tuple[str, ...] = ("numpy",)
+    minimum: str | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "minimum":
+            if isinstance(value, int | float):
                 require(value > 0, f"the sandbox limit {field.name} must be above 0, not {value}")
-        known = set(self.minimum.split("+")) <= set(FULL_ISOLATION.split("+"))
+        known = self.minimum is None or set(self.minimum.split("+")) <= set(PROTECTIONS)
         require(
             known,
-            f"the sandbox limit minimum must be some of {FULL_ISOLATION}, not {self.minimum!r}",
+            f"the sandbox limit minimum must be some of {'+'.join(PROTECTIONS)}, "
+            f"not {self.minimum!r}",
         )
+
+    def is_met_by(self, isolation: str) -> bool:
+        """Returns True if an isolation has the protections of the minimum.
+
+        Args:
+            isolation: the isolation in force, as in `Result.isolation`.
+        """
+        parts = set(isolation.split("+"))
+        if self.minimum is None:
+            return sys.platform != "linux" or bool(parts & {"namespaces", "landlock"})
+        return set(self.minimum.split("+")) <= parts
 
     def resources(self) -> dict[int, int]:
         """Returns resource number -> value for setrlimit."""

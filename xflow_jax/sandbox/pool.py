@@ -1,13 +1,16 @@
 """Pool of isolated, limited processes that run untrusted programs.
 
-A child that passes must return a random token. It receives the token just before the program
-starts, and keeps it out of reach of Python code. The program's output and exit code do not count.
-Namespaces and Landlock isolate a program if the kernel has them, without root. Namespaces give it
-no network, no view of other processes and a file system of its own, and its processes end with it.
-Limits and an audit hook apply everywhere. The checks share an interpreter with the program, so
-native code that got past the hook could still forge a pass.
+A program runs alone. Its process never holds the checks, their expected values or a channel for a
+verdict: it only answers calls. A second process, the judge, evaluates the checks, in which the
+names of the program are stubs. Values cross in an encoding of exact builtin types.
 
-worker.py has the parent's side, launch.py the isolation, and child.py the code inside.
+Namespaces and Landlock isolate both processes if the kernel has them, without root. Namespaces give
+no network, no view of other processes and a file system of its own, and the processes end with
+them. A filter of system calls (seccomp) forbids everything that a calculation does not need. Limits
+and an audit hook apply everywhere.
+
+commands.py has the commands of the processes, worker.py the parent's side, and launch.py the
+isolation. The code inside is zygote.py, program.py and judge.py.
 """
 
 from __future__ import annotations
@@ -22,17 +25,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 
 from xflow_jax.errors import UserError, require
+from xflow_jax.sandbox.commands import ISOLATION_METHODS
 from xflow_jax.sandbox.limits import FULL_ISOLATION, Limits
-from xflow_jax.sandbox.worker import (
-    ISOLATION_METHODS,
-    Outcome,
-    StartError,
-    Worker,
-    WorkerDied,
-    start_worker,
-)
+from xflow_jax.sandbox.worker import Outcome, StartError, Worker, WorkerDied, start_worker
 
-_REASONS = ("wrong answer: ", "memory limit", "syntax error: ", "error: ")
+SAME_INTERPRETER = "passed in the same interpreter"
+_FORGED = "error: the program sent bytes that are no answer to a call"
 
 
 @dataclass(frozen=True)
@@ -41,11 +39,14 @@ class Result:
 
     Attributes:
         passed: True if the program and its checks ran to their end.
-        reason: one line: "passed", "wrong answer: ...", "timeout", "memory limit", "output limit",
-            "syntax error: ..." or "error: ...".
+        reason: one line: "passed", "passed in the same interpreter", "wrong answer: ...",
+            "timeout", "memory limit", "output limit", "syntax error: ..." or "error: ...".
         output: the printed text, of both stdout and stderr.
         seconds: wall-clock time, including a cold start.
-        isolation: the isolation in force, "namespaces+landlock+limits" at best.
+        isolation: the isolation in force, "namespaces+landlock+seccomp+limits" at best. "cgroup"
+            is a part of it if the system has delegated control groups.
+        same_interpreter: True if the checks ran in the program's process, because they need more
+            than calls with plain values. A hostile program can forge such a pass.
     """
 
     passed: bool
@@ -53,12 +54,14 @@ class Result:
     output: str
     seconds: float
     isolation: str
+    same_interpreter: bool = False
 
 
 class Pool:
-    """Warm workers, each of which forks a fresh limited child per program.
+    """Warm workers, each of which forks two fresh limited children per program.
 
-    A worker starts on first use and is replaced if it dies. All methods are thread-safe. Close the
+    A worker starts on first use. It is replaced if it dies, after 256 programs, and after a program
+    that broke the protocol or left something behind. All methods are thread-safe. Close the
     pool, or use it as a context manager.
 
     Args:
@@ -114,10 +117,13 @@ class Pool:
                     if not isinstance(error, WorkerDied):
                         raise
                 else:
-                    self._give_back(worker)
                     reason, output = _reason_of(outcome), outcome.output.decode("utf-8", "replace")
+                    if reason == _FORGED:
+                        worker.close()
+                    self._give_back(worker)
                     break
-        return Result(reason == "passed", reason, output, time.monotonic() - start, isolation)
+        passed, there = reason in ("passed", SAME_INTERPRETER), reason == SAME_INTERPRETER
+        return Result(passed, reason, output, time.monotonic() - start, isolation, there)
 
     def run_many(
         self, jobs: Sequence[tuple[str, str]], progress: Callable[[int, int], None] | None = None
@@ -153,32 +159,40 @@ class Pool:
             self.close()
 
     def _start_worker(self) -> Worker:
-        worker = _start_best(self.limits.files * self.limits.file_bytes)
-        missing = set(self.limits.minimum.split("+")) - set(worker.isolation.split("+"))
-        if missing:
+        worker = _start_best(self.limits)
+        if not self.limits.is_met_by(worker.isolation):
             worker.close()
-        require(
-            not missing,
-            f"the sandbox has only {worker.isolation} here, "
-            f"which is below its minimum of {self.limits.minimum}: "
-            "allow user namespaces, install bubblewrap, or lower the minimum",
-        )
+            raise UserError(
+                f"the sandbox has only {worker.isolation} here, which is below its minimum of "
+                f"{self.limits.minimum or 'namespaces or landlock'}: allow user namespaces, "
+                'install bubblewrap, or lower the minimum, as in Limits(minimum="limits")'
+            )
         return worker
 
 
 def run_program(program: str, checks: str = "", limits: Limits = Limits()) -> Result:  # noqa: B008
-    """Runs an untrusted program and its checks in one child.
+    """Runs an untrusted program, and its checks in another process.
 
     A Pool is faster for many programs. A program passes only if both run to their end. An
     AssertionError that the checks themselves raise is a wrong answer. `__name__` is "program", so a
-    main guard does not run. Before the checks, builtins and the modules that they name are
-    restored. A name of the program hides a builtin only from checks that use no other name of the
-    program. `==` calls the answer's own `__eq__`, so strict checks compare types too.
+    main guard does not run.
+
+    In the checks, the names that they do not define are the program's. Constants have their plain
+    value, and modules are the judge's own. Calls of functions and methods run in the program's
+    process, and arguments that change there change here. Results are None, bool, int, float,
+    complex, str, bytes, list, tuple, dict, set or frozenset. Instances of their subclasses and
+    numbers of numpy become these types. Other objects stay in the program's process. They can be
+    called and iterated, have attributes, and equal only themselves. A name of the program hides a
+    builtin only from checks that use no other name of the program.
+
+    The checks run in the program's process if they pass a function or object of their own to it,
+    or use a name of the program in `except`, `isinstance`, `with` or as a base class. Then
+    `Result.same_interpreter` is True.
 
     Args:
         program: untrusted Python source.
         checks: trusted Python source that uses the program's names.
-        limits: limits of the child.
+        limits: limits of each of the two processes.
 
     Raises:
         UserError: see Pool.
@@ -219,19 +233,24 @@ _detection_lock = threading.Lock()
 _methods: tuple[str, ...] = ISOLATION_METHODS
 
 
-def _start_best(scratch_bytes: int) -> Worker:
+def _start_best(limits: Limits) -> Worker:
     """Starts a worker in the best isolation of this machine.
 
-    Warns once in a process if that is not the full isolation.
+    Warns once in a process if that is not the full isolation. Only a minimum that allows it leads
+    to the method "bare".
     """
     global _methods
+    bare = limits.minimum == "limits"
     with _detection_lock if len(_methods) > 1 else contextlib.nullcontext():
+        allowed = [method for method in _methods if bare or method != "bare"]
+        if not allowed:  # an earlier pool allowed it
+            allowed = [method for method in ISOLATION_METHODS if method != "bare"]
         try:
-            worker = start_worker(scratch_bytes, _methods)
+            worker = start_worker(limits, allowed)
         except StartError as error:
             raise UserError(f"the sandbox cannot start a process: {error}") from None
         first, _methods = len(_methods) > 1, (worker.method,)
-    if first and worker.isolation != FULL_ISOLATION:
+    if first and set(FULL_ISOLATION.split("+")) - set(worker.isolation.split("+")):
         instead = f"{worker.isolation} instead of {FULL_ISOLATION}"
         reasons = worker.failures and f" ({worker.failures})"
         warnings.warn(
@@ -241,12 +260,11 @@ def _start_best(scratch_bytes: int) -> Worker:
 
 
 def _reason_of(outcome: Outcome) -> str:
-    verdict = outcome.verdict
-    if outcome.stop_reason == "output limit" or not verdict:
+    kind, text = outcome.verdict[:1], outcome.verdict[1:].decode("utf-8", "replace")
+    if outcome.stop_reason == "output limit" or kind not in (b"P", b"T", b"F", b"M"):
         return outcome.stop_reason
-    if verdict == outcome.token:
-        return "passed"
-    reason = "".join(c if c.isprintable() else " " for c in verdict.decode("utf-8", "replace"))
-    if reason.startswith(_REASONS):
-        return reason
-    return "error: the program wrote to the channel of the verdict"
+    if kind in (b"P", b"T"):
+        return "passed" if kind == b"P" else SAME_INTERPRETER
+    if kind == b"M":
+        return _FORGED
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -1,4 +1,4 @@
-"""Worker of the sandbox: the parent's side of a zygote (child.py)."""
+"""Worker of the sandbox: the parent's side of its two zygotes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import contextlib
 import json
 import marshal
 import os
-import secrets
 import selectors
-import shutil
 import signal
 import socket
 import struct
@@ -22,26 +20,19 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
+from xflow_jax.sandbox import cgroup
+from xflow_jax.sandbox.commands import (
+    find_bubblewrap,
+    launch_command,
+    library_folders,
+    zygote_command,
+)
 from xflow_jax.sandbox.limits import Limits
 
+MAX_RUNS = 256  # programs of one worker, before fresh zygotes take over
 _MAX_VERDICT_BYTES = 2000
 _SYSTEM_TIMEOUT = 60.0  # seconds for the machine to start a process or to end a killed one
-_FOLDERS = (
-    "/lib",
-    "/lib32",
-    "/lib64",
-    "/usr/lib",
-    "/usr/lib32",
-    "/usr/lib64",
-    "/usr/local/lib",
-    "/nix/store",
-)
-_DEVICES = (os.devnull, "/dev/urandom")
-_FILES = ("/etc/ld.so.cache", "/usr/share/zoneinfo", *_DEVICES)
-
-# Ways to isolate a process, the best first. "bare" goes without Landlock. It is for interpreters
-# whose libraries lie in a place that `readable_paths` does not know, so that even "plain" fails.
-ISOLATION_METHODS = ("unshare", "bubblewrap", "plain", "bare")
+_JOB_SIZE = struct.Struct("<I")
 
 
 class StartError(Exception):
@@ -49,7 +40,7 @@ class StartError(Exception):
 
 
 class WorkerDied(Exception):
-    """The zygote has ended, and the program that it ran too."""
+    """A zygote has ended, and the program that it ran too."""
 
 
 @dataclass(frozen=True)
@@ -57,117 +48,49 @@ class Outcome:
     """Raw result of one program.
 
     Attributes:
-        verdict: bytes that the child wrote to the channel.
-        token: the verdict if all checks pass.
-        output: bytes that were printed.
+        verdict: bytes that the judge wrote, b"" if there are none.
+        output: bytes that the program printed.
         stop_reason: the reason to report if there is no verdict. "output limit" takes precedence
             over a verdict.
     """
 
     verdict: bytes
-    token: bytes
     output: bytes
     stop_reason: str
 
 
-def interpreter_command() -> list[str]:
-    """Returns the command of an isolated Python interpreter.
-
-    It is the one behind the links of a virtual environment. The flags isolate it like -I -S, except
-    that it reads PYTHONHASHSEED.
-    """
-    return [
-        os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable),
-        "-P",
-        "-s",
-        "-S",
-        "-B",
-    ]
-
-
-def readable_paths() -> list[str]:
-    """Returns the existing paths that a program may read.
-
-    These are the interpreter, its standard library, the libraries of both, and time zones.
-    """
-    homes = [
-        f"{prefix}/{lib}"
-        for prefix in (sys.base_prefix, sys.base_exec_prefix)
-        for lib in ("lib", "lib64")
-    ]
-    paths = [interpreter_command()[0], os.path.dirname(os.__file__), *homes, *_FOLDERS, *_FILES]
-    return [path for path in dict.fromkeys(paths) if os.path.exists(path)]
-
-
-def find_bubblewrap() -> str | None:
-    """Returns the path of bubblewrap, or None if it is not installed."""
-    return shutil.which("bwrap")
-
-
-def launch_command(
-    method: str, landlock: bool, scratch: str, scratch_bytes: int, control: int
-) -> list[str]:
-    """Returns the command that isolates another command.
-
-    The other command follows as its last arguments.
-
-    Args:
-        method: one of ISOLATION_METHODS.
-        landlock: True to use Landlock if the kernel has it.
-        scratch: an empty folder, the only one that may be written.
-        scratch_bytes: size of the folder's file system.
-        control: descriptor for error messages, inherited by the command.
-    """
-    spec = {
-        "method": {"bubblewrap": "inside", "bare": "plain"}.get(method, method),
-        "landlock": landlock,
-        "readable": readable_paths(),
-        "scratch": scratch,
-        "scratch_bytes": scratch_bytes,
-        "control": control,
-    }
-    command = [
-        *interpreter_command(),
-        "-c",
-        Path(__file__).with_name("launch.py").read_text(),
-        json.dumps(spec),
-    ]
-    if method != "bubblewrap":
-        return command
-    mounted = sorted({*readable_paths(), *map(os.path.realpath, readable_paths())})
-    return [
-        find_bubblewrap() or "bwrap", "--unshare-all", "--die-with-parent", "--as-pid-1",
-        "--new-session", "--cap-drop", "ALL", "--uid", "65534", "--gid", "65534",
-        *(part for path in mounted for part in ("--ro-bind", os.path.realpath(path), path)),
-        *(part for path in _DEVICES for part in ("--dev-bind", path, path)),
-        "--size", str(scratch_bytes), "--tmpfs", scratch, "--remount-ro", "/", "--", *command,
-    ]  # fmt: skip
-
-
-class Worker:
-    """One warm zygote with its folder, for one program at a time.
+class Zygote:
+    """One isolated zygote process.
 
     Attributes:
+        control: connection with it.
+        process: its outermost process.
+
+    Args:
+        role: "program" or "judge".
         method: the isolation method, one of ISOLATION_METHODS.
-        isolation: the isolation in force, a part of FULL_ISOLATION.
-        failures: the better methods with the reasons why they failed.
-        close: ends the zygote and removes the folder.
+        scratch: an empty folder that its children may write.
+        limits: limits of the programs.
 
     Raises:
-        StartError: the method does not work on this machine.
+        StartError: the process cannot be created.
     """
 
-    def __init__(self, method: str, scratch_bytes: int) -> None:
-        self.folder = tempfile.TemporaryDirectory(
-            prefix="xflow-sandbox-", ignore_cleanup_errors=True
-        )
+    def __init__(self, role: str, method: str, scratch: str, limits: Limits) -> None:
         self.control, theirs = socket.socketpair()
-        scratch = os.path.realpath(self.folder.name)
+        libraries = library_folders(limits.libraries)
+        group = cgroup.create(limits)
         command = [
-            *launch_command(method, method != "bare", scratch, scratch_bytes, theirs.fileno()),
-            *interpreter_command(), "-c", Path(__file__).with_name("child.py").read_text(),
-            str(theirs.fileno()), scratch,
-        ]  # fmt: skip
+            *launch_command(
+                method,
+                scratch,
+                limits.files * limits.file_bytes,
+                theirs.fileno(),
+                libraries,
+                group,
+            ),
+            *zygote_command(role, scratch, theirs.fileno(), libraries),
+        ]
         with theirs:
             try:
                 self.process = subprocess.Popen(
@@ -181,56 +104,46 @@ class Worker:
                 )
             except OSError as error:
                 self.control.close()
-                self.folder.cleanup()
+                cgroup.remove(group)
                 raise StartError(str(error)) from None
         self.close = weakref.finalize(
-            self, _end_worker, os.getpid(), self.process, self.control, self.folder
+            self, _end_zygote, os.getpid(), self.process, self.control, group
         )
         self.control.settimeout(_SYSTEM_TIMEOUT)
+
+    def wait_until_ready(self) -> str:
+        """Waits for the first message, and returns the isolation in force.
+
+        Raises:
+            StartError: the process cannot isolate itself.
+        """
         try:
             hello = self.control.recv(4096).decode()
         except OSError as error:
             hello = json.dumps(str(error))
         if not hello or hello.startswith('"'):
-            self.close()
             raise StartError(json.loads(hello or '"it ended at once"'))
-        self.method, self.isolation, self.failures = method, hello, ""
-
-    def run(self, program: str, checks: str, limits: Limits) -> Outcome:
-        """Runs a program and its checks.
-
-        Raises:
-            WorkerDied: the zygote ended meanwhile. The worker cannot be used again.
-        """
-        deadline, token = time.monotonic() + limits.seconds, secrets.token_bytes(32)
-        job = marshal.dumps((program, checks, limits.resources(), limits.files))
-        ours, theirs = socket.socketpair()
-        read_end, write_end = os.pipe()
-        with ours, open(read_end, "rb", buffering=0) as output:
-            with theirs, open(write_end, "wb", buffering=0) as printed:
-                self.send(b"r", [printed.fileno(), theirs.fileno()])
-            ours.settimeout(limits.seconds)
-            # A child that has ended causes these errors.
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError, TimeoutError):
-                ours.sendall(len(job).to_bytes(8, "little") + job)
-                ours.sendall(token)  # by itself, since so short a message arrives whole
-            return _wait_for_outcome(self, ours, output, deadline, limits.output_bytes, token)
+        return hello
 
     def send(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
-        """Sends a command to the zygote.
+        """Sends a command.
 
-        b"r" with two descriptors runs a program, b"k" ends it.
+        b"r" with two descriptors runs a child, b"k" ends it.
         """
         try:
             socket.send_fds(self.control, [message], descriptors)
         except OSError:
             raise WorkerDied from None
 
-    def is_usable(self) -> bool:
-        """Returns True if the worker can run another program.
+    def stop_child(self) -> None:
+        """Ends the child."""
+        self.send(b"k")
+        # The program may have stopped the zygote by a signal.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGCONT)
 
-        It cannot if the zygote has ended, or if a process of the last program escaped from it.
-        """
+    def is_clean(self) -> bool:
+        """Returns True if the zygote lives and no child escaped from it."""
         if not self.close.alive or self.process.poll() is not None:
             return False
         with contextlib.suppress(OSError):  # some kernels have no such file
@@ -239,15 +152,75 @@ class Worker:
         return True
 
 
-def _end_worker(
-    owner: int,
-    process: subprocess.Popen[bytes],
-    control: socket.socket,
-    folder: tempfile.TemporaryDirectory[str],
+class Worker:
+    """Two warm zygotes with their folders, for one program at a time.
+
+    Attributes:
+        method: the isolation method, one of ISOLATION_METHODS.
+        isolation: the isolation in force, as in Result.
+        failures: the better methods with the reasons why they failed.
+        programs, judges: the two zygotes.
+
+    Raises:
+        StartError: the method does not work on this machine.
+    """
+
+    def __init__(self, method: str, limits: Limits) -> None:
+        self.folder = tempfile.TemporaryDirectory(
+            prefix="xflow-sandbox-", ignore_cleanup_errors=True
+        )
+        self.method, self.failures, self.runs = method, "", 0
+        zygotes: list[Zygote] = []
+        try:
+            for role in ("program", "judge"):
+                scratch = os.path.join(os.path.realpath(self.folder.name), role)
+                os.mkdir(scratch, 0o700)
+                zygotes.append(Zygote(role, method, scratch, limits))
+            self.isolation = [zygote.wait_until_ready() for zygote in zygotes][0]
+        except StartError:
+            _end_worker(os.getpid(), zygotes, self.folder)
+            raise
+        self.programs, self.judges = zygotes
+        self.close = weakref.finalize(self, _end_worker, os.getpid(), zygotes, self.folder)
+
+    def run(self, program: str, checks: str, limits: Limits) -> Outcome:
+        """Runs a program and its checks.
+
+        Raises:
+            WorkerDied: a zygote ended meanwhile. The worker cannot be used again.
+        """
+        deadline = time.monotonic() + limits.seconds
+        self.runs += 1
+        job = marshal.dumps((program, checks, limits.resources(), limits.files, limits.processes))
+        ours, theirs = socket.socketpair()
+        read_end, write_end = os.pipe()
+        with ours, open(read_end, "rb", buffering=0) as output:
+            first, second = socket.socketpair()
+            with theirs, first, second, open(write_end, "wb", buffering=0) as printed:
+                self.programs.send(b"r", [printed.fileno(), first.fileno()])
+                self.judges.send(b"r", [second.fileno(), theirs.fileno()])
+            ours.settimeout(limits.seconds)
+            # A judge that has ended causes these errors.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError, TimeoutError):
+                ours.sendall(_JOB_SIZE.pack(len(job)) + job)
+            return _Run(self, ours, output, deadline, limits.output_bytes).wait()
+
+    def is_usable(self) -> bool:
+        """Returns True if the worker can run another program."""
+        return (
+            self.close.alive
+            and self.runs < MAX_RUNS
+            and self.programs.is_clean()
+            and self.judges.is_clean()
+        )
+
+
+def _end_zygote(
+    owner: int, process: subprocess.Popen[bytes], control: socket.socket, group: str
 ) -> None:
-    """Ends a worker, whose zygote ends once its control closes."""
+    """Ends a zygote, which ends by itself once its control closes."""
     control.close()
-    if os.getpid() != owner:  # a fork of this process does not own the worker
+    if os.getpid() != owner:  # a fork of this process does not own the zygote
         return
     try:
         process.wait(5)
@@ -256,67 +229,113 @@ def _end_worker(
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    folder.cleanup()
+    cgroup.remove(group)
 
 
-def _wait_for_outcome(
-    worker: Worker,
-    ours: socket.socket,
-    output: FileIO,
-    deadline: float,
-    max_output: int,
-    token: bytes,
-) -> Outcome:
-    """Reads verdict and output until the child has ended.
+def _end_worker(
+    owner: int, zygotes: Sequence[Zygote], folder: tempfile.TemporaryDirectory[str]
+) -> None:
+    for zygote in zygotes:
+        zygote.close()
+    if os.getpid() == owner:
+        folder.cleanup()
 
-    Ends the child at the deadline or above `max_output` bytes. Raises WorkerDied if the zygote
-    ends.
+
+class _Run:
+    """Reads verdict and output of one program until both children end.
+
+    Args:
+        worker: the worker that runs the program.
+        verdict: connection with the judge.
+        output: what the program prints.
+        deadline: time.monotonic() at which both children are ended.
+        max_output: bytes of output above which both are ended.
     """
-    verdict, printed, stop_reason, answer = b"", b"", "", b""
-    stopped_at = 0.0  # time of the command that ends the program
-    ours.setblocking(False)
-    os.set_blocking(output.fileno(), False)
-    with selectors.DefaultSelector() as selector:
-        for source in (output, ours, worker.control):
-            selector.register(source, selectors.EVENT_READ)
-        while len(answer) < 5:
-            now = time.monotonic()
-            if not stop_reason and (now >= deadline or len(printed) > max_output):
-                stop_reason = "output limit" if len(printed) > max_output else "timeout"
-                stopped_at = now
-                worker.send(b"k")
-                # The program may have stopped the zygote by a signal.
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(worker.process.pid, signal.SIGCONT)
-            if stop_reason and now - stopped_at > _SYSTEM_TIMEOUT:
-                worker.close()
+
+    def __init__(
+        self,
+        worker: Worker,
+        verdict: socket.socket,
+        output: FileIO,
+        deadline: float,
+        max_output: int,
+    ) -> None:
+        self._worker, self._deadline, self._max_output = worker, deadline, max_output
+        self._source, self._output = verdict, output
+        self._verdict, self._printed, self._stop_reason = b"", b"", ""
+        self._answers = {worker.programs: b"", worker.judges: b""}
+        self._stopped_at = 0.0  # time of the command that ends the children
+
+    def wait(self) -> Outcome:
+        """Returns the outcome.
+
+        Raises:
+            WorkerDied: a zygote ended.
+        """
+        self._source.setblocking(False)
+        os.set_blocking(self._output.fileno(), False)
+        with selectors.DefaultSelector() as selector:
+            for source in (self._output, self._source):
+                selector.register(source, selectors.EVENT_READ, source)
+            for zygote in self._answers:
+                selector.register(zygote.control, selectors.EVENT_READ, zygote)
+            while any(len(answer) < 5 for answer in self._answers.values()):
+                for key, _ in selector.select(self._time_left()):
+                    if not self._read(key.data, key.fd):
+                        selector.unregister(key.fileobj)
+        return self._outcome()
+
+    def _time_left(self) -> float:
+        """Returns the time to wait, and ends the children above a limit."""
+        now = time.monotonic()
+        if self._stop_reason:
+            if now - self._stopped_at > _SYSTEM_TIMEOUT:
+                self._worker.close()
                 raise WorkerDied
-            timeout = stopped_at + _SYSTEM_TIMEOUT - now if stop_reason else deadline - now
-            for key, _ in selector.select(timeout):
-                if key.fileobj is worker.control:
-                    data = _read_available(worker.control.fileno())
-                    if not data:
-                        raise WorkerDied
-                    answer += data
-                elif not (data := _read_available(key.fd)):
-                    selector.unregister(key.fileobj)
-                elif key.fileobj is ours:
-                    verdict = (verdict + data)[:_MAX_VERDICT_BYTES]
-                elif not stop_reason:
-                    printed += data
-    # All processes have ended, but their last bytes may be unread.
-    while len(verdict) < _MAX_VERDICT_BYTES and (data := _read_available(ours.fileno())):
-        verdict += data
-    while len(printed) <= max_output and (data := _read_available(output.fileno())):
-        printed += data
-    status, clean = struct.unpack("=i?", answer)
-    if not clean:
-        worker.close()
-    if len(printed) > max_output:
-        stop_reason = "output limit"
-    elif not stop_reason:
-        stop_reason = _describe_exit(os.waitstatus_to_exitcode(status))
-    return Outcome(verdict, token, printed[:max_output], stop_reason)
+            return self._stopped_at + _SYSTEM_TIMEOUT - now
+        if now < self._deadline and len(self._printed) <= self._max_output:
+            return self._deadline - now
+        self._stop_reason = "output limit" if now < self._deadline else "timeout"
+        self._stopped_at = now
+        for zygote, answer in self._answers.items():
+            if not answer:
+                zygote.stop_child()
+        return _SYSTEM_TIMEOUT
+
+    def _read(self, source: Zygote | socket.socket | FileIO, descriptor: int) -> bytes:
+        """Reads what a source has. Returns b"" at its end."""
+        data = _read_available(descriptor)
+        if isinstance(source, Zygote):
+            if not data:
+                raise WorkerDied
+            self._answers[source] += data
+            # The program has nothing more to answer once its judge has ended.
+            if source is self._worker.judges and not self._answers[self._worker.programs]:
+                self._worker.programs.stop_child()
+        elif source is self._source:
+            self._verdict = (self._verdict + data)[:_MAX_VERDICT_BYTES]
+        elif not self._stop_reason:
+            self._printed += data
+        return data
+
+    def _outcome(self) -> Outcome:
+        # All processes have ended, but their last bytes may be unread.
+        while len(self._verdict) < _MAX_VERDICT_BYTES and (
+            data := _read_available(self._source.fileno())
+        ):
+            self._verdict += data
+        while len(self._printed) <= self._max_output and (
+            data := _read_available(self._output.fileno())
+        ):
+            self._printed += data
+        answers = [struct.unpack("=i?", answer) for answer in self._answers.values()]
+        if not all(clean for _, clean in answers):
+            self._worker.close()
+        if len(self._printed) > self._max_output:
+            self._stop_reason = "output limit"
+        elif not self._stop_reason:
+            self._stop_reason = _describe_exits(*(status for status, _ in answers))
+        return Outcome(self._verdict, self._printed[: self._max_output], self._stop_reason)
 
 
 def _read_available(descriptor: int) -> bytes:
@@ -326,11 +345,18 @@ def _read_available(descriptor: int) -> bytes:
     return b""
 
 
-def _describe_exit(code: int) -> str:
-    if code == -signal.SIGXCPU:
+def _describe_exits(program: int, judge: int) -> str:
+    """Describes, by the wait statuses of both children, why no verdict came."""
+    codes = [os.waitstatus_to_exitcode(status) for status in (program, judge)]
+    if -signal.SIGXCPU in codes:
         return "timeout"
-    how = f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with {code}"
-    return f"error: the process {how} before the checks ended"
+    if codes[1] != 0:
+        return f"error: the process of the checks {_describe_exit(codes[1])}"
+    return f"error: the process {_describe_exit(codes[0])} before the checks ended"
+
+
+def _describe_exit(code: int) -> str:
+    return f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with {code}"
 
 
 def _signal_name(number: int) -> str:
@@ -339,11 +365,11 @@ def _signal_name(number: int) -> str:
     return f"signal {number}"
 
 
-def start_worker(scratch_bytes: int, methods: Sequence[str] = ISOLATION_METHODS) -> Worker:
+def start_worker(limits: Limits, methods: Sequence[str]) -> Worker:
     """Starts a worker by the first method that works.
 
     Args:
-        scratch_bytes: size of its folder's file system.
+        limits: limits of its programs.
         methods: isolation methods, the best first.
 
     Raises:
@@ -356,7 +382,7 @@ def start_worker(scratch_bytes: int, methods: Sequence[str] = ISOLATION_METHODS)
         ):
             continue
         try:
-            worker = Worker(method, scratch_bytes)
+            worker = Worker(method, limits)
             worker.failures = "; ".join(failures)
             return worker
         except StartError as error:
