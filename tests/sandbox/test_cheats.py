@@ -18,7 +18,7 @@ from xflow_jax.sandbox import commands, pool
 from xflow_jax.sandbox.limits import Limits
 from xflow_jax.sandbox.pool import Pool
 
-LIMITS = Limits(seconds=0.4, memory_mb=256, minimum="limits")
+LIMITS = Limits(seconds=0.3, memory_mb=256, minimum="limits")
 PATIENT = Limits(seconds=60, memory_mb=256, minimum="limits")
 # Fails with exactly this reason if it found the machine clean, and if nothing made it pass.
 NEXT = CLEAN + "def add(a, b): return 7\n"
@@ -93,7 +93,7 @@ def cases():
         # test_hostile.py has the others at the full level. Some of them are right without a hook.
         programs = {**CHEATS, **HOSTILE} if level in ("landlock", "limits") else CHEATS
         for i, name in enumerate(programs):
-            quick = level == "full" or (level == "no hook" and name in NATIVE) or i % 6 == 0
+            quick = level == "full" or (level == "no hook" and name in NATIVE) or i % 8 == 0
             yield pytest.param(level, name, marks=[] if quick else [pytest.mark.slow])
 
 

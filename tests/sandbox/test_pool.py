@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import json
@@ -36,6 +37,24 @@ def libc(name, *args):
     if getattr(ctypes.CDLL(None, use_errno=True), name)(*args) == -1:
         raise OSError(ctypes.get_errno(), name)
 outside, parent = sys.argv[1:3]
+def libc_map():
+    import mmap
+    with open("code", "wb") as file:
+        file.write(bytes(4096))
+    with open("code", "rb") as file:
+        mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ | mmap.PROT_EXEC).close()
+    os.unlink("code")
+def capabilities():
+    header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc("capget", header, data)
+    return data[0] | data[3] << 32
+def session():
+    number = {"x86_64": 250, "aarch64": 219}[os.uname().machine]
+    return ctypes.CDLL(None, use_errno=True).syscall(number, 0, -3, 0)
+attempt("session", session)
+attempt("capabilities", capabilities)
+attempt("user", os.getuid)
+attempt("executable", libc_map)
 attempt("writes its folder", lambda: open("x", "w").write("x"))
 attempt("writes nowhere", lambda: open("/dev/null", "w").write("x"))
 attempt("random bytes", lambda: open("/dev/urandom", "rb").read(1))
@@ -58,9 +77,10 @@ attempt("becomes root", lambda: os.setuid(0))
 done["isolation"] = sys.argv[-2]
 os.write(int(sys.argv[4]), json.dumps(done).encode())
 """
-ALLOWED = {"writes its folder", "writes nowhere", "random bytes", "isolation"}
+ABOUT = {"session", "capabilities", "user", "isolation"}
+ALLOWED = {"writes its folder", "writes nowhere", "random bytes", *ABOUT}
 # Attempts that only namespaces refuse, or that only namespaces refuse to root.
-NAMESPACES_ONLY = {"sends", "new user", "root", "becomes root"}
+NAMESPACES_ONLY = {"sends", "new user", "root", "becomes root", "executable"}
 
 
 def probe(tmp_path, method: str, landlock: bool) -> dict[str, str | None]:
@@ -91,6 +111,18 @@ def probe(tmp_path, method: str, landlock: bool) -> dict[str, str | None]:
     return answer
 
 
+def session_keyring() -> int:
+    """Returns the number of this process's session keyring, or -1 if there are no keyrings."""
+    number = {"x86_64": 250, "aarch64": 219}[os.uname().machine]
+    return ctypes.CDLL(None, use_errno=True).syscall(number, 0, -3, 0)
+
+
+def assert_no_rights(done: dict[str, str | None], capabilities: int) -> None:
+    assert int(done["capabilities"] or "0") == capabilities
+    outside = session_keyring()
+    assert outside == -1 or int(done["session"] or "0") not in (outside, 0)
+
+
 linux = pytest.mark.skipif(sys.platform != "linux", reason="namespaces and Landlock are Linux's")
 
 
@@ -106,8 +138,10 @@ def test_namespaces_hold_without_any_hook(tmp_path, method, landlock):
     could = {name for name, value in done.items() if value is not None}
     if method == "bubblewrap":
         # An old bubblewrap cannot forbid a new user namespace, which gives no further access there.
-        could -= {"new user", "root"}
+        could -= {"new user", "root", "executable"}
     assert could == ALLOWED
+    assert done["user"] == "65534"
+    assert_no_rights(done, 0)
     assert list((tmp_path / "scratch").iterdir()) == []  # its files are gone with its namespace
 
 
@@ -119,6 +153,8 @@ def test_landlock_holds_without_namespaces(tmp_path):
     could = {name for name, value in done.items() if value is not None}
     # Landlock refuses "connects" and "signals" since Linux 6.7 and 6.12.
     assert could - NAMESPACES_ONLY - {"connects", "signals"} == ALLOWED
+    # Root keeps CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, to read files of other users.
+    assert_no_rights(done, 0b110 if os.geteuid() == 0 else 0)
     assert {path.name for path in (tmp_path / "scratch").iterdir()} == {"x"}
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import resource
 import tempfile
 import textwrap
 from pathlib import Path
@@ -192,3 +193,45 @@ def test_nothing_stays_open():
 def test_limits_must_be_positive():
     with pytest.raises(UserError, match="the sandbox limit seconds must be above 0, not 0"):
         Limits(seconds=0)
+
+
+def test_every_limit_is_in_force():
+    """The program reads its own limits, which it cannot change."""
+    limits = Limits(seconds=7, memory_mb=200, file_bytes=5000, files=20)
+    program = f"""
+        import resource
+        for number, limit in {limits.resources()!r}.items():
+            soft, hard = resource.getrlimit(number)
+            if number == resource.RLIMIT_NPROC:
+                assert soft == hard and limit <= soft < limit + 10**5, (soft, hard)
+            elif number == resource.RLIMIT_CPU:
+                assert (soft, hard) == (limit, limit + 1), (soft, hard)
+            else:
+                assert soft == hard == limit, (number, soft, hard)
+            try: resource.setrlimit(number, (soft, hard))
+            except (PermissionError, ValueError): continue
+            raise SystemExit
+    """
+    assert run(program, "", limits).reason == "passed"
+    assert {"CPU", "FSIZE", "NOFILE", "NPROC", "CORE"} <= {
+        name.removeprefix("RLIMIT_")
+        for name in dir(resource)
+        if name.startswith("RLIMIT_") and getattr(resource, name) in limits.resources()
+    }
+    # The judge has the same.
+    checks = "import resource\nassert resource.getrlimit(resource.RLIMIT_CPU) == (8, 9)\n"
+    checks += "assert resource.getrlimit(resource.RLIMIT_FSIZE) == (5000, 5000) and f() == 1"
+    assert run("def f(): return 1", checks, limits).reason == "passed"
+
+
+def test_a_file_ends_at_its_limit():
+    program = """
+        import errno
+        with open("x", "wb", buffering=0) as file:
+            try:
+                while file.write(bytes(1000)): pass
+            except OSError as error:
+                assert error.errno == errno.EFBIG, error
+        assert len(open("x", "rb").read()) == 5000
+    """
+    assert run(program, "", dataclasses.replace(PATIENT, file_bytes=5000)).reason == "passed"

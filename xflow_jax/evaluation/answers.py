@@ -13,6 +13,7 @@ from pathlib import Path
 from xflow_jax.checkpoints import append_text, write_atomic
 from xflow_jax.errors import UserError, disk_errors
 from xflow_jax.evaluation.statistics import pass_at_k, wilson_interval
+from xflow_jax.sandbox import SAME_INTERPRETER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Answer:
         seed: seed of the decode.
         text: the response.
         passed: True if all checks passed.
-        reason: "passed", or the first failure.
+        reason: "passed", "passed in the same interpreter", or the first failure.
         forward_passes: passes that the sequence took part in.
         seconds: share of the decode time of its batch, without compilation.
     """
@@ -59,6 +60,8 @@ class Row:
         tokens_per_second: response positions, all N of each sequence, per second of decode time.
         k: k of pass@k.
         pass_at_k: in percent, or None if a problem has fewer than k answers.
+        same_interpreter: answers that passed checks in their own process, where a hostile program
+            can forge a pass.
     """
 
     rule: str
@@ -74,6 +77,7 @@ class Row:
     tokens_per_second: float
     k: int = 1
     pass_at_k: float | None = None
+    same_interpreter: int = 0
 
 
 def summarize_answers(
@@ -117,6 +121,7 @@ def summarize_answers(
         tokens_per_second=len(answers) * gen_length / seconds if seconds else 0.0,
         k=k,
         pass_at_k=at_k,
+        same_interpreter=sum(a.reason == SAME_INTERPRETER for a in answers),
     )
 
 

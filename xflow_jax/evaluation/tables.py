@@ -20,13 +20,16 @@ _LEFT = 2  # columns of text, which are aligned on the left. The others hold num
 def _lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """Returns the header and the cells of each row.
 
-    There is a column for pass@k if k is above 1.
+    There is a column for pass@k if k is above 1, and one for passes in the same interpreter if
+    there are any.
     """
     with_k = [row for row in rows if row.k > 1]
-    lines: list[tuple[str, ...]] = [(*_HEADER, f"pass@{with_k[0].k}") if with_k else _HEADER]
+    shared = any(row.same_interpreter for row in rows)
+    header = (*_HEADER, f"pass@{with_k[0].k}") if with_k else _HEADER
+    lines: list[tuple[str, ...]] = [(*header, "same interpreter") if shared else header]
     for row in rows:
         at_k = ("-" if row.pass_at_k is None else f"{row.pass_at_k:.1f} %",) if with_k else ()
-        lines.append((*_cells(row), *at_k))
+        lines.append((*_cells(row), *at_k, *[str(row.same_interpreter)] * shared))
     return lines
 
 

@@ -43,7 +43,7 @@ def needs_same_interpreter(checks: str, names: set[str]) -> bool:
             places += node.bases
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             if node.func.id in ("isinstance", "issubclass"):
-                places += node.args[1:]
+                places += node.args[node.func.id == "isinstance" :]
         elif isinstance(node, ast.With):
             places += [item.context_expr for item in node.items]
         elif isinstance(node, ast.Await | ast.AsyncFor):

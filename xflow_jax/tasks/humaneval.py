@@ -9,6 +9,7 @@ The time limit is longer than the 3 seconds of the original.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import textwrap
 import warnings
@@ -63,7 +64,8 @@ def program(problem: Problem, code: str, body_only: bool = False) -> tuple[str, 
     """Builds (program, checks) for the sandbox.
 
     The program is the problem's text with the answer below it. The checks are the problem's tests,
-    called on its function.
+    called on its function. Tests of three problems use another function of the problem's text, and
+    have a copy that the answer cannot replace.
 
     Args:
         problem: the problem.
@@ -72,8 +74,17 @@ def program(problem: Problem, code: str, body_only: bool = False) -> tuple[str, 
     """
     if body_only and _is_body(problem, code):
         code = _indent_body(code)
-    checks = f"{problem.test}\n\ncheck({problem.entry_point})\n"
+    checks = f"{_helpers(problem)}{problem.test}\n\ncheck({problem.entry_point})\n"
     return f"{problem.prompt}{code}\n", checks
+
+
+def _helpers(problem: Problem) -> str:
+    """Returns other functions of the problem's text, with its imports."""
+    statements = ast.parse(problem.prompt).body
+    defined = [s for s in statements if isinstance(s, ast.FunctionDef)]
+    helpers = [s for s in defined if s.name != problem.entry_point]
+    imports = [s for s in statements if isinstance(s, ast.Import | ast.ImportFrom)]
+    return "".join(f"{ast.unparse(s)}\n" for s in [*imports, *helpers] if helpers)
 
 
 def _is_body(problem: Problem, code: str) -> bool:

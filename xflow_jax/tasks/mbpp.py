@@ -4,11 +4,13 @@ The protocol is that of LLaDA's authors: the configuration mbpp_gen of the OpenC
 repository (ML-GSAI/LLaDA). Worked examples are turns of a chat, each answer in quotes between
 [BEGIN] and [DONE]. The examples are problems 2, 3 and 4 of the data. The test problems are 11 to
 510. The time limit is longer than the 9 seconds of the original, which also leaves out the set-up
-code that the tests of two problems need. The code runs before that set-up code and the tests.
+code that the tests of two problems need. Classes of the set-up code are there while the solution
+runs. Its other statements run between the solution and the tests, since they use its classes.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,10 +104,27 @@ def problems(data: Path | None, limit: int | None, wanted: range = TESTS) -> lis
     return [dataclasses.replace(problem, shots=shots) for problem in found[:limit]]
 
 
-def checks(problem: Problem, tests: Sequence[str], setup_code: bool = True) -> str:
-    """Returns the program that judges a solution after it ran."""
-    setup = problem.test_setup_code if setup_code else ""
-    return "\n".join((setup, *tests, ""))
+def judged(
+    problem: Problem, code: str, tests: Sequence[str], setup_code: bool = True
+) -> tuple[str, str]:
+    """Builds (program, checks) for the sandbox."""
+    classes, setup = split_setup(problem.test_setup_code if setup_code else "")
+    return classes + code, "\n".join((setup, *tests, ""))
+
+
+def split_setup(setup: str) -> tuple[str, str]:
+    """Returns the classes of set-up code, and its other statements."""
+    try:
+        statements = ast.parse(setup).body
+    except (SyntaxError, ValueError):
+        return "", setup
+    classes = [s for s in statements if isinstance(s, ast.ClassDef)]
+    if not classes:
+        return "", setup
+    imports = [s for s in statements if isinstance(s, ast.Import | ast.ImportFrom)]
+    rest = [s for s in statements if s not in classes]
+    texts = ["".join(f"{ast.unparse(s)}\n" for s in part) for part in (imports + classes, rest)]
+    return texts[0], texts[1]
 
 
 def canonical(problem: Problem) -> str:
@@ -143,7 +162,7 @@ def make_task(config: MbppConfig) -> Task[Problem]:
     """Builds the task with a protocol."""
 
     def judge(problem: Problem, code: str, tests: Sequence[str]) -> tuple[str, str]:
-        return code, checks(problem, tests, config.setup_code)
+        return judged(problem, code, tests, config.setup_code)
 
     return Task(
         name="mbpp",
