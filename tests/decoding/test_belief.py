@@ -243,10 +243,12 @@ def test_large_vocabularies_use_groups(name):
         ("cpu", 2048, 512),
         ("tpu", 32, 15872),
         ("tpu", 2048, 2048),
+        ("gpu", 512, 126464),
+        ("gpu", 4096, 63232),
     ],
 )
 def test_chunk_size(monkeypatch, platform, positions, wanted):
-    """On a CPU few positions use the whole head as one chunk."""
+    """On CPUs few positions use the whole head as one chunk, on GPUs many."""
     monkeypatch.setattr("xflow_jax.decoding.belief.platform", lambda: platform)
     assert _chunk_size(positions, 126464) == wanted
 
