@@ -49,7 +49,7 @@ def convert(
     if not is_checkpoint(src):
         state = "not a converted checkpoint" if src.is_dir() else "there is no such directory"
         raise UserError(f"{src}: {state}. Make one with python -m convert.from_hf.")
-    record = read_record(src)
+    record = read_record(src, large=True)
     config, abstract = abstract_model(
         src, record, jax.numpy.dtype("float32" if dtype == "source" else dtype)
     )

@@ -175,6 +175,12 @@ def test_a_damaged_checkpoint_is_refused(saved):
     ):
         load(saved)
     file.write_bytes(bytes(len(content)))
+    sentence = f"{file}: the file has another checksum than when it was written. "
+    with pytest.raises(UserError, match=f"^{re.escape(sentence)}Copy or convert the checkpoint ag"):
+        load(saved)
+    listed = json.loads((saved / orbax_checkpoint.FILES).read_text())
+    sizes = {name: size for name, (size, _) in listed.items()}
+    (saved / orbax_checkpoint.FILES).write_text(json.dumps(sizes))  # of an older checkpoint
     with pytest.raises(
         UserError, match=f"^{item}: cannot be read .*. Convert the checkpoint again.$"
     ):

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from xflow_jax.checkpoints.atomic_write import atomic_directory, copy_files
+from xflow_jax.checkpoints.checksums import FILES, write_checksums
 from xflow_jax.checkpoints.huggingface import COMPANIONS
 from xflow_jax.checkpoints.safetensors_reader import CONFIG_FILE, DTYPES, INDEX, SINGLE, copy_cast
 from xflow_jax.checkpoints.weight_map import TensorSlice, WeightMapping, map_weights
@@ -164,6 +165,8 @@ def write_tensors(
                         f.seek(start)
                         f.write(data.reshape(-1).view(np.uint8).data)
                     bar.update()
+        # The others may be edited by hand.
+        write_checksums(folder, FILES, only=[shard.name for shard in shards])
 
 
 def _tensors(

@@ -3,8 +3,8 @@
 A converted checkpoint is an Orbax composite checkpoint. Each parameter is an item, so that they can
 be written one by one. The item is named like the path with dots ("blocks.q_proj.kernel") and is a
 tree of the one leaf "value". The record below is the checkpoint's custom metadata. files.json is
-written last and lists the sizes of all others. The directory is built as NAME.partial and renamed
-when it is complete.
+written last and lists the sizes and checksums of all others. The directory is built as NAME.partial
+and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import gc
 import glob
 import json
 import logging
-import os
 import shutil
 import sys
 import time
@@ -33,6 +32,12 @@ from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from xflow_jax.checkpoints.atomic_write import copy_files, partial_path, refuse_existing
+from xflow_jax.checkpoints.checksums import (
+    FILES,
+    compares_large_files,
+    first_damage,
+    write_checksums,
+)
 from xflow_jax.checkpoints.finite_values import is_finite
 from xflow_jax.checkpoints.hf_export import check_shapes
 from xflow_jax.checkpoints.huggingface import COMPANIONS
@@ -41,7 +46,7 @@ from xflow_jax.errors import UserError, disk_errors
 from xflow_jax.models import abstract_params, build, model_config, shardings
 from xflow_jax.types import ModelConfig, Params
 
-FORMAT, FILES = "xflow-jax parameters, version 1", "files.json"
+FORMAT = "xflow-jax parameters, version 1"
 TEMPORARY = ".orbax-checkpoint-tmp*"  # what Orbax adds to a name until the directory is complete
 # A host that reads a slice of a parameter decodes complete chunks of it. By default Orbax would
 # write one chunk per shard.
@@ -207,11 +212,7 @@ class PartialCheckpoint:
             if companions is not None:
                 copy_files(Path(companions), self.partial, COMPANIONS)
             (self.partial / FILES).unlink(missing_ok=True)
-            sizes = {
-                str(file.relative_to(self.partial)): file.stat().st_size
-                for file in _files(self.partial)
-            }
-            (self.partial / FILES).write_text(json.dumps(sizes, indent=1) + "\n")
+            write_checksums(self.partial, FILES)
             refuse_existing(self.path)
             self.partial.rename(self.path)
 
@@ -267,10 +268,15 @@ def is_checkpoint(directory: str | Path) -> bool:
     return (Path(directory) / "_CHECKPOINT_METADATA").exists()
 
 
-def read_record(directory: str | Path) -> CheckpointRecord:
+def read_record(directory: str | Path, large: bool = False) -> CheckpointRecord:
     """Reads the record of a complete checkpoint.
 
-    The sizes of all files are checked.
+    The sizes of all files are compared with those of files.json, and the checksums.
+
+    Args:
+        directory: the checkpoint.
+        large: True compares the checksums of large files as well, unless XFLOW_VERIFY is 0. False
+            suits programs that read no parameters.
 
     Raises:
         UserError: if the checkpoint is incomplete, damaged or of another format.
@@ -278,18 +284,17 @@ def read_record(directory: str | Path) -> CheckpointRecord:
     directory = Path(directory).absolute()
     record = _read_record(directory)
     try:
-        sizes = json.loads((directory / FILES).read_text())
-    except (OSError, ValueError):
+        listed = json.loads((directory / FILES).read_text())
+        damage = first_damage(directory, listed, large and compares_large_files(), shared=True)
+    except (OSError, ValueError, TypeError, AttributeError):
         raise UserError(
             f"{directory}: an incomplete checkpoint. Run the program that makes it to its end."
         ) from None
-    for name, size in sizes.items():
-        file = directory / name
-        if not file.exists() or file.stat().st_size != size:
-            state = (
-                f"has {file.stat().st_size} bytes, not {size}" if file.exists() else "is missing"
-            )
-            raise UserError(f"{file}: the file {state}. Copy or convert the checkpoint again.")
+    if damage is not None:
+        name, state = damage
+        raise UserError(
+            f"{directory / name}: the file {state}. Copy or convert the checkpoint again."
+        )
     return record
 
 
@@ -347,7 +352,7 @@ def load_params(
     Raises:
         UserError: if the checkpoint is incomplete, damaged or not supported.
     """
-    record = read_record(directory)
+    record = read_record(directory, large=True)
     config, abstract = abstract_model(directory, record, dtype)
     placement = {}
     if mesh is not None:
@@ -411,13 +416,6 @@ def _read_record(directory: Path) -> CheckpointRecord:
 def _item_name(path: str) -> str:
     """Returns the name of a parameter's item."""
     return path.replace("/", ".")
-
-
-def _files(directory: Path) -> Iterator[Path]:
-    """Yields all files below a directory."""
-    return (
-        Path(folder) / name for folder, _, names in os.walk(directory) for name in sorted(names)
-    )
 
 
 def _in_first_process(action: Callable[[], object]) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
+from xflow_jax.checkpoints.checksums import FILES, compares_large_files, first_damage
 from xflow_jax.checkpoints.finite_values import is_finite
 from xflow_jax.checkpoints.weight_map import TensorSlice, WeightMapping
 from xflow_jax.errors import UserError, describe
@@ -72,6 +73,9 @@ class SafetensorsSource:
     def __init__(self, directory: Path):
         """Reads the headers of all files.
 
+        Directories that this library wrote have a files.json. Its checksums are compared, unless
+        XFLOW_VERIFY is 0.
+
         Args:
             directory: the directory.
 
@@ -89,6 +93,26 @@ class SafetensorsSource:
                         f"{file}: the tensor {name} is already in {self.entries[name].file.name}"
                     )
                 self.entries[name] = entry
+        if compares_large_files():
+            self._compare_checksums()
+
+    def _compare_checksums(self) -> None:
+        """Raises UserError if a file is not as files.json describes it."""
+        path = file_inside(self.directory, FILES)
+        listed = read_json(path) if path.exists() else {}
+        # Another program may give this name to a file of another form.
+        listed = listed if isinstance(listed, dict) else {}
+        own = {file.name: listed[file.name] for file in self.files if file.name in listed}
+        try:
+            damage = first_damage(self.directory, own, large=True, shared=True)
+        except (TypeError, ValueError):
+            return
+        if damage is not None:
+            name, state = damage
+            raise UserError(
+                f"{self.directory / name}: the file {state}. Copy it again. "
+                f"If it was replaced on purpose, delete {FILES} beside it."
+            )
 
     def read(self, name: str) -> np.ndarray:
         """Reads the values of a tensor, in their dtype."""
