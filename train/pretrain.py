@@ -211,7 +211,11 @@ def train(config: PretrainConfig) -> None:
                 run.save(done, state, data)
         run.wait()
         if int(state.step) == config.steps:
-            made_by = {"command": "python -m train.pretrain", "config": dataclasses.asdict(config)}
+            made_by = {
+                "command": "python -m train.pretrain",
+                "task": microcode.TASK.name,
+                "config": dataclasses.asdict(config),
+            }
             folder = Path(config.out) / "hf"
             export(
                 folder, state.params, model.config, config.tokenizer, made_by, config.export_dtype

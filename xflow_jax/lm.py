@@ -24,6 +24,7 @@ from xflow_jax.checkpoints import (
     read_record,
 )
 from xflow_jax.errors import UserError
+from xflow_jax.input_files import read_json_object
 from xflow_jax.models import build, check_heads
 from xflow_jax.parallel import batch_sharding, computation_scope, make_mesh, replicated
 from xflow_jax.tokenizer import load_tokenizer
@@ -49,6 +50,8 @@ class LM:
         params: its parameters, a nested dict of arrays.
         tokenizer: the tokenizer, or None if the directory has none.
         mesh: mesh of the parameters, or None for one device.
+        task: the only task that the model was trained for, as its provenance.json names it, or
+            None.
     """
 
     model: Backbone
@@ -56,6 +59,7 @@ class LM:
     params: Params = field(repr=False)
     tokenizer: Tokenizer | None = field(repr=False)
     mesh: Mesh | None = None
+    task: str | None = None
 
     def __post_init__(self) -> None:
         if self.mesh is not None:
@@ -268,4 +272,17 @@ def load(path: str | Path, dtype: DTypeLike = "float32", mesh: Mesh | str | None
     read = load_params if is_checkpoint(directory) else read_hf_params
     config, params = read(directory, dtype, mesh)
     model = build(config, dtype, param_dtype=dtype)
-    return LM(model, config, params, load_tokenizer(directory), mesh)
+    tokenizer = load_tokenizer(directory)
+    return LM(model, config, params, tokenizer, mesh, _read_task(Path(directory)))
+
+
+def _read_task(directory: Path) -> str | None:
+    """Returns the task that a provenance.json names, or None."""
+    file = directory / "provenance.json"
+    if not file.exists():
+        return None
+    try:
+        task = read_json_object(file).get("task")
+    except UserError:  # a file of another program, which no result depends on
+        return None
+    return task if isinstance(task, str) else None

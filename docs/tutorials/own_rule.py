@@ -48,8 +48,8 @@ class FallingMargin(TokenConstraints):
 # %%
 lm = xf.load("tiny")
 prompts = [
-    "Sort the numbers and return the last.",
-    "Reverse the list, then drop the first 2 numbers and return the largest.",
+    "Square them, then drop the even numbers and return the largest.",
+    "Sort the numbers, then drop the first 2 and return the smallest.",
 ]
 out = xf.generate(lm, prompts, FallingMargin(), gen_length=48, steps=24, block_length=16)
 for text, passes in zip(out.texts, out.forward_passes, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import xflow_jax as xf
-from tests.helpers import tiny_lm
+from tests.helpers import llada_tiny, tiny_lm
 from xflow_jax.checkpoints.hf_export import write_hf
 from xflow_jax.cli import demo, demo_run, main
 from xflow_jax.cli.arguments import RULE
@@ -19,6 +20,8 @@ from xflow_jax.cli.generate_run import decode_lengths
 from xflow_jax.decoding.rules.flow import Flow
 from xflow_jax.decoding.rules.parsing import RULES
 from xflow_jax.evaluation.verdicts import judge_prompts, verdict_sentence
+from xflow_jax.lm import load
+from xflow_jax.tasks import find_task, microcode
 
 TOKENIZER = Path(xf.__file__).parent / "tiny"
 PROMPT = "Keep the even numbers and return the count."
@@ -227,12 +230,40 @@ def test_interruption(monkeypatch, capsys):
         ("tiny", (40, None), (40, 16)),  # which `generate` refuses
         ("tiny", (48, 48), (48, 48)),
         ("tiny", (None, 0), (48, 0)),
-        ("elsewhere", (None, None), (128, None)),
-        ("elsewhere", (48, None), (48, None)),
+        ("golden", (None, None), (128, None)),
+        ("golden", (48, None), (48, None)),
     ],
 )
 def test_a_length_by_hand_keeps_the_blocks_of_the_bundled_models(model, given, lengths):
-    assert decode_lengths(model, *given) == lengths
+    lm = llada_tiny() if model == "golden" else load(model)
+    assert decode_lengths(find_task(lm.task), *given) == lengths
+
+
+def test_a_request_outside_the_language_of_the_model_is_noted_before_its_answer(
+    capsys, model, tmp_path
+):
+    trained = tmp_path / "trained"
+    shutil.copytree(model, trained)
+    argv = ["generate", "--gen-length", "8", "--steps", "2", "--mesh", "1,1,1", "--rule"]
+    argv += ["threshold:tau=0.5", "--prompt", PROMPT, "--prompt", "A\njoke!", "--json", "--model"]
+    for text, noted in (
+        ('{"task": "microcode"}', True),
+        ('{"task": "unknown"}', False),
+        ('{"task": 1}', False),
+        ("{}", False),
+        ("not JSON", False),
+    ):
+        (trained / "provenance.json").write_text(text)
+        assert main.main([*argv, str(trained)]) == 0
+        captured = capsys.readouterr()
+        lines = [json.loads(line) for line in captured.out.splitlines()]
+        assert lines[0]["note"] is None and (lines[1]["note"] is not None) == noted
+        if noted:
+            assert captured.err == f"note: 'A joke!': {lines[1]['note']}\n"
+            assert "trained on requests of microcode alone" in captured.err
+            assert microcode.TASK.example in captured.err
+        else:
+            assert captured.err == ""
 
 
 def test_generate(capsys, model, tmp_path):

@@ -86,10 +86,7 @@ def run_demo(out: Path, limit: int) -> None:
     files = write_report(out, task, rows, [*notes, f"Made by: xflow demo --limit {limit}"])
     print(f"\n{time.perf_counter() - began:.0f} s in all. Look at:")
     print("".join(f"  {path}\n" for path in [*files, page]), end="")
-    print(
-        "Try a request of your own: xflow generate --model tiny "
-        '--prompt "Multiply each number by 2 and return the sum."'
-    )
+    print(f'Try a request of your own: xflow generate --model tiny --prompt "{task.example}"')
 
 
 def load_through_orbax(name: str, mesh: Mesh | None) -> LM:

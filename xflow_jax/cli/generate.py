@@ -13,10 +13,12 @@ from xflow_jax.cli.arguments import (
     add_number,
 )
 from xflow_jax.errors import UserError
+from xflow_jax.tasks import microcode
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `xflow generate`."""
+    parser.epilog = f'Start with: xflow generate --model tiny --prompt "{microcode.TASK.example}"'
     parser.add_argument("--model", required=True, metavar="DIR", help=MODEL)
     parser.add_argument(
         "--prompt",

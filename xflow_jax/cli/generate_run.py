@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from xflow_jax.cli.arguments import cache_arguments
 from xflow_jax.decoding import Generation, generate, parse_budget, parse_rule, resolve_steps
 from xflow_jax.errors import UserError
 from xflow_jax.evaluation import judge_prompts, token_texts, verdict_sentence, write_trajectory_page
-from xflow_jax.lm import BUNDLED, LM, load
-from xflow_jax.parallel import default_mesh
-from xflow_jax.tasks import microcode
+from xflow_jax.lm import LM, load
+from xflow_jax.parallel import default_mesh, multihost
+from xflow_jax.tasks import Task, find_task
 from xflow_jax.tokenizer import chat_ids
 
 GEN_LENGTH = 128
@@ -24,12 +25,13 @@ GEN_LENGTH = 128
 
 @dataclass(frozen=True)
 class _Answer:
-    """Answer to a prompt, with the verdict of `judge_prompts`."""
+    """Answer to a prompt, with its verdict and note."""
 
     prompt: str
     text: str
     forward_passes: int
     verdict: dict[str, Any]
+    note: str | None
 
 
 def answer_prompts(args: argparse.Namespace) -> None:
@@ -50,7 +52,12 @@ def answer_prompts(args: argparse.Namespace) -> None:
         raise UserError(
             f"{args.model} has no tokenizer.json, without which a prompt cannot be read"
         )
-    length, block_length = decode_lengths(args.model, args.gen_length, args.block_length)
+    task = find_task(lm.task)
+    notes = [foreign_note(task, prompt) for prompt in args.prompt]
+    for prompt, note in zip(args.prompt, notes, strict=True):
+        if note is not None and multihost.is_first_process():
+            print(f"note: {shorten(prompt, 60)!r}: {note}", file=sys.stderr, flush=True)
+    length, block_length = decode_lengths(task, args.gen_length, args.block_length)
     steps = args.steps
     if steps is None:
         steps = resolve_steps(lm.config, budget, length, block_length)
@@ -67,7 +74,7 @@ def answer_prompts(args: argparse.Namespace) -> None:
         **cache_arguments(args),
     )
     seconds = time.perf_counter() - began
-    answers = _judge(args.prompt, out)
+    answers = _judge(args.prompt, out, notes)
     if args.trace is not None:
         facts = {"rule": label, "steps": f"{steps} for {length} tokens"}
         _write_page(args.trace, lm, out, answers[0], facts)
@@ -82,24 +89,24 @@ def answer_prompts(args: argparse.Namespace) -> None:
 
 
 def decode_lengths(
-    model: str, gen_length: int | None, block_length: int | None
+    task: Task | None, gen_length: int | None, block_length: int | None
 ) -> tuple[int, int | None]:
     """Fills in the default lengths of a model.
 
-    The bundled models have those of microcode. A response that is shorter than their block is one
-    block.
+    A model that was trained for one task has those of the task. A response that is shorter than
+    their block is one block.
 
     Args:
-        model: name or directory of the model.
+        task: the only task that the model was trained for, or None.
         gen_length: N as given by the user, or None.
         block_length: positions of a block as given by the user, or None.
 
     Returns:
         (N, positions of a block). The second is None for the default of the model's family.
     """
-    if model not in BUNDLED and Path(model).resolve() not in BUNDLED.values():
+    if task is None:
         return GEN_LENGTH if gen_length is None else gen_length, block_length
-    config = microcode.TASK.config
+    config = task.config
     length = config.gen_length if gen_length is None else gen_length
     own = config.block_length
     if block_length is None and own is not None and length >= own:
@@ -107,12 +114,28 @@ def decode_lengths(
     return length, block_length
 
 
-def _judge(prompts: Sequence[str], out: Generation) -> list[_Answer]:
+def foreign_note(task: Task | None, prompt: str) -> str | None:
+    """Returns a sentence if the model cannot answer a prompt, otherwise None.
+
+    Args:
+        task: the only task that the model was trained for, or None.
+        prompt: the prompt.
+    """
+    if task is None or task.recognizes(prompt):
+        return None
+    return (
+        f"the model was trained on requests of {task.name} alone, and this prompt is none, so its "
+        f"answer means nothing. A request that works is {task.example!r}"
+    )
+
+
+def _judge(prompts: Sequence[str], out: Generation, notes: Sequence[str | None]) -> list[_Answer]:
     """Runs the answers to prompts in microcode's language."""
     assert out.texts is not None  # the model has a tokenizer
     verdicts = judge_prompts(prompts, out.texts)
     passes = map(int, out.forward_passes)
-    return [_Answer(*parts) for parts in zip(prompts, out.texts, passes, verdicts, strict=True)]
+    rows = zip(prompts, out.texts, passes, verdicts, notes, strict=True)
+    return [_Answer(*parts) for parts in rows]
 
 
 def _write_page(path: str, lm: LM, out: Generation, answer: _Answer, facts: dict[str, str]) -> None:
@@ -129,6 +152,7 @@ def _print_json(answers: Sequence[_Answer], about: dict[str, object], seed: int)
     for answer in answers:
         fields = {"prompt": answer.prompt, "text": answer.text, **about}
         fields |= {"forward_passes": answer.forward_passes, "seed": seed, **answer.verdict}
+        fields["note"] = answer.note
         print(json.dumps(fields))
 
 

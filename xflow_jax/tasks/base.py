@@ -89,6 +89,8 @@ class Task(Generic[ProblemT]):
         config: evaluation protocol.
         parts: (problem, code) -> one (program, checks) pair for each test of the problem.
         training: (data, limit) -> problems to train on, none of which `problems` returns.
+        recognizes: prompt -> True if a model that knows only this task can answer the prompt.
+        example: a prompt that it recognizes and that the bundled model answers rightly.
         hint: (problem, text) -> a sentence on an answer that only another protocol accepts, or
             None.
     """
@@ -103,6 +105,8 @@ class Task(Generic[ProblemT]):
     config: TaskConfig
     parts: Callable[[ProblemT, str], list[tuple[str, str]]]
     training: Callable[[Path | None, int | None], Sequence[ProblemT]]
+    recognizes: Callable[[str], bool] = lambda prompt: True
+    example: str = ""
     hint: Callable[[ProblemT, str], str | None] = lambda problem, text: None
 
     def job(self, problem: ProblemT, text: str) -> tuple[str, str]:
@@ -119,6 +123,11 @@ def extract_code(config: TaskConfig, text: str) -> str:
     """
     ends = [text.find(stop) for stop in config.stop if stop in text]
     return EXTRACTIONS[config.extraction].extract(text[: min(ends, default=None)])
+
+
+def find_task(name: str | None) -> Task | None:
+    """Returns the task of a name, or None without one."""
+    return get_task(name) if name in NAMES else None
 
 
 def get_task(name: str, overrides: Sequence[str] = ()) -> Task:

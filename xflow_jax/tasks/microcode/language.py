@@ -340,6 +340,12 @@ def problems(split: str, count: int, seed: int = 0) -> list[Problem]:
     return list(found.values())
 
 
+def recognizes(prompt: str) -> bool:
+    """Returns True for requests of one or two operations."""
+    problem = parse(prompt)
+    return problem is not None and len(problem.operations) <= 2
+
+
 def parse(prompt: str) -> Problem | None:
     """Parses a request, ignoring case and spaces. Returns None for other texts."""
     text = " ".join(prompt.split()).rstrip(".").lower()

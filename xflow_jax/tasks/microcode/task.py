@@ -9,10 +9,12 @@ from pathlib import Path
 
 from xflow_jax.errors import UserError
 from xflow_jax.tasks.base import Task, TaskConfig, extract_code
-from xflow_jax.tasks.microcode.language import NAME, Problem, problems
+from xflow_jax.tasks.microcode.language import NAME, Problem, problems, recognizes
 from xflow_jax.tasks.microcode.solutions import sample_answer
 
 CONFIG = TaskConfig(gen_length=48, block_length=16)
+# Of a held-out composition. Every rule answers it rightly, from the full budget to a quarter.
+EXAMPLE = "Square them, then drop the even numbers and return the largest."
 HELD_OUT_PROBLEMS = 512
 TRAINING_PROBLEMS = 2048
 # Seed of the training requests for policies. Rules are tuned on those of seed 0, and alignment uses
@@ -80,6 +82,8 @@ def make_task(config: TaskConfig) -> Task[Problem]:
         config=config,
         parts=_parts,
         training=_problem_reader("train", TRAINING_PROBLEMS, POLICY_SEED),
+        recognizes=recognizes,
+        example=EXAMPLE,
     )
 
 
