@@ -10,6 +10,7 @@ import pytest
 from tests.evaluation.test_answers import answer
 from xflow_jax.evaluation.answers import summarize_answers
 from xflow_jax.evaluation.tables import rows_to_csv, rows_to_markdown, rows_to_text, write_report
+from xflow_jax.sandbox import SAME_INTERPRETER
 from xflow_jax.tasks.base import get_task
 
 
@@ -52,3 +53,17 @@ def test_a_report_of_several_samples_has_a_column_for_pass_at_k(tmp_path):
     assert "| pass@2 |" in text and "50.0 % |" in text and text.endswith("\n\na note\n")
     assert "pass_at_k" in made[1].read_text().splitlines()[0]
     assert pytest.approx(rows[0].forward_passes) == 4
+
+
+def test_passes_in_the_same_interpreter_are_counted():
+    forgeable = answer("a", reason=SAME_INTERPRETER)
+    rows = [
+        summarize_answers("mask", "1", 8, 8, [forgeable, answer("b")]),
+        summarize_answers("flow", "1", 8, 8, [answer("a"), answer("b", passed=False)]),
+    ]
+    assert [row.same_interpreter for row in rows] == [1, 0] and rows[0].accuracy == 100
+    lines = rows_to_text(rows).splitlines()
+    assert lines[0].endswith("same interpreter") and lines[2].split()[-1] == "1"
+    assert "same interpreter" in rows_to_markdown(rows)
+    assert "same interpreter" not in rows_to_text(rows[1:])
+    assert list(csv.DictReader(io.StringIO(rows_to_csv(rows))))[0]["same_interpreter"] == "1"

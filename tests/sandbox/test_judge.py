@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
+from pathlib import Path
 
 import pytest
 
+from tests.sandbox.test_hostile import children
 from xflow_jax.sandbox.check_names import free_names, needs_same_interpreter
 from xflow_jax.sandbox.judge import make_exception
 from xflow_jax.sandbox.limits import Limits
@@ -122,6 +125,14 @@ RIGHT = {
         "it = f(5)\nassert next(it) == (0, '0') and next(it) == (1, '1')\n"
         "assert sum(1 for _ in it) == 3",
     ),
+    "an object with the name of a module": (
+        "class Box(list): pass\nclass Q:\n    def put(self, x): return [x]\nqueue = Q()",
+        "assert queue.put(1) == [1]",
+    ),
+    "slices": (
+        "class A:\n    def __getitem__(self, key): return [key.start, key.stop, key.step]\na = A()",
+        "assert a[1:2] == [1, 2, None] and a[::3] == [None, None, 3]",
+    ),
     "functions of functions": (
         "def f(n): return lambda x: x + n\ndef twice(g): return lambda x: g(g(x))",
         "assert f(3)(4) == 7 and twice(f(3))(0) == 6",
@@ -181,9 +192,20 @@ def test_checks_that_need_the_programs_interpreter_are_marked(pool, name):
 
 def test_a_program_cannot_choose_its_own_interpreter(pool):
     """Only what the checks do leads there."""
-    for result in ("lambda: 3", "object()", "(i for i in [3])", "type('X', (), {})"):
-        answer = run(pool, f"def f(x): return {result}", "assert f(f(1)) == 3\nassert f(1) == 3")
-        assert not answer.passed and not answer.same_interpreter
+    odd = "class X:\n    __getattr__ = __getitem__ = __call__ = lambda self, *a, **k: f\n"
+    for result in ("lambda: 3", "object()", "(i for i in [3])", "X()", "X", "f"):
+        program = f"{odd}def f(x=0, **_): return {result}"
+        for checks in (
+            "assert f(f(1)) == 3",
+            "assert f(1)[1:2] == [3]",
+            "assert f(1).sort(key=lambda x: x) is None",
+            "assert f(1)(lambda: 3) == 3",
+            "assert f(1)[print] == 3",
+            "f(1).x = print\nassert f(1) == 3",
+            "assert print in f(1)",
+        ):
+            answer = run(pool, program, checks)
+            assert not answer.passed and not answer.same_interpreter, (program, checks)
 
 
 WRONG = {
@@ -204,6 +226,10 @@ WRONG = {
         "def helper(x): return x\nassert helper(f()) == 3",
     ),
     "it replaces a builtin": ("def sum(x): return 3\ndef f(): return [1]", "assert sum(f()) == 3"),
+    "it hides a module that the checks do not import": (
+        "class sys:\n    getsizeof = lambda x: 3\ndef f(): return 3",
+        "assert f() == sys.getsizeof(())",
+    ),
     "it hides a module": ("class math:\n    fabs = lambda x: 3\ndef f(): return 7",
                           "import math\nassert math.fabs(f()) == 3"),
     "its array is no list": ("import numpy\ndef f(): return numpy.array([1, 2])",
@@ -225,6 +251,27 @@ def test_checks_do_not_leak_into_the_next(pool):
     second += "assert not hasattr(math, 'left')"
     assert run(pool, "def f(): return 1", first).passed
     assert run(pool, "def f(): return 1", second).passed
+
+
+def test_the_judge_is_confined_too(pool):
+    """By the same filter of system calls, in a process whose memory others cannot read."""
+    checks = """
+    import os, socket
+    for attempt in (socket.socket, lambda: os.kill(os.getppid(), 0), lambda: os.execv('/', ['/'])):
+        try: attempt()
+        except PermissionError: pass
+        else: assert False, 'allowed'
+    assert f() == 1
+    """
+    assert run(pool, "def f(): return 1", checks).reason == "passed"
+    if not Path("/proc/self/mem").exists() or "namespaces" not in pool.isolation:
+        return
+    (worker,) = pool._idle
+    for zygote in (worker.programs, worker.judges):
+        for pid in children(zygote.process.pid):
+            # Files of a process that cannot be read are root's, whoever its user is.
+            assert os.stat(f"/proc/{pid}").st_uid != 0
+            assert os.stat(f"/proc/{pid}/mem").st_uid == 0
 
 
 def test_checks_have_limits_too():

@@ -25,7 +25,7 @@ from xflow_jax.sandbox import commands, pool, worker
 from xflow_jax.sandbox.limits import FULL_ISOLATION, Limits
 from xflow_jax.sandbox.pool import Pool, run_program
 
-PATIENT = Limits(seconds=60, memory_mb=128)
+PATIENT = Limits(seconds=60, memory_mb=256)
 # Runs in the isolation alone and prints name -> result, or None if the attempt was refused.
 PROBE = """
 import ctypes, json, os, socket, sys
@@ -353,3 +353,44 @@ def test_a_warm_worker_is_much_quicker_than_a_cold_one():
     assert all(run_program(*job, PATIENT).passed for job in jobs[:3])
     times["cold"] = (time.monotonic() - start) / 3
     assert times["cold"] > 3 * times["warm"], times
+
+
+def test_a_worker_is_renewed_after_some_programs(monkeypatch):
+    monkeypatch.setattr(worker, "MAX_RUNS", 3)
+    with Pool(PATIENT, workers=1) as pool:
+        seen = []
+        for _ in range(7):
+            assert pool.run("x = 1").passed
+            seen += [each.programs.process.pid for each in pool._idle]
+    # Runs 3 and 6 are the last of their worker, which is not given back.
+    assert [seen.count(pid) for pid in dict.fromkeys(seen)] == [2, 2, 1]
+
+
+def test_a_worker_is_renewed_after_a_forged_answer():
+    with Pool(PATIENT, workers=1) as pool:
+        first = pool._idle[0]
+        assert "no answer to a call" in pool.run("import os\nos.write(3, bytes(9))", "f()").reason
+        assert not first.close.alive and pool._idle == []
+        assert pool.run("x = 1").passed
+
+
+def test_a_library_is_found_only_if_it_is_named(monkeypatch):
+    program = "import numpy\nx = int(numpy.arange(3).sum())"
+    assert run_program(program, "assert x == 3", PATIENT).passed
+    for names in ((), ("no_such_package",), ("no.such.package", "json")):
+        reason = run_program(program, "", dataclasses.replace(PATIENT, libraries=names)).reason
+        assert reason == "error: ModuleNotFoundError: No module named 'numpy'"
+    assert run_program("import jax", "", PATIENT).reason.startswith("error: ModuleNotFoundError")
+
+
+def test_the_rate_of_two_workers():
+    """At least 40 programs in a second of processor time on two cores, on a busy machine too."""
+    jobs = [(f"def f(x): return x + {i}", f"assert f(1) == {i + 1}") for i in range(100)]
+    with Pool(PATIENT, workers=2) as pool:
+        before = os.times()
+        start = time.monotonic()
+        assert all(result.passed for result in pool.run_many(jobs))
+        wall = time.monotonic() - start
+    after = os.times()
+    used = sum(after[:4]) - sum(before[:4])  # of this process and of the ended workers
+    assert min(wall, used / 2) < 100 / 40, (wall, used)

@@ -50,3 +50,21 @@ def needs_same_interpreter(checks: str, names: set[str]) -> bool:
             places.append(node.value if isinstance(node, ast.Await) else node.iter)
     parts = [part for place in places if place is not None for part in ast.walk(place)]
     return any(isinstance(part, ast.Name) and part.id in names for part in parts)
+
+
+def attributes_of(checks: str, names: set[str]) -> dict[str, set[str]]:
+    """Returns the attributes of names that checks use in no other way.
+
+    Args:
+        checks: source of the checks.
+        names: names of the program.
+    """
+    found: dict[str, set[str]] = {}
+    uses: dict[str, int] = {}
+    for node in ast.walk(ast.parse(checks)):
+        if isinstance(node, ast.Name):
+            uses[node.id] = uses.get(node.id, 0) + 1
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            uses[node.value.id] = uses.get(node.value.id, 0) - 1
+            found.setdefault(node.value.id, set()).add(node.attr)
+    return {name: found[name] for name in found if name in names and uses[name] == 0}

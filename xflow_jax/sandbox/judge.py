@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from typing import cast
 
-from xflow_jax.sandbox.check_names import free_names, needs_same_interpreter
+from xflow_jax.sandbox.check_names import attributes_of, free_names, needs_same_interpreter
 from xflow_jax.sandbox.child import Channel, ChannelClosed, enter_child, take_limits
 from xflow_jax.sandbox.codec import (
     MAX_BYTES,
@@ -49,18 +49,31 @@ class Remote:
     """Object in the program's process, such as a function or an instance.
 
     Operations on it run there. It equals only itself.
+
+    Args:
+        link: connection with that process.
+        handle: number and type of the object.
+        named: True for a name of the program. Only if the checks call one of these with objects of
+            their own, they need its interpreter. Other objects are what the program chose to send.
     """
 
-    __slots__ = ("_remote_handle", "_remote_link")
+    __slots__ = ("_remote_handle", "_remote_link", "_remote_named")
     _remote_handle: Handle
     _remote_link: Link
+    _remote_named: bool
 
-    def __init__(self, link: Link, handle: Handle) -> None:
+    def __init__(self, link: Link, handle: Handle, named: bool = False) -> None:
         object.__setattr__(self, "_remote_link", link)
         object.__setattr__(self, "_remote_handle", handle)
+        object.__setattr__(self, "_remote_named", named)
 
     def __call__(self, *args: object, **options: object) -> object:
-        return self._remote_link.ask("call", self, args, options)
+        try:
+            return self._remote_link.ask("call", self, args, options)
+        except CannotCross:
+            if self._remote_named:
+                raise
+            raise TypeError("an argument is no plain value") from None
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
@@ -83,6 +96,8 @@ class Remote:
         return True
 
     def __getitem__(self, key: object) -> object:
+        if isinstance(key, slice):
+            return self._remote_link.ask("slice", self, (key.start, key.stop, key.step))
         return self._remote_link.ask("item", self, (key,))
 
     def __contains__(self, key: object) -> bool:
@@ -143,7 +158,12 @@ class Link:
         """
         encoder = Encoder(_handle_of, shared=True)
         number = -1 if target is None else target._remote_handle.number
-        encoder.encode((operation, number, args, options or {}))
+        try:
+            encoder.encode((operation, number, args, options or {}))
+        except CannotCross:
+            if operation == "call":
+                raise
+            raise TypeError("an operand is no plain value") from None
         kind, value = self._exchange(bytes(encoder.data), encoder.containers)
         if isinstance(value, StopIteration) and operation != "next":
             # It would end a `map` or `zip` of the checks before its end.
@@ -260,7 +280,9 @@ def make_exception(about: object) -> BaseException:
         return RuntimeError(text)
 
 
-def make_scope(values: dict[str, object], names: set[str]) -> dict[str, object]:
+def make_scope(
+    values: dict[str, object], names: set[str], attributes: dict[str, set[str]]
+) -> dict[str, object]:
     """Returns the names of the program for the checks.
 
     A name of the program hides a builtin only if the checks use no other name of the program, since
@@ -269,6 +291,7 @@ def make_scope(values: dict[str, object], names: set[str]) -> dict[str, object]:
     Args:
         values: name -> value in the program.
         names: names that the checks use.
+        attributes: name -> its attributes, for names of which the checks use nothing else.
     """
     hidden = names & vars(builtins).keys()
     if values.keys() - hidden:
@@ -277,8 +300,12 @@ def make_scope(values: dict[str, object], names: set[str]) -> dict[str, object]:
     for name, value in values.items():
         if name not in names:
             continue
-        if type(value) is Remote and value._remote_handle.name == "module" and name in _MODULES:
-            value = importlib.import_module(name)
+        if type(value) is Remote:
+            value = Remote(value._remote_link, value._remote_handle, named=True)
+        if name in _MODULES and name in attributes:
+            module = importlib.import_module(name)
+            if all(hasattr(module, attribute) for attribute in attributes[name]):
+                value = module
         scope[name] = value
     return scope | {"__builtins__": builtins, "__name__": "program"}
 
@@ -326,7 +353,7 @@ def judge(link: Link, program: str, checks: str, limits: tuple[object, ...]) -> 
     if needs_same_interpreter(checks, names - vars(builtins).keys()):
         return link.run_checks_there(checks)
     try:
-        exec(code, make_scope(value, names))
+        exec(code, make_scope(value, names, attributes_of(checks, names)))
     except CannotCross:
         return link.run_checks_there(checks)
     except (Forged, ProgramEnded):

@@ -51,6 +51,7 @@ _OPERATIONS: dict[str, Callable[..., object]] = {
     "next": next,
     "length": len,
     "item": operator.getitem,
+    "slice": lambda target, start, stop, step: target[start:stop:step],
     "contains": operator.contains,
     "text": str,
 }
