@@ -289,7 +289,7 @@ def measure_belief(bench: Bench) -> Numbers:
 
 
 def measure_short_pass(bench: Bench) -> Numbers:
-    """Measures a pass over the positions of one block, which reads every weight.
+    """Measures a pass over one block, which reads every weight.
 
     Its floor is the time of reading the layers' matrices once at the measured rate of copies.
     """
@@ -488,7 +488,10 @@ def _decode_program(
 
 
 def _best_seconds(program: Callable[[], object]) -> float:
-    """Measures the fastest of up to three runs, or of one that takes seconds."""
+    """Measures the fastest of up to three runs.
+
+    Long runs are not repeated.
+    """
     times: list[float] = []
     while len(times) < 3 and sum(times) < LONG_MEASUREMENT:
         times.append(run_seconds(program))
