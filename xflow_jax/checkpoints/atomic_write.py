@@ -22,7 +22,11 @@ _LARGE_ARRAY = 2**24  # bytes
 
 def refuse_existing(path: Path) -> None:
     """Raises UserError if the destination exists."""
-    if path.exists() or path.is_symlink():
+    if os.path.lexists(path):
+        lock = destination_lock(path)
+        if lock.file.exists():  # perhaps of a program that was killed after its last rename
+            with contextlib.suppress(UserError), lock:
+                pass
         raise UserError(f"{path}: the destination exists. Choose another one, or delete it.")
 
 
