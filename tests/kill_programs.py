@@ -121,23 +121,26 @@ def prepare(work: Path) -> None:
     (work / "responses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def start(program: Program, trial: Path) -> subprocess.Popen[str]:
-    """Starts a program in the folder of a trial."""
-    cache = trial.parent / "compiled"
-    environment = os.environ | {
+def environment_of(work: Path) -> dict[str, str]:
+    """Returns the environment of the programs, which share what they have compiled."""
+    return os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_COMPILATION_CACHE_DIR": str(work / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
+
+
+def start(program: Program, trial: Path) -> subprocess.Popen[str]:
+    """Starts a program in the folder of a trial."""
     trial.mkdir(exist_ok=True)
     return subprocess.Popen(
         [sys.executable, "-m", *program.words],
         cwd=trial,
-        env=environment,
+        env=environment_of(trial.parent),
         stdout=subprocess.DEVNULL,
         stderr=(trial / "stderr").open("w"),
         text=True,
@@ -246,6 +249,56 @@ def run_twice_at_once(program: Program, work: Path, name: str) -> str:
     return sentence
 
 
+SMALL_DISK = """
+set -e
+mount -t tmpfs -o size=16k tmpfs "$1"
+cd "$1"; n=0; shift
+for option in $SIZES; do
+  mount -o remount,$option tmpfs .
+  n=$((n + 1))
+  "$@" >/dev/null 2>"$REPORTS/$n" && echo 0 >"$REPORTS/$n.status" || echo $? >"$REPORTS/$n.status"
+done
+mount -o remount,rw tmpfs .
+cp -a . "$REPORTS/trial"
+"""
+
+
+def fill_disk(program: Program, work: Path, name: str) -> list[str]:
+    """Runs a program on disks that are too small or read-only, and at last on a large one.
+
+    Returns:
+        The sentences by which the program ended.
+    """
+    straight = work / f"{name}-straight"
+    wanted, size = results(program, straight), _disk_usage(straight)
+    trial, reports = work / f"{name}-small", work / f"{name}-reports"
+    for folder in (trial, reports):
+        folder.mkdir()
+    shares = (0.02, 0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0)
+    options = [f"size={max(int(share * size), 8192)}" for share in shares]
+    options = [*options[:3], "ro", "rw", *options[3:], "size=1g"]
+    environment = environment_of(work) | {"SIZES": " ".join(options), "REPORTS": str(reports)}
+    command = ["unshare", "-rm", "sh", "-c", SMALL_DISK, "sh", str(trial)]
+    command += [sys.executable, "-m", *program.words]
+    subprocess.run(command, env=environment, check=True, timeout=3 * LIMIT)
+    statuses = [int((reports / f"{n}.status").read_text()) for n in range(1, len(options) + 1)]
+    sentences = []
+    for number, (option, status) in enumerate(zip(options, statuses, strict=True), start=1):
+        text = (reports / str(number)).read_text()
+        last = text.rstrip().split("\n")[-1]
+        assert "Traceback" not in text, f"{name}, {option}: {text[-3000:]}"
+        assert status == 0 or (status == 2 and last.startswith("error: ")), (name, option, text)
+        if status:
+            sentences.append(f"{option}: {last}")
+    assert statuses[0] == 2 and (statuses[-1] == 0 or COMPLETE in sentences[-1]), sentences
+    assert results(program, reports / "trial") == wanted, f"{name} differs, see {reports}"
+    return sentences
+
+
+def _disk_usage(folder: Path) -> int:
+    return sum(file.stat().st_blocks * 512 for file in folder.rglob("*"))
+
+
 def main() -> None:
     """Prints the number of kills, of blocked calls and of differing runs of each program."""
     parser = argparse.ArgumentParser(prog="python -m tests.kill_programs", description=__doc__)
@@ -262,6 +315,7 @@ def main() -> None:
         kills, resumed = kill_often(program, work, name, arguments.kills, chance)
         print(f"{name}: {kills} kills, {resumed} runs resumed, 0 blocked, 0 differ", flush=True)
         print(f"{name}, twice: {run_twice_at_once(program, work, name)}", flush=True)
+        print(f"{name}, too small disks: {fill_disk(program, work, name)}", flush=True)
     if arguments.work is None:
         shutil.rmtree(work)
 

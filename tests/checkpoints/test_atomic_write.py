@@ -54,6 +54,15 @@ def test_what_no_program_left_stays(tmp_path):
     assert names(tmp_path) == ["x.partial"] and names(tmp_path / "x.partial") == ["diary"]
 
 
+def test_a_kill_after_the_last_rename(tmp_path):
+    """The result is complete, so only the file of the lock goes."""
+    build(tmp_path / "x", "whole")
+    write_record(tmp_path / "x.lock")
+    with pytest.raises(UserError, match="x: the destination exists"):
+        build(tmp_path / "x", "again")
+    assert names(tmp_path) == ["x"]
+
+
 def test_two_at_once(tmp_path):
     with atomic_directory(tmp_path / "x") as folder:
         (folder / "file").write_text("first")

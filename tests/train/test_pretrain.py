@@ -82,6 +82,14 @@ def test_pretraining_stopped_and_resumed_equals_one_run(base, tmp_path, monkeypa
         pretrain_small(tmp_path / "run")
     assert not (tmp_path / "run/hf").exists()
     assert metrics(tmp_path / "run")[-1]["step"] == 3
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    # The last step is evaluated before it is saved, so a kill here loses no line of metrics.
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pretrain, "solve_rate", killed)
+        pretrain_small(tmp_path / "run")
     pretrain_small(tmp_path / "run")
     assert_same_run(base / "model", tmp_path / "run")
 
