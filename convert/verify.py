@@ -23,7 +23,7 @@ from xflow_jax.checkpoints import (
     find_hf_directory,
     read_hf_config,
 )
-from xflow_jax.errors import UserError
+from xflow_jax.errors import UserError, require
 from xflow_jax.lm import load
 from xflow_jax.types import ModelConfig
 
@@ -53,8 +53,10 @@ def compare(ours: np.ndarray, original: np.ndarray) -> Difference:
     """Compares two arrays of logits [B, L, V].
 
     Raises:
-        UserError: if their shapes differ.
+        UserError: if their shapes differ, or if one holds NaN or infinity.
     """
+    for name, logits in (("our", ours), ("the original's", original)):
+        require(bool(np.isfinite(logits).all()), f"{name} logits are NaN or infinite")
     if ours.shape != original.shape:
         raise UserError(
             f"the original's logits are {list(original.shape)}, ours {list(ours.shape)}"

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert import from_hf
 from tests.helpers import eight
-from tests.hf_helpers import GOLDEN, PREFIX, Q2, TOY, edited, tensors_of
+from tests.hf_helpers import GOLDEN, GOLDEN2, PREFIX, Q2, TOY, edited, tensors_of
 from tests.llada2_helpers import TINY2
 from xflow_jax.checkpoints import huggingface, safetensors_reader, weight_map
 from xflow_jax.errors import UserError
@@ -279,6 +279,15 @@ BAD = {
         config(drop=["mask_token_id"]),
         "{dir}/config.json: the key mask_token_id is missing",
     ),
+    "another end token": (
+        write("generation_config.json", b'{"eos_token_id": [3, 4]}'),
+        "{dir}/generation_config.json: eos_token_id is [3, 4], but that of config.json is 481. "
+        "Correct one of the files.",
+    ),
+    "another mask token": (
+        write("generation_config.json", b'{"eos_token_id": [3, 481], "mask_token_id": 5}'),
+        "{dir}/generation_config.json: mask_token_id is 5, but that of config.json is 490. ",
+    ),
     "missing file": (
         remove(TWO),
         "{dir}/" + TWO + ": the file is missing, but model.safetensors.index.json names it",
@@ -373,6 +382,21 @@ def test_bad_input(tmp_path, case):
             read(folder)
         assert "\n" not in str(caught.value)
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("golden", "names"),
+    [(GOLDEN, ("ids_3", "logits_3")), (GOLDEN2, ("full_ids_0", "full_logits_0"))],
+    ids=["llada", "llada2"],
+)
+def test_the_rotary_base_of_transformers_5_gives_the_same_logits(tmp_path, golden, names):
+    """With the default base in its place they differ by up to 16."""
+    theta = json.loads((golden / "config.json").read_text())["rope_theta"]
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+    drop = ("rope_theta", "rope_scaling")
+    lm = load(edited(tmp_path / "source", config=rope, drop=drop, golden=golden))
+    ids, logits = (np.load(golden / "golden.npz")[name] for name in names)
+    np.testing.assert_allclose(lm.logits(ids), logits, atol=5e-4)
 
 
 def test_values_that_are_too_large_for_bfloat16(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -97,6 +98,12 @@ def test_bad_input(tmp_path):
             log_likelihoods(lm, pairs_of([(2, 2)]), **arguments)
     with pytest.raises(UserError, match="response 1 is empty"):
         log_likelihoods(lm, [([1], [2]), ([1], [])], 1, 1)
+    for pair in (([24], [2]), ([1], [2, -1])):
+        with pytest.raises(UserError, match="holds the id (24|-1). The vocabulary has ids 0 to 23"):
+            log_likelihoods(lm, [pair], 1, 1)
+    params = {**lm.params, "ln_f": {"scale": lm.params["ln_f"]["scale"].at[0].set(jnp.nan)}}
+    with pytest.raises(UserError, match="the model's logits are NaN or infinite"):
+        log_likelihoods(dataclasses.replace(lm, params=params), [([1], [2])], 1, 1)
     with pytest.raises(UserError, match="of 130 tokens exceed the model's 128 positions"):
         log_likelihoods(lm, pairs_of([(100, 30)]), 1, 1)
     with pytest.raises(UserError, match="defined for LLaDA"):

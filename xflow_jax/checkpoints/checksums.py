@@ -98,7 +98,7 @@ def find_damage(directory: Path, name: str) -> str | None:
 def first_damage(
     directory: Path, listed: Listed, large: bool, shared: bool = False
 ) -> tuple[str, str] | None:
-    """Searches for a file that is not as it was when it was listed.
+    """Searches for a file that has changed since it was listed.
 
     Args:
         directory: the directory.

@@ -21,8 +21,10 @@ from xflow_jax.checkpoints.weight_map import map_weights
 from xflow_jax.errors import UserError, require
 from xflow_jax.input_files import file_inside, read_json
 from xflow_jax.models import abstract_params, build, model_config, shardings
+from xflow_jax.toml_config import format_value
 from xflow_jax.types import ModelConfig
 
+GENERATION_FILE = "generation_config.json"
 # Small files that accompany the weights: those of the tokenizer, and the original's code, which is
 # never run here.
 COMPANIONS = (
@@ -34,7 +36,7 @@ COMPANIONS = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.*",
-    "generation_config.json",
+    GENERATION_FILE,
     "configuration_*.py",
     "modeling_*.py",
     "tokenization_*.py",
@@ -45,11 +47,34 @@ def read_hf_config(directory: Path) -> ModelConfig:
     """Reads the configuration in a directory's config.json.
 
     Raises:
-        UserError: if the file is missing, is not JSON or is not a supported configuration.
+        UserError: if the file is missing, is not JSON or is not a supported configuration, or if
+            generation_config.json contradicts it.
     """
     file = file_inside(directory, CONFIG_FILE)
     require(file.exists(), f"{directory}: there is no {CONFIG_FILE}")
-    return model_config(read_json(file), str(file))
+    config = model_config(read_json(file), str(file))
+    _check_generation(file_inside(directory, GENERATION_FILE), config)
+    return config
+
+
+def _check_generation(file: Path, config: ModelConfig) -> None:
+    """Raises UserError if generation_config.json has another end or mask token.
+
+    The original code decodes with that file, and this library with config.json.
+    """
+    options = read_json(file) if file.exists() else {}
+    if not isinstance(options, dict):
+        return
+    for key, own in (("eos_token_id", "eos_id"), ("mask_token_id", "mask_id")):
+        given = options.get(key)
+        if given is None:
+            continue
+        expected = getattr(config, own)
+        if expected not in (given if isinstance(given, list) else [given]):
+            raise UserError(
+                f"{file}: {key} is {format_value(given)}, but that of {CONFIG_FILE} is {expected}. "
+                "Correct one of the files."
+            )
 
 
 def check_companions(directory: Path) -> None:

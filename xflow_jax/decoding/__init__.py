@@ -18,6 +18,7 @@ from xflow_jax.decoding.generate import (
     generate,
     make_decode_config,
     pad_prompts,
+    require_finite,
     row_keys,
 )
 from xflow_jax.decoding.policy import Policy, features, fit_policy, init_policy
@@ -77,6 +78,7 @@ __all__ = [
     "pass_positions",
     "read_out",
     "resolve_steps",
+    "require_finite",
     "row_keys",
     "save_policy",
     "select_highest",

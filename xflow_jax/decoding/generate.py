@@ -143,17 +143,30 @@ def _decode_rows(
         out = decode_batch(lm.model, lm.params, rule, config, *arrays)
     tokens, progress, passes, trace = fetch_to_host(out)
     tokens, progress, passes = (x[: len(rows)] for x in (tokens, progress, passes))
-    require(
-        not np.isnan(progress).any(),
-        "the model's logits are NaN or infinite: its weights are damaged, or too large for "
-        f"{np.dtype(lm.model.dtype).name}.",
-    )
+    require_finite(lm, progress)
     if trace is not None:
         trace = jax.tree.map(lambda x: x[:, : len(rows), : config.gen_length], trace)
     texts = None
     if lm.tokenizer is not None:
         texts = decode_responses(lm.tokenizer, tokens, lm.config.eos_id)
     return Generation(tokens, texts, progress, passes, trace)
+
+
+def require_finite(lm: LanguageModel, results: np.ndarray) -> None:
+    """Checks numbers that are NaN or infinite if the logits are.
+
+    Args:
+        lm: the model, for the message.
+        results: the numbers.
+
+    Raises:
+        UserError: if one is not finite.
+    """
+    require(
+        bool(np.isfinite(results).all()),
+        "the model's logits are NaN or infinite: its weights are damaged, or too large for "
+        f"{np.dtype(lm.model.dtype).name}.",
+    )
 
 
 @partial(jax.jit, static_argnames=("model", "config"))

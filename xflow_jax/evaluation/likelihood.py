@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from xflow_jax.decoding import PROMPT_MULTIPLE
+from xflow_jax.decoding import PROMPT_MULTIPLE, require_finite
 from xflow_jax.errors import UserError
 from xflow_jax.input_files import read_jsonl
 from xflow_jax.parallel import batch_sharding, multihost
@@ -77,7 +77,8 @@ def log_likelihoods(
 ) -> np.ndarray:
     """Estimates a lower bound of log p(response | prompt) for each pair.
 
-    A value depends on the pair and the seed alone, and not on the rest of its batch.
+    A value depends on the pair and the seed alone, and not on the rest of its batch, but for
+    rounding.
 
     Args:
         lm: a LLaDA model.
@@ -138,7 +139,8 @@ def row_losses(
         Nats, float64 [len(rows)].
 
     Raises:
-        UserError: if the model is block-causal, or if a row is longer than the model allows.
+        UserError: if the model is block-causal, if a row is longer than the model allows or holds
+            an id outside the vocabulary, or if the logits are NaN or infinite.
     """
     if lm.config.is_block_causal:
         raise UserError(
@@ -159,6 +161,7 @@ def row_losses(
         with lm.scope():
             losses = multihost.fetch_to_host(_losses(lm.model, lm.params, cfg_scale, *arrays))
         out[batch] = losses[: len(batch)]
+    require_finite(lm, out)
     return out
 
 
@@ -181,6 +184,12 @@ def _batch_arrays(lm: LanguageModel, rows: Sequence[MaskedRow]) -> tuple[np.ndar
     responses, real = (
         x[:, ::-1] for x in pad_left([row.response[::-1] for row in rows], lm.config.pad_id, r)
     )
+    last = lm.config.vocab_rows - 1
+    for ids in (prompts, responses):
+        if (bad := ids[(ids < 0) | (ids > last)]).size:
+            raise UserError(
+                f"a prompt or a response holds the id {bad[0]}. The vocabulary has ids 0 to {last}."
+            )
     masked = np.stack([np.pad(row.masked, (0, r - len(row.masked))) for row in rows])
     return prompts, prompt_real, np.ascontiguousarray(responses), np.ascontiguousarray(real), masked
 
