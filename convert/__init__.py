@@ -6,7 +6,8 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from xflow_jax.errors import UserError
+from xflow_jax.cli import run_process
+from xflow_jax.parallel import find_devices, multihost
 
 
 def run_program(
@@ -14,18 +15,18 @@ def run_program(
 ) -> None:
     """Runs a program with the arguments of the command line.
 
-    A UserError ends the program with a message on stderr and status 2, an interrupt with status
-    130.
+    Errors end it as those of a command (`run_process`).
 
     Args:
         main: function of the parsed arguments.
         parser: parser of the command line.
     """
-    try:
-        main(parser.parse_args())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    arguments = parser.parse_args()
+
+    def run() -> None:
+        multihost.configure_types()
+        multihost.skip_missing_tpu()
+        find_devices()
+        main(arguments)
+
+    sys.exit(run_process(run))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from xflow_jax.decoding import check_policy_ranges
 from xflow_jax.errors import require
 from xflow_jax.training import RewardScale
 
@@ -21,6 +22,9 @@ class PolicyConfig:
         a_max: largest step fraction.
         kappa_min: smallest kappa.
         kappa_max: largest kappa.
+
+    Raises:
+        UserError: if a value is out of range.
     """
 
     init: str = "fresh"
@@ -29,6 +33,11 @@ class PolicyConfig:
     a_max: float = 1.0
     kappa_min: float = 2.0
     kappa_max: float = 50.0
+
+    def __post_init__(self) -> None:
+        most = 2**16
+        require(1 <= self.width <= most, f"width is {self.width}, but it must be 1 to {most}")
+        check_policy_ranges(self.a_min, self.a_max, self.kappa_min, self.kappa_max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,14 +120,18 @@ class GrpoConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        counts = ("prompts_per_step", "group_size", "steps", "epochs")
-        for name in (*counts, "evaluate_every", "log_every", "save_every"):
+        counts = ("prompts_per_step", "group_size", "steps", "epochs", "batch_size")
+        for name in (*counts, "evaluate_every", "evaluate_problems", "log_every", "save_every"):
             value = getattr(self, name)
             require(value >= 1, f"{name} is {value}, but it must be at least 1")
         require(
             self.group_size >= 2,
             "group_size is 1, but an advantage is what a decode gains over others of its group",
         )
+        require(self.problems >= 0, f"problems is {self.problems}, but it must not be negative")
+        for name in ("rate", "clip"):
+            value = getattr(self, name)
+            require(value > 0, f"{name} is {value}, but it must be positive")
         require(
             0 < self.epsilon < 1, f"epsilon is {self.epsilon}, but it must be above 0 and below 1"
         )

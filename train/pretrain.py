@@ -18,7 +18,7 @@ import optax
 from train.run import Run
 from train.setup import export, run_program
 from xflow_jax.decoding import MaskPrediction, generate
-from xflow_jax.errors import UserError
+from xflow_jax.errors import UserError, require
 from xflow_jax.lm import LM
 from xflow_jax.models import LLaDAConfig, build, init_params
 from xflow_jax.sandbox import run_many
@@ -74,6 +74,9 @@ class PretrainConfig:
         evaluate_every: steps between evaluations.
         evaluate_problems: held-out problems of an evaluation.
         export_dtype: dtype of the exported parameters.
+
+    Raises:
+        UserError: if a value is out of range.
     """
 
     out: str
@@ -97,6 +100,24 @@ class PretrainConfig:
     evaluate_every: int = 1000
     evaluate_problems: int = 128
     export_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        counts = ("prompt_length", "gen_length", "batch_size", "steps", "log_every", "save_every")
+        for name in (*counts, "evaluate_every", "evaluate_problems"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name} is {value}, but it must be at least 1")
+        for name in ("curriculum_steps", "wide_steps"):
+            value = getattr(self, name)
+            require(value >= 0, f"{name} is {value}, but it must not be negative")
+        for name in ("muon_rate", "adam_rate", "clip", "first_sigma"):
+            value = getattr(self, name)
+            require(value > 0, f"{name} is {value}, but it must be positive")
+        require(self.first_sigma <= 1, f"first_sigma is {self.first_sigma}, but it must be up to 1")
+        times = [time for time, _ in self.rate_points]
+        require(
+            len(times) >= 2 and times == sorted(set(times)),
+            "rate_points must be two or more pairs with ascending steps",
+        )
 
 
 def make_model_config(config: PretrainConfig, tokenizer: Tokenizer) -> LLaDAConfig:

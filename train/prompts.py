@@ -8,6 +8,7 @@ from pathlib import Path
 
 from xflow_jax.checkpoints import download_from_hub
 from xflow_jax.errors import UserError, require
+from xflow_jax.input_files import open_regular
 from xflow_jax.training import read_records
 
 FORMATS = (".jsonl", ".parquet")
@@ -39,16 +40,21 @@ def read_conversations(name: str) -> Iterator[list[dict[str, str]]]:
 
 def _find_files(name: str) -> list[Path]:
     """Returns the files of a data set."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        return [path]
-    files = _list_folder(path) if path.is_dir() else _download(name)
+    try:
+        path = Path(name).expanduser()
+        if path.is_file():
+            return [path]
+        is_folder = path.is_dir()
+    except (OSError, RuntimeError, ValueError):  # a name that no file can have
+        raise UserError(f"{name}: there is no such file") from None
+    require(is_folder or not path.exists(), f"{name}: it is a pipe or a device, not a file")
+    files = _list_folder(path) if is_folder else _download(name)
     require(bool(files), f"{name}: there is no {' or '.join(FORMATS)} file in it")
     return files
 
 
 def _list_folder(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.suffix in FORMATS)
+    return sorted(file for file in folder.rglob("*") if file.suffix in FORMATS and file.is_file())
 
 
 def _download(name: str) -> list[Path]:
@@ -65,13 +71,21 @@ def _read_file(file: Path) -> Iterator[tuple[str, object]]:
         yield from read_records(file)
         return
     try:
-        from pyarrow import parquet
+        from pyarrow import ArrowException, parquet
     except ImportError:
         raise UserError(
             f'{file}: parquet files need pyarrow. Install it with pip install "xflow-jax[data]".'
         ) from None
-    for number, record in enumerate(parquet.read_table(file).to_pylist(), start=1):
-        yield f"{file}, record {number}", record
+    number = 0
+    try:
+        with open_regular(file) as opened:
+            for batch in parquet.ParquetFile(opened).iter_batches(batch_size=1024):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{file}, record {number}", record
+    except (ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{file}: cannot be read after {number} records: {reason}") from None
 
 
 def _conversation(record: object, where: str) -> list[dict[str, str]]:

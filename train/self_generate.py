@@ -180,11 +180,11 @@ def main(path: str, overrides: list[str]) -> None:
         None,
         config.block_length or None,
     )
+    mesh = make_mesh(config.mesh, jax.local_devices()) if config.mesh else None
     out = _own_file(Path(config.out))
     own = {i: ids for i, ids in prompts.items() if i % jax.process_count() == jax.process_index()}
     with destination_lock(out):  # each process has its own file and its own lock
         done = _resume(out, config)
-        mesh = make_mesh(config.mesh, jax.local_devices()) if config.mesh else None
         _generate(config, load(directory, dtype=config.dtype, mesh=mesh), own, done, out)
     print(f"{out}: {len(own)} responses")
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
 from xflow_jax.checkpoints import save_params, write_atomic, write_hf
-from xflow_jax.errors import UserError
+from xflow_jax.cli import run_process
 from xflow_jax.models import abstract_params, build
-from xflow_jax.parallel import multihost
+from xflow_jax.parallel import find_devices, multihost
 from xflow_jax.types import ModelConfig, Params
 
 
@@ -62,8 +62,7 @@ def export(
 def run_program(main: Callable[[str, list[str]], None], usage: str) -> None:
     """Runs a program with the arguments of the command line.
 
-    A UserError ends the program with a message on stderr and status 2, an interrupt with status
-    130.
+    Errors end it as those of a command (`run_process`).
 
     Args:
         main: function of the first argument, a configuration, and the rest, the overrides.
@@ -72,13 +71,10 @@ def run_program(main: Callable[[str, list[str]], None], usage: str) -> None:
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         print(f"usage: {usage}", file=sys.stderr)
         sys.exit(2)
-    try:
-        multihost.initialize_processes()
-        multihost.enable_compilation_cache()
+
+    def run() -> None:
+        multihost.configure_process()
+        find_devices()
         main(sys.argv[1], sys.argv[2:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted. The same command continues.", file=sys.stderr)
-        sys.exit(130)
+
+    sys.exit(run_process(run, interrupted="interrupted. The same command continues."))

@@ -26,7 +26,13 @@ from xflow_jax.checkpoints import (
 from xflow_jax.errors import UserError
 from xflow_jax.input_files import read_json_object
 from xflow_jax.models import build, check_heads
-from xflow_jax.parallel import batch_sharding, computation_scope, make_mesh, replicated
+from xflow_jax.parallel import (
+    batch_sharding,
+    computation_scope,
+    find_devices,
+    make_mesh,
+    replicated,
+)
 from xflow_jax.tokenizer import load_tokenizer
 from xflow_jax.types import Backbone, ModelConfig, Params, Tokenizer
 
@@ -262,6 +268,7 @@ def load(path: str | Path, dtype: DTypeLike = "float32", mesh: Mesh | str | None
     if name not in DTYPES:
         raise UserError(f"dtype is {name!r}, but it must be {' or '.join(DTYPES)}")
     dtype = jnp.dtype(name)
+    find_devices()  # before a large file is read
     mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
     directory = _find_model(path)
     if directory in BUNDLED.values() and not any(directory.glob("*.safetensors")):

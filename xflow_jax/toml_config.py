@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
-from xflow_jax.errors import UserError, describe, require
+from xflow_jax.errors import UserError, check_seed, describe, require
 from xflow_jax.input_files import parse_toml, read_toml
 
 
@@ -82,6 +82,8 @@ def coerce(value: object, hint: object) -> Any:
     elif hint is Path and isinstance(value, str):
         return Path(value)
     elif origin is None and isinstance(hint, type) and isinstance(value, hint):
+        if hint is int and isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise TypeError("an integer of at most 64 bits")
         if hint is not int or not isinstance(value, bool):
             return value
     elif hint is None and value is None:
@@ -306,6 +308,8 @@ def _build(
             continue
         try:
             values[key] = coerce(value, hint)
+            if key == "seed":  # of JAX, in every configuration
+                check_seed(values[key], f"{where}: {dotted}")
         except TypeError as right:
             raise UserError(
                 f"{where}: {dotted} is {format_value(value)}, but it must be {right}"

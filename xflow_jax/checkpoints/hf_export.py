@@ -21,7 +21,7 @@ from xflow_jax.checkpoints.checksums import FILES, write_checksums
 from xflow_jax.checkpoints.huggingface import COMPANIONS
 from xflow_jax.checkpoints.safetensors_reader import CONFIG_FILE, DTYPES, INDEX, SINGLE, copy_cast
 from xflow_jax.checkpoints.weight_map import TensorSlice, WeightMapping, map_weights
-from xflow_jax.errors import UserError
+from xflow_jax.errors import UserError, describe
 from xflow_jax.models import abstract_params, build
 from xflow_jax.types import ModelConfig, Params
 
@@ -262,10 +262,12 @@ def parse_size(text: str) -> int:
     Raises:
         UserError: for any other text.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(
+        r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([KMG]i?B)?", text.strip(), re.IGNORECASE
+    )
     size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
     if size < 1:
         raise UserError(
-            f"size {text!r} must be a positive number of bytes, like 5GB, 500MB or 4GiB"
+            f"size {describe(text)} must be a positive number of bytes, like 5GB, 500MB or 4GiB"
         )
     return size

@@ -78,7 +78,7 @@ def _check_generation(file: Path, config: ModelConfig) -> None:
 
 
 def check_companions(directory: Path) -> None:
-    """Raises UserError if a file beside the weights is a link that leaves the directory."""
+    """Raises UserError if a companion is a link that leaves the directory."""
     matching_files(directory, COMPANIONS)
 
 

@@ -14,6 +14,7 @@ import gc
 import glob
 import json
 import logging
+import os
 import shutil
 import sys
 import time
@@ -36,17 +37,20 @@ from xflow_jax.checkpoints.checksums import (
     FILES,
     compares_large_files,
     first_damage,
+    list_files,
     write_checksums,
 )
 from xflow_jax.checkpoints.finite_values import is_finite
 from xflow_jax.checkpoints.hf_export import check_shapes
 from xflow_jax.checkpoints.huggingface import COMPANIONS
 from xflow_jax.checkpoints.run_lock import destination_lock, locked_by_first_process
-from xflow_jax.errors import UserError, disk_errors
+from xflow_jax.errors import UserError, disk_errors, require
+from xflow_jax.input_files import file_inside, read_json
 from xflow_jax.models import abstract_params, build, model_config, shardings
 from xflow_jax.types import ModelConfig, Params
 
 FORMAT = "xflow-jax parameters, version 1"
+METADATA = "_CHECKPOINT_METADATA"  # written by Orbax
 TEMPORARY = ".orbax-checkpoint-tmp*"  # what Orbax adds to a name until the directory is complete
 # A host that reads a slice of a parameter decodes complete chunks of it. By default Orbax would
 # write one chunk per shard.
@@ -265,7 +269,7 @@ def save_params(
 
 def is_checkpoint(directory: str | Path) -> bool:
     """Returns True for a converted checkpoint, complete or not."""
-    return (Path(directory) / "_CHECKPOINT_METADATA").exists()
+    return os.path.lexists(Path(directory) / METADATA)
 
 
 def read_record(directory: str | Path, large: bool = False) -> CheckpointRecord:
@@ -396,6 +400,7 @@ def abstract_model(
 
 def _read_record(directory: Path) -> CheckpointRecord:
     """Reads the record of a checkpoint that may be incomplete."""
+    _check_files(directory)
     try:
         with quiet_orbax():
             metadata = (
@@ -403,14 +408,36 @@ def _read_record(directory: Path) -> CheckpointRecord:
                 .metadata(directory)
                 .custom_metadata
             )
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
         metadata = None
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise UserError(
             f"{directory}: not a converted checkpoint of this version. "
             "Make one with python -m convert.from_hf."
         )
-    return CheckpointRecord(**{name: value for name, value in metadata.items() if name != "format"})
+    try:
+        record = CheckpointRecord(**{k: v for k, v in metadata.items() if k != "format"})
+        for dtype, *shape in record.leaves.values():
+            require(bool(np.dtype(dtype)) and all(type(n) is int for n in shape), "")
+    except (TypeError, ValueError, AttributeError, UserError):
+        raise UserError(f"{directory}: its metadata are damaged. Convert it again.") from None
+    return record
+
+
+def _check_files(directory: Path) -> None:
+    """Raises UserError for pipes, devices, links out, and damaged JSON.
+
+    Orbax would wait for a pipe, and read a device for ever.
+    """
+    for file in list_files(directory):
+        place = file_inside(directory, str(file.relative_to(directory)))
+        require(
+            place.is_file(),
+            f"{file}: it is no regular file. Copy or convert the checkpoint again.",
+        )
+    for name in (METADATA, FILES):
+        if (directory / name).exists():
+            read_json(directory / name)
 
 
 def _item_name(path: str) -> str:

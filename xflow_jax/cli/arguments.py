@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from xflow_jax.errors import require
+from xflow_jax.errors import UserError, check_seed, describe, disk_errors, require
 
 MODEL = (
     "tiny (the bundled model), a directory (Hugging Face format or converted), or a name on the hub"
@@ -18,6 +19,7 @@ RULE = (
     "from a Python file, like my_rule.py:MyRule(tau=0.3)"
 )
 ALL_DEVICES = "all devices on fsdp"
+MOST_DIGITS = 15  # of a number on the command line
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,7 +27,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints the message and exits with status 2."""
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        sentence = UserError(message)  # printable, and not too long
+        self.exit(2, f"error: {sentence} (see {self.prog} --help)\n")
 
     def parse_all(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parses like parse_args, and suggests the nearest option for an unknown one."""
@@ -34,7 +37,7 @@ class Parser(argparse.ArgumentParser):
             parser = args.parser
             known = [option for action in parser._actions for option in action.option_strings]
             hint = did_you_mean(rest[0].partition("=")[0], known)
-            parser.error(f"unknown argument {rest[0]!r}{hint}")
+            parser.error(f"unknown argument {describe(rest[0])}{hint}")
         return args
 
 
@@ -51,9 +54,43 @@ def whole_number(text: str) -> int:
         argparse.ArgumentTypeError: for anything but a whole number.
     """
     try:
-        return int(text)
+        number = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {describe(text)}") from None
+    if abs(number) >= 10**MOST_DIGITS:
+        raise argparse.ArgumentTypeError(
+            f"must have at most {MOST_DIGITS} digits, unlike {describe(text)}"
+        )
+    return number
+
+
+def seed_number(text: str) -> int:
+    """Parses the seed of random numbers.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything but a seed (`check_seed`).
+    """
+    try:
+        return check_seed(whole_number(text), "it")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def check_output_file(path: Path) -> None:
+    """Checks that a file can be written, before its content is made.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    require(
+        not path.exists() or path.is_file(),
+        f"{path} cannot be written: it is a folder, a pipe or a device",
+    )
+    with disk_errors(path):
+        is_new = not path.exists()
+        path.open("ab").close()
+        if is_new:
+            path.unlink()
 
 
 def require_positive(args: argparse.Namespace, *names: str) -> None:
@@ -100,7 +137,13 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --dtype, --mesh and --seed."""
     add_dtype_argument(parser)
     add_mesh_argument(parser)
-    add_number(parser, "--seed", "random seed, for rules that draw", 0)
+    parser.add_argument(
+        "--seed",
+        type=seed_number,
+        default=0,
+        metavar="N",
+        help="random seed, for rules that draw (default: %(default)s)",
+    )
 
 
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:

@@ -33,8 +33,10 @@ from xflow_jax.cli.arguments import (
     add_mesh_argument,
     add_number,
     cache_arguments,
+    check_output_file,
     require_positive,
 )
+from xflow_jax.cli.process import print_text
 from xflow_jax.decoding import CacheOptions, DecodeConfig, Rule, make_decode_config, parse_rule
 from xflow_jax.errors import UserError, require
 from xflow_jax.lm import LM
@@ -98,6 +100,7 @@ def run(args: argparse.Namespace) -> None:
     require_positive(args, "prompt_length", "rounds")
     if args.json:
         refuse_existing(Path(args.json))
+        check_output_file(Path(args.json))
     label, rule = parse_rule(args.rule)
     lm = load_or_make(args.model, args.dtype, args.mesh)
     steps = max(args.gen_length // 4, 1) if args.steps is None else args.steps
@@ -118,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
     with lm.scope():
         rate = matmul_rate(lm.dtype)
     parameters, device = count_parameters(lm), jax.devices()[0].device_kind
-    print(
+    print_text(
         f"{args.model}: {parameters / 1e6:.2f} M parameters in {lm.dtype}, on {device}, "
         f"which multiplies matrices at {rate / 1e9:.0f} GFLOP/s\n"
         f"{label}: prompts of {args.prompt_length} tokens, responses of {args.gen_length} "
@@ -182,7 +185,7 @@ def _compare_cache(
         name = f"the prompt read every {cache.refresh} steps"
     elif args.cache is not None:
         name = f"the {args.cache} cache"
-    print(
+    print_text(
         f"{args.model}: {count_parameters(lm) / 1e6:.1f} M parameters, "
         f"prompts of {args.prompt_length} tokens, responses of {decode_config.gen_length} "
         f"in blocks of {decode_config.block_length} with {decode_config.steps} steps each"

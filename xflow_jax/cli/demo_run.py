@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from xflow_jax.benchmarks import count_parameters
 from xflow_jax.checkpoints import save_params
+from xflow_jax.cli.process import print_text
 from xflow_jax.decoding import MaskPrediction, Rule, generate, parse_rule
 from xflow_jax.errors import UserError
 from xflow_jax.evaluation import (
@@ -77,7 +78,7 @@ def run_demo(out: Path, limit: int) -> None:
         cells = make_cells(model, task, model_rules, BUDGETS)
         rows += evaluate(model, task, problems, cells, answers, limit)
     page = out / "trajectory.html"
-    print("\n" + _show_trajectory(lm, problems[0], rules[FLOW], page) + "\n")
+    print_text("\n" + _show_trajectory(lm, problems[0], rules[FLOW], page) + "\n")
     notes = [
         table_legend(task),
         "base: the model before its alignment. All other rows are of the aligned model.",

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from xflow_jax.cli.arguments import cache_arguments
+from xflow_jax.cli.process import print_text
 from xflow_jax.decoding import CacheOptions, Flow, Rule, parse_budgets, parse_rules
-from xflow_jax.errors import UserError
+from xflow_jax.errors import UserError, printable
 from xflow_jax.evaluation import (
     Answer,
     Answers,
@@ -92,7 +93,7 @@ def evaluate_task(args: argparse.Namespace) -> None:
             ending = f"Wrote {', '.join(map(str, files))}."
     parts = [rows_to_text(rows), *(f"{title}\n\n{text}" for title, text in tables if text)]
     parts += [table_legend(task), *_cache_note(about), ending]
-    print("\n" + "\n\n".join(parts))
+    print_text("\n" + "\n\n".join(parts))
 
 
 def _notes(task: Task, about: Mapping[str, Any]) -> list[str]:
@@ -155,7 +156,7 @@ def _score_given(
 def _print_failures(task: Task, by_id: Mapping[str, object], failed: Sequence[Answer]) -> None:
     """Prints the first failures, and the task's hints on all of them."""
     for answer in failed[:MOST_FAILURES]:
-        print(f"failed: {answer.task_id}: {answer.reason}")
+        print(printable(f"failed: {answer.task_id}: {answer.reason}"))
     if len(failed) > MOST_FAILURES:
         print(f"failed: {len(failed) - MOST_FAILURES} more")
     hints = Counter(task.hint(by_id[answer.task_id], answer.text) for answer in failed)

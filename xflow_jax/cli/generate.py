@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from xflow_jax.cli.arguments import (
     MODEL,
@@ -11,8 +12,9 @@ from xflow_jax.cli.arguments import (
     add_cache_arguments,
     add_device_arguments,
     add_number,
+    check_output_file,
 )
-from xflow_jax.errors import UserError
+from xflow_jax.errors import UserError, describe, require
 from xflow_jax.tasks import microcode
 
 
@@ -53,9 +55,26 @@ def run(args: argparse.Namespace) -> None:
     """Answers the prompts."""
     if args.trace is not None and len(args.prompt) > 1:
         raise UserError("--trace shows one decode, so give --prompt once")
-    if any(not prompt.strip() for prompt in args.prompt):
-        raise UserError("a prompt is empty: write a text for the model to answer")
+    for prompt in args.prompt:
+        check_prompt(prompt)
+    # Zero would read as "not given" further on.
+    require(args.block_length != 0, "block_length must be a whole number of at least 1, not 0")
+    if args.trace is not None:
+        page = Path(args.trace)
+        require(
+            page.suffix in (".html", ".htm"), f"--trace writes a page: {page} must end in .html"
+        )
+        check_output_file(page)
     # Imported here because the help and a wrong option must not wait for JAX.
     from xflow_jax.cli.generate_run import answer_prompts
 
     answer_prompts(args)
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises UserError for a prompt that is empty or no text."""
+    require(bool(prompt.strip()), "a prompt is empty: write a text for the model to answer")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes of the command line that are not UTF-8
+        raise UserError(f"the prompt {describe(prompt)} is not valid text") from None

@@ -12,6 +12,7 @@ from textwrap import shorten
 from typing import Any
 
 from xflow_jax.cli.arguments import cache_arguments
+from xflow_jax.cli.process import print_text
 from xflow_jax.decoding import Generation, generate, parse_budget, parse_rule, resolve_steps
 from xflow_jax.errors import UserError
 from xflow_jax.evaluation import judge_prompts, token_texts, verdict_sentence, write_trajectory_page
@@ -85,7 +86,7 @@ def answer_prompts(args: argparse.Namespace) -> None:
     _print_text(answers, label, length)
     print(f"[{seconds:.1f} s with compilation]")
     if args.trace is not None:
-        print(f"[wrote {args.trace}]")
+        print_text(f"[wrote {args.trace}]")
 
 
 def decode_lengths(
@@ -159,6 +160,6 @@ def _print_json(answers: Sequence[_Answer], about: dict[str, object], seed: int)
 def _print_text(answers: Sequence[_Answer], label: str, length: int) -> None:
     for i, answer in enumerate(answers):
         heading = f"# {answer.prompt}\n" if len(answers) > 1 else ""
-        print(("\n" if i else "") + heading + answer.text)
-        print(f"\n[{verdict_sentence(answer.verdict)}]")
-        print(f"[{label}, {answer.forward_passes} forward passes for {length} tokens]")
+        print_text(("\n" if i else "") + heading + answer.text)
+        print_text(f"\n[{verdict_sentence(answer.verdict)}]")
+        print_text(f"[{label}, {answer.forward_passes} forward passes for {length} tokens]")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 
 from xflow_jax.cli.arguments import Parser, did_you_mean
-from xflow_jax.errors import UserError
+from xflow_jax.cli.process import run_process
+from xflow_jax.errors import describe
 
 COMMANDS = {
     "demo": "decode with the bundled model, run its answers, and draw the results",
@@ -70,29 +71,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: the command's own or 0, 2 for a user's mistake, 130 if interrupted.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    command = argv[0] if argv else None
+    argv = [_as_utf8(word) for word in (sys.argv[1:] if argv is None else argv)]
+    return run_process(partial(_run, argv), needs_output=True)
+
+
+def _as_utf8(word: str) -> str:
+    """Decodes a word of the command line as UTF-8, whatever the locale."""
     try:
-        parser = build_parser(command)
-        if command and not command.startswith("-") and command not in COMMANDS:
-            hint = did_you_mean(command, list(COMMANDS)) or f". There are {', '.join(COMMANDS)}"
-            parser.error(f"there is no command {command!r}{hint}")
-        args = parser.parse_all(argv)
-        if args.command is None:
-            parser.print_help()
-            return 0
-        multihost = importlib.import_module("xflow_jax.parallel.multihost")
-        multihost.initialize_processes()
-        multihost.enable_compilation_cache()
-        status = _command_module(args.command).run(args)
-        sys.stdout.flush()
-        return status or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of the output, for example `head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return word.encode(errors="surrogateescape").decode()
+    except UnicodeError:
+        return word
+
+
+def _run(argv: Sequence[str]) -> int | None:
+    """Parses the arguments and runs their command."""
+    command = argv[0] if argv else None
+    parser = build_parser(command)
+    if command and not command.startswith("-") and command not in COMMANDS:
+        hint = did_you_mean(command, list(COMMANDS)) or f". There are {', '.join(COMMANDS)}"
+        parser.error(f"there is no command {describe(command)}{hint}")
+    args = parser.parse_all(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    multihost = importlib.import_module("xflow_jax.parallel.multihost")
+    multihost.configure_process()
+    return _command_module(args.command).run(args)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -22,15 +23,18 @@ from xflow_jax.cli.arguments import (
     add_mesh_argument,
     add_number,
     cache_arguments,
+    check_output_file,
     require_positive,
 )
 from xflow_jax.decoding import CacheOptions
 from xflow_jax.errors import UserError, require
+from xflow_jax.input_files import read_json
 from xflow_jax.models import PRESETS
 from xflow_jax.planning import (
     GPUS,
     PROGRAMS,
     PlanRequest,
+    PlanRow,
     markdown_page,
     parse_device,
     parse_topology,
@@ -123,7 +127,9 @@ def run(args: argparse.Namespace) -> int:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_enable_compilation_cache", False)
     file = Path(args.json) if args.json else None
-    previous_rows = json.loads(file.read_text())["rows"] if file and file.exists() else []
+    for name in filter(None, (args.json, args.markdown)):
+        check_output_file(Path(name))
+    previous_rows = _read_rows(file) if file and file.exists() else []
     rows = []
     for row in plan_rows(request, previous_rows):
         rows.append(row)
@@ -137,12 +143,35 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(row["fits"] for row in rows) else 1
 
 
+def _read_rows(file: Path) -> list[PlanRow]:
+    """Reads the rows of an earlier call.
+
+    Raises:
+        UserError: if the file has another form.
+    """
+    value = read_json(file)
+    rows = value.get("rows") if isinstance(value, dict) else None
+    try:
+        if not isinstance(rows, list):
+            raise TypeError
+        plan_table(rows)
+        for row in rows:
+            row_sentence(row)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError):
+        raise UserError(f"{file}: it holds no rows of xflow plan. Choose another file.") from None
+    return rows
+
+
 def _request(args: argparse.Namespace) -> PlanRequest:
     """Converts the arguments. Raises UserError for bad input."""
     presets = _names("preset", args.preset, list(PRESETS))
     programs = _names("program", args.program, PROGRAMS)
     batches = _batches(args.batch)
     require_positive(args, "most", "train_batch", "prompt_length", "gen_length", "steps")
+    require(
+        not args.set or "align" in programs,
+        "--set sets keys of the alignment, so it needs align among the programs of --program",
+    )
     topologies = tuple(args.topology.split(",")) if args.topology else ()
     for text in topologies:
         parse_topology(text)
@@ -183,7 +212,7 @@ def _batches(text: str) -> tuple[int | Literal["max"], ...]:
             batches.append("max")
         else:
             require(
-                part.isdigit() and int(part) > 0,
+                re.fullmatch("[0-9]{1,9}", part) is not None and int(part) > 0,
                 f"the batch {text!r} must be positive whole numbers or max, "
                 "with commas between them",
             )

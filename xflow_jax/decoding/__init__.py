@@ -22,7 +22,7 @@ from xflow_jax.decoding.generate import (
     row_keys,
 )
 from xflow_jax.decoding.policy import Policy, features, fit_policy, init_policy
-from xflow_jax.decoding.policy_io import load_policy, save_policy
+from xflow_jax.decoding.policy_io import check_policy_ranges, load_policy, save_policy
 from xflow_jax.decoding.rules.base import (
     Action,
     Rule,
@@ -58,6 +58,7 @@ __all__ = [
     "Trace",
     "block_layout",
     "branch_shares",
+    "check_policy_ranges",
     "compute_belief",
     "decode",
     "decode_batch",

@@ -30,7 +30,7 @@ from xflow_jax.decoding.cache_options import CacheOptions
 from xflow_jax.decoding.decode import decode
 from xflow_jax.decoding.rules.base import Rule
 from xflow_jax.decoding.state import DecodeConfig, Trace, read_out
-from xflow_jax.errors import UserError, require
+from xflow_jax.errors import UserError, check_seed, describe, require
 from xflow_jax.parallel import batch_sharding, fetch_to_host, put_sharded
 from xflow_jax.tokenizer import chat_ids, decode_responses, pad_left
 from xflow_jax.types import Array, Backbone, Bool, Float, Int, Key, LanguageModel, Params
@@ -38,8 +38,11 @@ from xflow_jax.types import Array, Backbone, Bool, Float, Int, Key, LanguageMode
 # Anything can arrive at run time, and `generate` checks it.
 if TYPE_CHECKING:
     Prompts: TypeAlias = Sequence[str] | Sequence[Sequence[int]] | np.ndarray
+    AnyModel: TypeAlias = LanguageModel
+    AnyRule: TypeAlias = Rule
+    Seed: TypeAlias = int
 else:
-    Prompts = object
+    Prompts = AnyModel = AnyRule = Seed = object
 
 # Prompts are padded to a multiple of this, so that most new lengths need no new compilation.
 PROMPT_MULTIPLE = 16
@@ -67,16 +70,16 @@ class Generation:
 
 
 def generate(
-    lm: LanguageModel,
+    lm: AnyModel,
     prompts: Prompts,
-    rule: Rule,
+    rule: AnyRule,
     gen_length: Count = 64,
     steps: Count = 16,
     *,
     steps_per_block: Count | None = None,
     block_length: Count | None = None,
     eos_early_stop: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
     trace: bool = False,
     early_exit: bool | None = None,
     cache: str | bool | None = None,
@@ -111,6 +114,7 @@ def generate(
     Raises:
         UserError: for bad input.
     """
+    _check_kinds(lm, rule, seed)
     options = CacheOptions(cache, refresh, window, prompt_every)
     options.resolve(lm.config)
     rows = _token_rows(lm, prompts)
@@ -126,6 +130,19 @@ def generate(
     return _decode_rows(lm, rows, rule, config, seed)
 
 
+def _check_kinds(lm: object, rule: object, seed: object) -> None:
+    """Raises UserError for a model, rule or seed of a wrong type."""
+    if not isinstance(lm, LanguageModel):
+        raise UserError(f"lm must be a model from xflow_jax.load, not {describe(lm)}")
+    if isinstance(rule, type):
+        raise UserError(f"the rule is the class {rule.__name__}: write {rule.__name__}()")
+    require(
+        isinstance(rule, Rule),
+        f"rule must be a rule such as xflow_jax.Flow(), not {describe(rule)}",
+    )
+    check_seed(seed)
+
+
 def _decode_rows(
     lm: LanguageModel, rows: list[list[int]], rule: Rule, config: DecodeConfig, seed: int
 ) -> Generation:
@@ -136,10 +153,10 @@ def _decode_rows(
         # Every device needs equally many rows. The last row is repeated, and the copies dropped.
         fill = -len(rows) % (lm.mesh.shape["data"] * lm.mesh.shape["fsdp"])
         take = np.concatenate([take, np.full(fill, len(rows) - 1)])
-    arrays = (ids[take], mask[take], row_keys(jax.random.key(seed), rows)[take])
-    if lm.mesh is not None:
-        arrays = put_sharded(arrays, batch_sharding(lm.mesh))
     with lm.scope():
+        arrays = (ids[take], mask[take], row_keys(jax.random.key(seed), rows)[take])
+        if lm.mesh is not None:
+            arrays = put_sharded(arrays, batch_sharding(lm.mesh))
         out = decode_batch(lm.model, lm.params, rule, config, *arrays)
     tokens, progress, passes, trace = fetch_to_host(out)
     tokens, progress, passes = (x[: len(rows)] for x in (tokens, progress, passes))
@@ -213,7 +230,7 @@ def _token_row(lm: LanguageModel, number: int, prompt: object) -> list[int]:
             row = [operator.index(token) for token in cast(Iterable[SupportsIndex], prompt)]
         except TypeError:
             raise UserError(
-                f"prompt {number} must be a text or a list of token ids, not {prompt!r:.60}"
+                f"prompt {number} must be a text or a list of token ids, not {describe(prompt)}"
             ) from None
     if not row:
         raise UserError(f"prompt {number} is empty: give at least one token id")
@@ -221,7 +238,8 @@ def _token_row(lm: LanguageModel, number: int, prompt: object) -> list[int]:
         last = lm.config.vocab_rows - 1
         hint = " The tokenizer belongs to another model." if isinstance(prompt, str) else ""
         raise UserError(
-            f"prompt {number} holds the id {bad[0]}. The vocabulary has ids 0 to {last}.{hint}"
+            f"prompt {number} holds the id {describe(bad[0])}. "
+            f"The vocabulary has ids 0 to {last}.{hint}"
         )
     return row
 

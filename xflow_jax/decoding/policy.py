@@ -47,6 +47,14 @@ class Policy:
     kappa_min: float = struct.field(pytree_node=False, default=2.0)
     kappa_max: float = struct.field(pytree_node=False, default=50.0)
 
+    def __repr__(self) -> str:
+        """Describes the policy in one line, without its weights."""
+        width = getattr(self.params["b1"], "size", "?") if "b1" in self.params else "?"
+        return (
+            f"Policy(width={width}, a_min={self.a_min:g}, a_max={self.a_max:g}, "
+            f"kappa_min={self.kappa_min:g}, kappa_max={self.kappa_max:g})"
+        )
+
     def beta(self, s: Float[Array, "*B 8"]) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
         """Returns (mu, kappa) at features s (Eqs. 14, 15)."""
         p = self.params

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from xflow_jax.decoding.policy import FEATURES, Policy
-from xflow_jax.errors import UserError, disk_errors
+from xflow_jax.errors import UserError, describe, disk_errors
+from xflow_jax.input_files import open_regular, parse_json
+from xflow_jax.toml_config import coerce
 
 BUNDLED = Path(__file__).parents[1] / "tiny" / "policy.safetensors"
 A_LIMIT = 4.0  # largest a_max
@@ -57,6 +59,9 @@ def _read_tensors(path: str | Path) -> tuple[dict[str, jax.Array], dict[str, str
     """Reads the tensors of a policy as float32, and the metadata."""
     from safetensors import SafetensorError, safe_open
 
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file. A policy is a .safetensors file.")
+    open_regular(path).close()  # safe_open would wait for a pipe
     try:
         # As JAX arrays, since NumPy alone has no bfloat16.
         with safe_open(str(path), framework="flax") as file:
@@ -64,18 +69,18 @@ def _read_tensors(path: str | Path) -> tuple[dict[str, jax.Array], dict[str, str
             if missing := sorted(set(_TENSORS) - names):
                 raise UserError(f"{path} is no policy: it lacks the tensors {', '.join(missing)}")
             tensors = {name: jnp.asarray(file.get_tensor(name), jnp.float32) for name in _TENSORS}
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file. A policy is a .safetensors file.") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+    except (TypeError, KeyError, ValueError, AttributeError) as error:  # a dtype that JAX lacks
+        raise UserError(f"{path}: its tensors cannot be read: {describe(error)}") from error
     return tensors, metadata
 
 
 def _check_tensors(path: str | Path, tensors: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Returns the tensors in their shapes, or raises UserError."""
-    width = tensors["b1"].size
+    width = max(tensors["b1"].size, 1)
     shapes = {
         "w1": (FEATURES, width),
         "b1": (width,),
@@ -103,16 +108,38 @@ def _read_ranges(path: str | Path, metadata: dict[str, str]) -> dict[str, float]
     if missing := [name for name in _RANGES if name not in metadata]:
         raise UserError(f"{path} is no policy: its metadata lack {', '.join(missing)}")
     try:
-        ranges = {name: float(json.loads(metadata[name])) for name in _RANGES}
-    except (TypeError, ValueError) as error:
+        ranges = {
+            name: coerce(parse_json(metadata[name], f"{path}: {name}"), float) for name in _RANGES
+        }
+    except (TypeError, UserError) as error:
+        given = {name: metadata[name] for name in _RANGES}
         raise UserError(
-            f"{path}: {', '.join(_RANGES)} in the metadata must be numbers, not {metadata}"
+            f"{path}: {', '.join(_RANGES)} in the metadata must be numbers, not {given}"
         ) from error
-    a_ranges = 0 < ranges["a_min"] < ranges["a_max"] <= A_LIMIT and ranges["a_min"] < 1
-    if not (a_ranges and 0 < ranges["kappa_min"] <= ranges["kappa_max"] < math.inf):
-        right = f"0 < a_min < a_max <= {A_LIMIT:g}, a_min < 1 and 0 < kappa_min <= kappa_max"
-        raise UserError(f"{path}: its ranges {ranges} must be {right}")
+    try:
+        check_policy_ranges(**ranges)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return ranges
+
+
+def check_policy_ranges(a_min: float, a_max: float, kappa_min: float, kappa_max: float) -> None:
+    """Checks the ranges of a policy.
+
+    Args:
+        a_min: smallest step fraction.
+        a_max: largest step fraction.
+        kappa_min: smallest kappa.
+        kappa_max: largest kappa.
+
+    Raises:
+        UserError: if they are impossible.
+    """
+    is_a_range = 0 < a_min < a_max <= A_LIMIT and a_min < 1
+    if not (is_a_range and 0 < kappa_min <= kappa_max < math.inf):
+        ranges = {"a_min": a_min, "a_max": a_max, "kappa_min": kappa_min, "kappa_max": kappa_max}
+        right = f"0 < a_min < a_max <= {A_LIMIT:g}, a_min < 1 and 0 < kappa_min <= kappa_max"
+        raise UserError(f"its ranges {ranges} must be {right}")
 
 
 def save_policy(path: str | Path, policy: Policy, **metadata: object) -> None:

@@ -85,7 +85,7 @@ def write_trajectory_page(
     described = "".join(
         f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts.items()
     )
-    page = (Path(__file__).parent / "trajectory.html").read_text()
+    page = (Path(__file__).parent / "trajectory.html").read_text(encoding="utf-8")
     page = page.replace("<!--PROMPT-->", html.escape(prompt)).replace("<!--FACTS-->", described)
     page = page.replace("/*DATA*/", data)
     write_atomic(Path(path), page)

@@ -1,4 +1,4 @@
-"""Limits on the sizes of a model, checked before anything is traced or allocated."""
+"""Limits on the sizes of a model, checked before it is traced."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def make_mesh(spec: str | None = None, devices: Sequence[jax.Device] | None = No
         UserError: if `spec` is not three positive integers, if it needs more devices than there
             are, or if the number of slices does not divide `data`.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    devices = list(find_devices() if devices is None else devices)
     shape = (1, len(devices), 1) if spec is None else parse_mesh(spec)
     count = math.prod(shape)
     if count > len(devices) or (count < len(devices) and jax.process_count() > 1):
@@ -58,6 +58,24 @@ def make_mesh(spec: str | None = None, devices: Sequence[jax.Device] | None = No
             shape, devices[:count], allow_split_physical_axes=True
         )
     return Mesh(array, MESH_AXES, axis_types=types)
+
+
+def find_devices() -> list[jax.Device]:
+    """Returns the devices of all processes.
+
+    Raises:
+        UserError: if JAX finds none, because JAX_PLATFORMS names a platform that is not there.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter without a text
+        names = jax.config.values["jax_platforms"]
+        reason = str(error).split("\n")[0].partition(" (set JAX_PLATFORMS")[0].rstrip(".")
+        raise UserError(
+            f"JAX finds no device of the platforms {names!r}, which JAX_PLATFORMS sets. "
+            + (reason and f"{reason}. ")
+            + "Leave the variable out, or set it to cpu."
+        ) from None
 
 
 def parse_mesh(spec: str) -> tuple[int, int, int]:
@@ -89,7 +107,7 @@ def default_mesh(spec: str | None = None) -> Mesh | None:
     Raises:
         UserError: as `make_mesh`.
     """
-    return make_mesh(spec) if spec or jax.device_count() > 1 else None
+    return make_mesh(spec) if spec or len(find_devices()) > 1 else None
 
 
 @contextlib.contextmanager
@@ -102,8 +120,13 @@ def computation_scope(mesh: Mesh | None, dtype: DTypeLike) -> Iterator[None]:
         mesh: the mesh to set, or None for one device.
         dtype: dtype of the computation. For float32, products are exact: no TF32 and no bfloat16
             passes.
+
+    The programs are written for 32-bit types and the usual promotion of dtypes, whatever the
+    settings of the caller.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.enable_x64(False))
+        stack.enter_context(jax.numpy_dtype_promotion("standard"))
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
         if np.dtype(dtype) == np.float32:

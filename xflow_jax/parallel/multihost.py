@@ -1,10 +1,13 @@
 """Multi-process broadcast, gather and sharding. No-ops in a single process.
 
-`initialize_processes` and `enable_compilation_cache` configure JAX. Only commands call them.
+`configure_process` configures JAX. Only commands call it and its parts.
 """
 
 from __future__ import annotations
 
+import glob
+import importlib.metadata
+import importlib.util
 import json
 import os
 import sys
@@ -19,6 +22,18 @@ from xflow_jax.errors import UserError
 from xflow_jax.types import PyTree
 
 T = TypeVar("T")
+
+
+def configure_process() -> None:
+    """Configures JAX for a command, before the first use of a device.
+
+    Raises:
+        UserError: as `initialize_processes`.
+    """
+    configure_types()
+    skip_missing_tpu()
+    initialize_processes()
+    enable_compilation_cache()
 
 
 def initialize_processes() -> None:
@@ -43,6 +58,36 @@ def initialize_processes() -> None:
         raise UserError(f"the processes cannot find each other: {error}") from None
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
+
+
+def configure_types() -> None:
+    """Sets 32-bit types and the usual promotion of dtypes.
+
+    This configures JAX for the complete process, so only a command may call it. The programs are
+    written for these settings. The environment may have others for programs of the user.
+    """
+    jax.config.update("jax_enable_x64", False)
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+
+
+def skip_missing_tpu() -> None:
+    """Keeps JAX from loading libtpu on a machine without a TPU.
+
+    This configures JAX for the complete process, so only a command may call it, before the first
+    use of a device. The TPU compiler of the extra [plan] is in libtpu. Once loaded, it prints
+    errors about workers that it does not find, and a stack trace at SIGTERM.
+    """
+    if jax.config.values["jax_platforms"] or importlib.util.find_spec("libtpu") is None:
+        return
+    # Devices of TPUs up to v4, and from v5e on.
+    if glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"):
+        return
+    plugins = {entry.name for entry in importlib.metadata.entry_points(group="jax_plugins")}
+    if not plugins:
+        jax.config.update("jax_platforms", "cpu")
+    elif all(name.startswith("xla_cuda") for name in plugins):
+        # Without a GPU, JAX leaves cuda out of this list.
+        jax.config.update("jax_platforms", "cuda,cpu")
 
 
 def enable_compilation_cache() -> None:

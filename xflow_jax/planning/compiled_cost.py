@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -219,8 +221,12 @@ def _compiler_environment() -> Iterator[None]:
     }
     missing = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(missing)
+    on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
+        # libtpu installs a handler that prints a stack trace.
+        if threading.current_thread() is threading.main_thread() and on_terminate is not None:
+            signal.signal(signal.SIGTERM, on_terminate)
         for name in missing:
             del os.environ[name]

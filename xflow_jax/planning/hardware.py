@@ -106,7 +106,7 @@ def parse_topology(text: str) -> Topology:
     Raises:
         UserError: for an unknown slice, with the known ones.
     """
-    found = re.fullmatch(r"(v\d\w*?)(?::(\d+(?:x\d+)*)|-(\d+))", text.strip())
+    found = re.fullmatch(r"(v\d\w*?)(?::([0-9]{1,9}(?:x[0-9]{1,9})*)|-([0-9]{1,9}))", text.strip())
     if not found or found[1] not in CHIPS:
         raise UserError(
             f"there is no topology {text!r}. There are {', '.join(CHIPS)}, "
@@ -160,7 +160,7 @@ def parse_device(text: str) -> tuple[Chip, int]:
     kind, _, rest = text.partition(":")
     name, _, count = rest.partition(":")
     require(
-        kind == "gpu" and name in GPUS and (not count or count.isdigit()),
+        kind == "gpu" and name in GPUS and re.fullmatch("[0-9]{0,9}", count) is not None,
         f"there is no device {text!r}. There are {', '.join(f'gpu:{n}' for n in GPUS)}, "
         "with a count as in gpu:h200:8.",
     )

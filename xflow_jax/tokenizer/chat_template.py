@@ -1,4 +1,4 @@
-"""Rendering of chat templates in another process, with limits of time and memory."""
+"""Rendering of chat templates in a process with limits."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class _Renderer:
 
 
 def _read_line(process: subprocess.Popen[bytes], seconds: float) -> bytes:
-    """Reads a line. Returns b"" if the process ends or takes too long."""
+    """Reads a line, or b"" at the end or after the time."""
     assert process.stdout is not None
     descriptor, parts = process.stdout.fileno(), [b""]
     with selectors.DefaultSelector() as selector:

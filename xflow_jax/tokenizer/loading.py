@@ -56,7 +56,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
 
 
 def _check_file(file: Path) -> None:
-    """Raises UserError for a pipe, a device or a file that is too large."""
+    """Raises UserError unless it is a regular file of limited size."""
     if not file.exists():
         return
     with open_regular(file) as opened:

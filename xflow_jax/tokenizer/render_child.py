@@ -1,4 +1,4 @@
-"""Renders chat templates, a line of JSON each: a script, run by chat_template.py.
+"""Script that renders chat templates, run by chat_template.py.
 
 A template is code of another person. Jinja keeps it from files and from Python, but it may loop for
 ever or fill the memory.

@@ -135,7 +135,7 @@ def _run_file(path: Path, changed: int) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise _failure(str(path), error) from error
     return module
@@ -153,13 +153,13 @@ def _load_module(source: str) -> ModuleType:
                 "or package.module:Class."
             ) from None
         raise _failure(source, error) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _failure(source, error) from error
     finally:
         sys.path.remove(here)
 
 
-def _failure(source: str, error: Exception, file: str | None = None) -> UserError:
+def _failure(source: str, error: Exception | SystemExit, file: str | None = None) -> UserError:
     """Describes an exception of the user's code in one sentence.
 
     Args:

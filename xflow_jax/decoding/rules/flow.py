@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from xflow_jax.decoding.rules.base import (
     static_field,
 )
 from xflow_jax.decoding.state import SETTLED, DecodeState, Step
-from xflow_jax.errors import require
+from xflow_jax.errors import describe, require
 from xflow_jax.types import Array, Float
 
 A_MIN = 1 / 256
@@ -64,6 +66,11 @@ class Flow(TokenConstraints):
     sample: bool = static_field(False)
 
     def __post_init__(self) -> None:
+        # JAX builds trees with other leaves than policies, so only known mistakes are refused.
+        require(
+            not isinstance(self.policy, str | Path | Mapping | type),
+            f"policy must be a policy from xflow_jax.load_policy, not {describe(self.policy)}",
+        )
         require(
             self.policy is not None or not self.sample,
             "sample needs a policy, so name its file",

@@ -23,7 +23,7 @@ from xflow_jax.decoding.rules.baselines import (
 from xflow_jax.decoding.rules.external import load_rule_class
 from xflow_jax.decoding.rules.flow import Flow
 from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
-from xflow_jax.errors import UserError
+from xflow_jax.errors import UserError, describe
 from xflow_jax.toml_config import coerce, format_value
 
 RULES: dict[str, type] = {
@@ -36,6 +36,7 @@ RULES: dict[str, type] = {
     "edit": Editing,
     "flow": Flow,
 }
+_BUDGET = re.compile(r"[+-]?(\d{1,15}/\d{1,15}|\d{0,15}(\.\d{0,15})?(?<=[\d.])(e-?\d)?)", re.ASCII)
 # path/to/file.py:Class or package.module:Class, with options in parentheses if there are any.
 _EXTERNAL = re.compile(r"([^:()]+\.py|[\w.]+):([A-Za-z_]\w*)(?:\((.*)\))?")
 
@@ -132,14 +133,16 @@ def parse_budget(text: str) -> Fraction:
     Raises:
         UserError: for a text that is no number in (0, 1].
     """
+    text = text.strip()
     try:
-        budget = Fraction(text.strip())
+        # The form is checked because a short text such as 1e999999999 may be an endless number.
+        budget = Fraction(text) if _BUDGET.fullmatch(text) else None
     except (ValueError, ZeroDivisionError):
-        raise UserError(
-            f"the budget {text.strip()!r} is no number: write it like 1/4 or 0.25"
-        ) from None
+        budget = None
+    if budget is None:
+        raise UserError(f"the budget {describe(text)} is no number: write it like 1/4 or 0.25")
     if not 0 < budget <= 1:
-        raise UserError(f"the budget {text.strip()} must be above 0 and at most 1")
+        raise UserError(f"the budget {text} must be above 0 and at most 1")
     return budget
 
 
@@ -162,7 +165,7 @@ def _value(rule: str, option: str, text: str, hint: object) -> Any:
             try:
                 value = kind(text)
                 break
-            except ValueError:
+            except (ValueError, OverflowError):
                 continue
     try:
         return coerce(value, hint)
