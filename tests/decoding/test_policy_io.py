@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +106,30 @@ def test_bad_files(tmp_path):
         load_policy(tmp_path / "empty.safetensors")
 
 
+def test_flipped_bits_are_noticed(policy, tmp_path):
+    """20 of 20, in the tensors and in the metadata."""
+    file, rng = tmp_path / "p.safetensors", random.Random(0)
+    save_policy(file, policy, switches="early_exit=true")
+    whole = file.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    places = [rng.randrange(header, len(whole)) for _ in range(12)]
+    places += [rng.randrange(8, header) for _ in range(4)]
+    places += [whole.index(b"early_exit") + i for i in range(4)]
+    for place in places:
+        data = bytearray(whole)
+        data[place] ^= 1 << rng.randrange(8)
+        file.write_bytes(data)
+        with pytest.raises(UserError):
+            read_policy(file)
+    data[place:] = whole[place:]
+    file.write_bytes(data)
+    assert read_policy(file)[1] == "early_exit=true"
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match="its checksum is wrong, so it is damaged. Copy it again."):
+        load_policy(file)
+
+
 def test_the_bundled_policy():
     """Its steps grow with the confidence. The metadata name its making, but no path."""
     policy = load_policy("tiny")
@@ -113,5 +138,6 @@ def test_the_bundled_policy():
     a = policy.expected_step(features(top, jnp.zeros(4), 0.5))
     assert a[0] < 0.2 and a[3] > 0.9
     metadata = safe_open(BUNDLED, "numpy").metadata()
+    assert "crc32" in metadata
     assert json.loads(metadata["made_by"])["config"]["model"] == "tiny"
     assert str(BUNDLED.parents[2]) not in str(metadata)

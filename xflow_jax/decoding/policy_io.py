@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -21,6 +23,7 @@ A_LIMIT = 4.0  # largest a_max
 
 _TENSORS = ("w1", "b1", "w2", "b2", "w_mu", "b_mu", "w_kappa", "b_kappa")
 _RANGES = ("a_min", "a_max", "kappa_min", "kappa_max")
+_CHECKSUM = "crc32"  # key of the metadata. Files of other programs may lack it.
 
 
 def load_policy(path: str | Path) -> Policy:
@@ -50,9 +53,22 @@ def read_policy(path: str | Path) -> tuple[Policy, str]:
     """
     path = BUNDLED if str(path) == "tiny" else path
     tensors, metadata = _read_tensors(path)
+    if metadata.get(_CHECKSUM) not in (None, _compute_checksum(tensors, metadata)):
+        raise UserError(f"{path}: its checksum is wrong, so it is damaged. Copy it again.")
     params = _check_tensors(path, tensors)
     policy = Policy(params, **_read_ranges(path, metadata))
     return policy, metadata.get("switches", "")
+
+
+def _compute_checksum(
+    tensors: Mapping[str, jax.Array | np.ndarray], metadata: Mapping[str, str]
+) -> str:
+    """Computes the CRC-32 of the float32 tensors and the metadata."""
+    entries = {key: text for key, text in metadata.items() if key != _CHECKSUM}
+    checksum = zlib.crc32(json.dumps(entries, sort_keys=True).encode())
+    for name in _TENSORS:
+        checksum = zlib.crc32(np.asarray(tensors[name], np.float32).tobytes(), checksum)
+    return f"{checksum:08x}"
 
 
 def _read_tensors(path: str | Path) -> tuple[dict[str, jax.Array], dict[str, str]]:
@@ -162,6 +178,7 @@ def save_policy(path: str | Path, policy: Policy, **metadata: object) -> None:
     text = {name: json.dumps(getattr(policy, name)) for name in _RANGES}
     text |= {name: str(value) for name, value in metadata.items()}
     tensors = {name: np.asarray(value, np.float32) for name, value in policy.params.items()}
+    text[_CHECKSUM] = _compute_checksum(tensors, text)
     data = _sort_header(save(tensors, text))
     temporary = path.with_name(path.name + ".tmp")
     with disk_errors(path):
