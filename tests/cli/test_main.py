@@ -9,12 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import xflow_jax as xf
 from tests.helpers import llada_tiny, tiny_lm
 from xflow_jax.checkpoints.hf_export import write_hf
-from xflow_jax.cli import demo, demo_run, main
+from xflow_jax.cli import demo, demo_run, likelihood, main
 from xflow_jax.cli.arguments import RULE
 from xflow_jax.cli.generate_run import decode_lengths
 from xflow_jax.decoding.rules.flow import Flow
@@ -264,6 +265,20 @@ def test_a_request_outside_the_language_of_the_model_is_noted_before_its_answer(
             assert microcode.TASK.example in captured.err
         else:
             assert captured.err == ""
+
+
+@pytest.mark.parametrize(("given", "samples"), [([], 128), (["--samples", "1"], 1)])
+def test_one_mask_by_hand_is_one_mask(monkeypatch, model, tmp_path, given, samples):
+    taken = []
+
+    def bounds(lm, pairs, samples, **_):
+        taken.append(samples)
+        return np.zeros(len(pairs))
+
+    monkeypatch.setattr(likelihood, "log_likelihoods", bounds)
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": [1], "response": [2]}\n')
+    argv = ["evaluate", "--task", "likelihood", "--model", model, "--mesh", "1,1,1", *given]
+    assert main.main([*argv, "--data", str(tmp_path / "pairs.jsonl")]) == 0 and taken == [samples]
 
 
 def test_generate(capsys, model, tmp_path):

@@ -75,7 +75,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "answers to each problem, for rules that draw (default: 1), or masks of each response for "
         "likelihood (default: 128)",
     )
-    parser.set_defaults(samples=1)
     add_number(parser, "--k", "also compute pass@K", 1, metavar="K")
     parser.add_argument(
         "--out",
@@ -98,4 +97,5 @@ def run(args: argparse.Namespace) -> None:
     else:
         from xflow_jax.cli.evaluate_run import evaluate_task
 
+        args.samples = 1 if args.samples is None else args.samples
         evaluate_task(args)

@@ -33,7 +33,7 @@ def print_likelihood(args: argparse.Namespace) -> None:
     mesh = default_mesh(args.mesh)
     lm = load(args.model, dtype=args.dtype, mesh=mesh)
     pairs = read_pairs(Path(args.data), lm, args.limit)
-    samples = SAMPLES if args.samples == 1 else args.samples
+    samples = SAMPLES if args.samples is None else args.samples
     bounds = log_likelihoods(
         lm,
         pairs,
