@@ -483,6 +483,7 @@ scheduler of the parent: 144, parent, 0, v
 io priority: 251, 1, 0, 0x6000
 limits of the parent: 302, parent, 7, v, 0
 own limits: 302, 0, 7, v, 0
+limits of the parent, to read: 302, parent, 7, 0, v
 setrlimit: 160, 7, v
 shared memory: 29, 0, 1 << 28, 0o1777
 semaphores: 64, 0, 1, 0o1777

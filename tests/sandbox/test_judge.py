@@ -192,17 +192,20 @@ def test_checks_that_need_the_programs_interpreter_are_marked(pool, name):
 
 def test_a_program_cannot_choose_its_own_interpreter(pool):
     """Only what the checks do leads there."""
-    odd = "class X:\n    __getattr__ = __getitem__ = __call__ = lambda self, *a, **k: f\n"
+    odd = (
+        "class X:\n    __getattr__ = __getitem__ = __call__ = lambda *a, **k: X()\n"
+        "    __eq__ = __contains__ = lambda *a: True\n    __setattr__ = lambda *a: None\n"
+    )
     for result in ("lambda: 3", "object()", "(i for i in [3])", "X()", "X", "f"):
         program = f"{odd}def f(x=0, **_): return {result}"
         for checks in (
             "assert f(f(1)) == 3",
             "assert f(1)[1:2] == [3]",
-            "assert f(1).sort(key=lambda x: x) is None",
+            "assert f(1).sort(key=lambda x: x) == 3",
             "assert f(1)(lambda: 3) == 3",
             "assert f(1)[print] == 3",
             "f(1).x = print\nassert f(1) == 3",
-            "assert print in f(1)",
+            "assert print in f(1) and f(1) == 3",
         ):
             answer = run(pool, program, checks)
             assert not answer.passed and not answer.same_interpreter, (program, checks)

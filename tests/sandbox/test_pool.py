@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.sandbox.test_hostile import assert_nothing_runs
 from xflow_jax.errors import UserError
 from xflow_jax.sandbox import commands, pool, worker
 from xflow_jax.sandbox.limits import FULL_ISOLATION, Limits
@@ -148,8 +149,9 @@ def test_namespaces_hold_without_any_hook(tmp_path, method, landlock):
 @linux
 def test_landlock_holds_without_namespaces(tmp_path):
     done = probe(tmp_path, "plain", True)
-    if "landlock" not in done["isolation"]:
+    if ctypes.CDLL(None).syscall(444, None, 0, 1) < 1:  # the version of Landlock
         pytest.skip("the kernel has no Landlock")
+    assert done["isolation"] == "landlock+limits"
     could = {name for name, value in done.items() if value is not None}
     # Landlock refuses "connects" and "signals" since Linux 6.7 and 6.12.
     assert could - NAMESPACES_ONLY - {"connects", "signals"} == ALLOWED
@@ -261,6 +263,10 @@ os.wait()
 """
     with Pool(Limits(seconds=60, processes=10**5), workers=1) as pool:
         first = pool._idle[0].programs.process
+        # What stays in its group is ended by the zygote.
+        assert pool.run("import os, time\nif os.fork() == 0: time.sleep(1000)").passed
+        assert_nothing_runs(pool)
+        assert pool._idle[0].programs.process is first
         assert pool.run(escape).passed
         # The worker was given back, found unclean, and ended with all processes below it.
         assert first.poll() is not None

@@ -2,7 +2,8 @@
 
 It is in the kernel's classic BPF. Every call that is not named here fails with EPERM: processes,
 signals to others, sockets, shared memory, keyrings, priorities, namespaces, tracing, and calls that
-later kernels add. The numbers are those of the kernel's headers for x86-64 and AArch64.
+later kernels add. The numbers are those of the kernel's headers for x86-64 and AArch64. Calls of
+x32 have numbers of their own, none of which is here.
 
 This is a script of the sandbox: it imports the standard library only.
 """
@@ -64,8 +65,7 @@ _PROT_EXEC, _MAP_ANONYMOUS = 4, 0x20
 _CLONE_FORBIDDEN = 0x7E020000 | 0x80 | 0x2000
 
 _ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
-_X32 = 0x40000000  # calls of x32 have this bit, under the same architecture
-_LOAD, _JUMP_EQUAL, _JUMP_ABOVE, _JUMP_BITS, _AND, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
+_LOAD, _JUMP_EQUAL, _JUMP_BITS, _AND, _RETURN = 0x20, 0x15, 0x45, 0x54, 0x06
 _ALLOW, _DENY, _KILL_PROCESS, _UNKNOWN = 0x7FFF0000, 0x50001, 0x80000000, 0x50026
 _NUMBER_AT, _ARCHITECTURE_AT, _ARGUMENTS_AT = 0, 4, 16
 _PR_SET_SECCOMP, _PR_SET_DUMPABLE, _FILTER_MODE, _EFAULT = 22, 4, 2, 14
@@ -157,8 +157,6 @@ def build_filter(machine: str, pid: int, processes: int) -> bytes | None:
         _end(_KILL_PROCESS),
         _load(_NUMBER_AT),
     ]
-    if machine == "x86_64":
-        code += [(_JUMP_ABOVE, 0, 1, _X32), _end(_DENY)]
     allowed = [numbers[column] for numbers in _ALLOWED.values()]
     if processes > 1 and machine == "x86_64":
         allowed += [57, 58]  # fork, vfork
