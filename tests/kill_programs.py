@@ -278,7 +278,9 @@ def fill_disk(program: Program, work: Path, name: str) -> list[str]:
     options = [f"size={max(int(share * size), 8192)}" for share in shares]
     options = [*options[:3], "ro", "rw", *options[3:], "size=1g"]
     environment = environment_of(work) | {"SIZES": " ".join(options), "REPORTS": str(reports)}
-    command = ["unshare", "-rm", "sh", "-c", SMALL_DISK, "sh", str(trial)]
+    # As root of the machine no user namespace is needed, in which the sandbox has fewer rights.
+    namespaces = "-m" if os.geteuid() == 0 else "-rm"
+    command = ["unshare", namespaces, "sh", "-c", SMALL_DISK, "sh", str(trial)]
     command += [sys.executable, "-m", *program.words]
     subprocess.run(command, env=environment, check=True, timeout=3 * LIMIT)
     statuses = [int((reports / f"{n}.status").read_text()) for n in range(1, len(options) + 1)]
