@@ -134,11 +134,15 @@ def make_model_config(config: PretrainConfig, tokenizer: Tokenizer) -> LLaDAConf
     eos_id = tokenizer.eos_token_id
     if eos_id is None:
         raise UserError(f"{config.tokenizer}: the tokenizer has no EOS token")
+    # The conversion of an unknown token would give that of unknown words.
+    mask_id = tokenizer.get_vocab().get("<|mdm_mask|>")
+    if mask_id is None:
+        raise UserError(f"{config.tokenizer}: the tokenizer has no token <|mdm_mask|>")
     return LLaDAConfig(
         **dataclasses.asdict(config.model),
         vocab_size=len(tokenizer),
         embedding_size=-(-len(tokenizer) // 64) * 64,
-        mask_token_id=tokenizer.convert_tokens_to_ids("<|mdm_mask|>"),
+        mask_token_id=mask_id,
         eos_token_id=eos_id,
         pad_token_id=tokenizer.pad_token_id,
         max_sequence_length=256,

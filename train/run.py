@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ from xflow_jax.checkpoints import (
     locked_by_first_process,
     write_atomic,
 )
-from xflow_jax.errors import UserError
+from xflow_jax.errors import UserError, require
 from xflow_jax.parallel import multihost
 from xflow_jax.training import BatchIterator, read_records
 from xflow_jax.types import PyTree
@@ -148,9 +149,15 @@ class Run:
             metrics: scalars by name. Nine digits keep float32 exactly.
 
         Raises:
-            UserError: for errors of the disk.
+            UserError: for errors of the disk, or if the loss is NaN or infinite.
         """
         values = {k: float(f"{float(np.asarray(v)):.9g}") for k, v in metrics.items()}
+        loss = values.get("loss", 0.0)
+        require(
+            math.isfinite(loss),
+            f"{self.folder}: the loss is {loss} at step {step}, so the training has diverged. "
+            "Start anew with a smaller learning rate.",
+        )
         if self._events is not None:
             append_text(self.metrics_file, json.dumps({"step": step, **values}) + "\n")
             self._events.add(step, values)

@@ -23,7 +23,8 @@ from train.setup import run_program
 from xflow_jax.checkpoints import append_text, destination_lock, write_atomic
 from xflow_jax.decoding import MaskPrediction, generate, make_decode_config
 from xflow_jax.errors import UserError, require
-from xflow_jax.input_files import read_json
+from xflow_jax.evaluation import fingerprint
+from xflow_jax.input_files import read_json, read_json_object
 from xflow_jax.lm import LM, load, read_model_config
 from xflow_jax.models import build
 from xflow_jax.parallel import make_mesh
@@ -36,6 +37,7 @@ from xflow_jax.types import Tokenizer
 
 # Keys that may differ between the calls of one run.
 FREE = ("out", "limit", "batch_size", "mesh")
+WEIGHTS = "weights"  # key of the model's fingerprint in the description of a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,8 +186,10 @@ def main(path: str, overrides: list[str]) -> None:
     out = _own_file(Path(config.out))
     own = {i: ids for i, ids in prompts.items() if i % jax.process_count() == jax.process_index()}
     with destination_lock(out):  # each process has its own file and its own lock
-        done = _resume(out, config)
-        _generate(config, load(directory, dtype=config.dtype, mesh=mesh), own, done, out)
+        done = _resume(out, config, own)
+        lm = load(directory, dtype=config.dtype, mesh=mesh)
+        _check_weights(out, config, lm)
+        _generate(config, lm, own, done, out)
     print(f"{out}: {len(own)} responses")
 
 
@@ -259,10 +263,25 @@ def _own_file(out: Path) -> Path:
     return own
 
 
-def _resume(out: Path, config: SelfGenerateConfig) -> set[int]:
+def _check_weights(out: Path, config: SelfGenerateConfig, lm: LM) -> None:
+    """Raises UserError if the responses so far are of other weights under the model's name."""
+    about = out.with_suffix(".about.json")
+    before = read_json_object(about)
+    weights = fingerprint(lm.params)
+    if before.get(WEIGHTS, weights) != weights:
+        raise UserError(
+            f"{out} was made with other weights than {config.model} has now. Choose another out, "
+            "or remove the file."
+        )
+    if WEIGHTS not in before:
+        write_atomic(about, json.dumps({**before, WEIGHTS: weights}, indent=2) + "\n")
+
+
+def _resume(out: Path, config: SelfGenerateConfig, prompts: Mapping[int, list[int]]) -> set[int]:
     """Returns the indices that are in the file already.
 
-    It removes a line that a crash cut off, and raises UserError for the file of another run.
+    It removes a line that a crash cut off, and raises UserError for the file of another run or of
+    other prompts.
     """
     made_by = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     about = out.with_suffix(".about.json")
@@ -271,7 +290,7 @@ def _resume(out: Path, config: SelfGenerateConfig) -> set[int]:
         write_atomic(out, "")
         return set()
     before = read_json(about) if about.exists() else None
-    if before != made_by:
+    if not isinstance(before, dict) or {k: before[k] for k in before if k != WEIGHTS} != made_by:
         raise UserError(
             f"{out} was made with another configuration, see {about}. Choose another out, or "
             "remove the file."
@@ -280,6 +299,10 @@ def _resume(out: Path, config: SelfGenerateConfig) -> set[int]:
     for where, line in read_records(out):
         if not isinstance(line, dict) or not isinstance(line.get("index"), int):
             raise UserError(f"{where}: no response with an index. Correct or remove the line.")
+        if line.get("prompt_ids") != prompts.get(line["index"], line.get("prompt_ids")):
+            raise UserError(
+                f"{where}: the prompts have changed since. Choose another out, or remove the file."
+            )
         done.add(line["index"])
     write_atomic(out, "".join(line + "\n" for line in read_lines(out)))
     return done

@@ -20,6 +20,7 @@ import pytest
 from tests.helpers import eight
 from tests.hf_helpers import GOLDEN, TOY, random_params
 from xflow_jax.checkpoints import atomic_write, orbax_checkpoint
+from xflow_jax.checkpoints.hf_export import write_hf
 from xflow_jax.checkpoints.orbax_checkpoint import load_params, read_record, save_params
 from xflow_jax.errors import UserError
 from xflow_jax.lm import load
@@ -76,10 +77,17 @@ def test_any_mesh_to_any_other(tmp_path, params, first, then):
 @eight
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("mesh", [None, "1,8,1"])
-def test_values_that_are_not_finite_are_refused(tmp_path, params, mesh, value):
+def test_values_that_are_not_finite_are_refused(tmp_path, params, mesh, value, monkeypatch):
     scale = np.ones(32, np.float32)
     scale[-1] = value
-    save_params(tmp_path / "saved", params | {"ln_f": {"scale": jnp.asarray(scale)}}, TOY)
+    bad = params | {"ln_f": {"scale": jnp.asarray(scale)}}
+    for write in (save_params, write_hf):
+        with pytest.raises(UserError, match="ln_f.* holds NaN or infinity"):
+            write(tmp_path / "saved", bad, TOY)
+        assert not any("saved" in file.name for file in tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(orbax_checkpoint, "is_finite", lambda _: True)
+        save_params(tmp_path / "saved", bad, TOY)
     with pytest.raises(UserError) as error:
         load(tmp_path / "saved", "bfloat16" if mesh is None else "float32", mesh)
     dtype = "bfloat16" if mesh is None else "float32"

@@ -107,3 +107,38 @@ def test_self_generation_resumes_and_drops_an_incomplete_line(base):
 def test_self_generation_refuses_the_file_of_another_run(base):
     with pytest.raises(UserError, match="another configuration"):
         generate_small(base, "seed=5")
+
+
+def test_self_generation_refuses_other_weights_and_prompts_of_the_same_name(base):
+    """The name of a model, or of a file of prompts, does not describe what is in it."""
+    about, out = base / "responses.about.json", base / "responses.jsonl"
+    described, whole = about.read_text(), out.read_text()
+    about.write_text(json.dumps(json.loads(described) | {"weights": "0" * 16}))
+    with pytest.raises(UserError, match="was made with other weights than .* has now. Choose anot"):
+        generate_small(base)
+    older = {k: v for k, v in json.loads(described).items() if k != "weights"}
+    about.write_text(json.dumps(older))  # of an older version, to which they are added
+    generate_small(base)
+    assert about.read_text() == described
+    first, *rest = whole.splitlines(keepends=True)
+    changed = json.loads(first) | {"prompt_ids": [1, 2]}
+    out.write_text("".join([json.dumps(changed) + "\n", *rest]))
+    with pytest.raises(UserError, match="responses.jsonl, line 1: the prompts have changed since"):
+        generate_small(base)
+    out.write_text(whole)
+
+
+class NoMask:
+    eos_token_id = 3
+
+    def get_vocab(self):
+        return {"a": 0}
+
+    def convert_tokens_to_ids(self, token):
+        return 0  # of unknown words
+
+
+def test_a_tokenizer_without_a_mask_token_is_refused():
+    config = pretrain.PretrainConfig("out", "folder")
+    with pytest.raises(UserError, match="folder: the tokenizer has no token <|mdm_mask|>"):
+        pretrain.make_model_config(config, NoMask())

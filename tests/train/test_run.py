@@ -146,6 +146,15 @@ def test_another_seed_is_another_run(four):
     ]
 
 
+@pytest.mark.parametrize("loss", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, loss):
+    with Run(tmp_path / "run", 0) as run:
+        run.log(1, {"loss": 2.0, "other": np.nan})
+        with pytest.raises(UserError, match=f"the loss is {loss} at step 2, so the training has d"):
+            run.log(2, {"loss": loss})
+        assert [line["step"] for line in run.metrics()] == [1]
+
+
 def test_two_runs_never_share_a_folder(tmp_path):
     with Run(tmp_path / "run", 0) as run:
         run.log(1, {"x": 1.0})

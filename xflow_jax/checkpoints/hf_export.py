@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from xflow_jax.checkpoints.atomic_write import atomic_directory, copy_files
 from xflow_jax.checkpoints.checksums import FILES, write_checksums
+from xflow_jax.checkpoints.finite_values import is_finite
 from xflow_jax.checkpoints.huggingface import COMPANIONS
 from xflow_jax.checkpoints.safetensors_reader import CONFIG_FILE, DTYPES, INDEX, SINGLE, copy_cast
 from xflow_jax.checkpoints.weight_map import TensorSlice, WeightMapping, map_weights
-from xflow_jax.errors import UserError, describe
+from xflow_jax.errors import UserError, describe, require
 from xflow_jax.models import abstract_params, build
 from xflow_jax.types import ModelConfig, Params
 
@@ -132,7 +133,8 @@ def write_tensors(
         replace: replace an earlier directory of this name instead of refusing it.
 
     Raises:
-        UserError: if `path` exists or is being written, or if the disk is full.
+        UserError: if `path` exists or is being written, if the disk is full, or if a value is NaN
+            or infinite.
     """
     shards = _shard_layout(mapping, dtypes, max_shard_size)
     locations = {
@@ -160,6 +162,11 @@ def write_tensors(
             for group in mapping.groups():
                 leaves = {name: read(name) for name in group}
                 for name, data in _tensors(mapping, dtypes, leaves):
+                    require(
+                        is_finite(data),
+                        f"{path}: the tensor {name} holds NaN or infinity in {data.dtype.name}. "
+                        "The training has diverged, or the values need float32.",
+                    )
                     file, start = locations[name]
                     with (folder / file).open("r+b") as f:
                         f.seek(start)

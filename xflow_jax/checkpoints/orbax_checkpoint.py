@@ -243,7 +243,8 @@ def save_params(
         provenance: origin of the parameters, of JSON types.
 
     Raises:
-        UserError: if `path` exists or is being written, or if the disk is full.
+        UserError: if `path` exists or is being written, if the disk is full, or if a value is NaN
+            or infinite.
         ValueError: if the parameters do not belong to the configuration.
     """
     leaves = flatten_dict(params, sep="/")
@@ -259,6 +260,10 @@ def save_params(
         try:
             checkpoint = PartialCheckpoint(path, record)
             for name, leaf in leaves.items():
+                require(
+                    is_finite(leaf),
+                    f"{path}: {name} holds NaN or infinity. The training has diverged.",
+                )
                 checkpoint.write(name, leaf)
             checkpoint.finish(tokenizer_dir)
         except BaseException:

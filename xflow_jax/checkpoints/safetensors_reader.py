@@ -400,7 +400,8 @@ def copy_cast(source: np.ndarray, target: np.ndarray) -> None:
     width = 32 if transposed else source.shape[-1]
     for start in range(0, source.shape[-1], width):
         strip = (..., slice(start, start + width))
-        values = source[strip].astype(target.dtype, copy=False)
+        with np.errstate(over="ignore"):  # infinity is found behind the copy
+            values = source[strip].astype(target.dtype, copy=False)
         if target.dtype.itemsize == 2:
             target.view(np.uint16)[strip] = values.view(np.uint16)
         else:
