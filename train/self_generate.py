@@ -264,7 +264,7 @@ def _own_file(out: Path) -> Path:
 
 
 def _check_weights(out: Path, config: SelfGenerateConfig, lm: LM) -> None:
-    """Raises UserError if the responses so far are of other weights under the model's name."""
+    """Raises UserError if the responses so far are of other weights."""
     about = out.with_suffix(".about.json")
     before = read_json_object(about)
     weights = fingerprint(lm.params)
