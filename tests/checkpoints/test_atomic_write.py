@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.kill_helpers import write_record
-from xflow_jax.checkpoints import atomic_write
+from xflow_jax.checkpoints import atomic_write, run_lock
 from xflow_jax.checkpoints.atomic_write import append_text, atomic_directory, write_atomic
 from xflow_jax.errors import UserError
 
@@ -54,6 +54,22 @@ def test_what_no_program_left_stays(tmp_path):
     assert names(tmp_path) == ["x.partial"] and names(tmp_path / "x.partial") == ["diary"]
 
 
+def test_two_interrupts_leave_no_obstacle(tmp_path, monkeypatch):
+    """The second one comes while the first one's half directory is deleted."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(atomic_write.shutil, "rmtree", interrupted)
+        with atomic_directory(tmp_path / "x") as folder:
+            (folder / "file").write_text("half")
+            raise KeyboardInterrupt
+    assert names(tmp_path) == ["x.lock", "x.partial"]
+    build(tmp_path / "x", "whole")
+    assert names(tmp_path) == ["x"]
+
+
 def test_a_kill_after_the_last_rename(tmp_path):
     """The result is complete, so only the file of the lock goes."""
     build(tmp_path / "x", "whole")
@@ -89,7 +105,7 @@ def test_a_kill_while_an_earlier_result_is_replaced(tmp_path, monkeypatch, renam
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", killed)
         patch.setattr(atomic_write.shutil, "rmtree", lambda *_, **__: None)
-        patch.setattr(atomic_write.RunLock, "release", lambda lock: os.close(lock._descriptor))
+        patch.setattr(run_lock.RunLock, "release", lambda lock: os.close(lock._descriptor))
         if renames < 2:
             with pytest.raises(SystemExit):
                 build(tmp_path / "x", "later", replace=True)

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from xflow_jax.checkpoints.run_lock import RunLock, destination_lock
+from xflow_jax.checkpoints.run_lock import destination_lock
 from xflow_jax.errors import UserError, disk_errors
 from xflow_jax.input_files import file_inside
 
@@ -64,29 +64,28 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
         if not replace:
             refuse_existing(path)
         for left in (partial, replaced_path(path)):
-            _delete_left_behind(left, lock)
-        partial.mkdir(parents=True)
+            if os.path.lexists(left) and not lock.inherited:
+                raise UserError(
+                    f"{left}: its name is needed, but no killed program left it. Delete or rename "
+                    "it."
+                )
         try:
+            for left in (partial, replaced_path(path)):
+                _delete(left)
+            partial.mkdir(parents=True)
             yield partial
             _move(partial, path)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-
-
-def _delete_left_behind(directory: Path, lock: RunLock) -> None:
-    """Deletes what a killed program left, and nothing else."""
-    if not os.path.lexists(directory):
-        return
-    if not lock.inherited:
-        raise UserError(
-            f"{directory}: its name is needed, but no killed program left it. Delete or rename it."
-        )
-    _delete(directory)
+        finally:
+            lock.keeps_file = any(map(os.path.lexists, (partial, replaced_path(path))))
 
 
 def _delete(directory: Path) -> None:
-    """Deletes a directory, or a link to one."""
+    """Deletes a directory or a link to one, if there is one."""
+    if not os.path.lexists(directory):
+        return
     if directory.is_symlink():
         directory.unlink()
     else:
@@ -100,8 +99,7 @@ def _move(partial: Path, path: Path) -> None:
         # An earlier directory that is half deleted must not have its name any more.
         path.rename(earlier)
     partial.rename(path)
-    if os.path.lexists(earlier):
-        _delete(earlier)
+    _delete(earlier)
 
 
 def matching_files(source: Path, patterns: Sequence[str]) -> list[Path]:

@@ -63,10 +63,13 @@ class RunLock:
         file: the file of the lock.
         inherited: True if the lock was taken over from a process that was killed. What it left
             half written at the place is then certainly a program's own, and nobody is writing it.
+        keeps_file: True if the file stays when the lock is released, because something half written
+            stays too. The next program then takes the lock over.
     """
 
     def __init__(self, place: Path, file: Path):
-        self.place, self.file, self.inherited = place, file, False
+        self.place, self.file = place, file
+        self.inherited = self.keeps_file = False
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
@@ -84,12 +87,13 @@ class RunLock:
         raise UserError(self._refusal(None))
 
     def release(self) -> None:
-        """Deletes the file and unlocks it, if the lock is held."""
+        """Unlocks the file and deletes it, if the lock is held."""
         if self._descriptor is None:
             return
         # Deleted before it is unlocked, so that nobody can lock the file in between.
-        with contextlib.suppress(OSError):
-            self.file.unlink()
+        if not self.keeps_file:
+            with contextlib.suppress(OSError):
+                self.file.unlink()
         os.close(self._descriptor)
         self._descriptor = None
 
