@@ -57,6 +57,13 @@ def test_answers_are_stored_and_read_again(tmp_path):
     assert again.select("mask", "1/2", ["b", "c", "a"]) == [answer("b", passed=False), answer("a")]
 
 
+def test_answers_of_one_problem_differ_by_their_seeds():
+    answers = Answers(None, RUN)
+    answers.add([answer("a", seed=0), answer("a", seed=2)])
+    assert [answers.has("mask", "1/2", "a", seed) for seed in (0, 1, 2, None)] == [1, 0, 1, 1]
+    assert not answers.has("mask", "1/2", "b") and not answers.has("flow", "1/2", "a", 0)
+
+
 def test_an_incomplete_line_is_removed(tmp_path):
     Answers(tmp_path, RUN).add([answer("a"), answer("b")])
     file = tmp_path / "answers.jsonl"

@@ -10,7 +10,7 @@ import pytest
 from tests.helpers import eight
 from xflow_jax.errors import UserError
 from xflow_jax.models import attention
-from xflow_jax.models.attention import attend
+from xflow_jax.models.attention import attend, attention_mask
 from xflow_jax.parallel.mesh import make_mesh
 
 
@@ -20,6 +20,24 @@ def arguments(length=40, keys=136, heads=4, kv_heads=2, width=128, dtype=jnp.flo
     sizes = ((length, heads), (keys, kv_heads), (keys, kv_heads))
     q, k, v = (jnp.asarray(rng.normal(size=(2, n, h, width)), dtype) for n, h in sizes)
     return q, k, v, jnp.arange(keys)[None, None, None] >= jnp.array([0, 7])[:, None, None, None]
+
+
+def test_masks_by_hand():
+    """Rows of five positions, the second with two of padding, in blocks of two."""
+    assert attention_mask(5) is None
+    real = jnp.arange(5)[None] >= jnp.array([[0], [2]])
+    keys = [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
+    assert attention_mask(5, real)[:, 0, 0].astype(int).tolist() == keys
+    first, rest = [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]
+    grid = [first, first, rest, rest, [1] * 5]
+    assert attention_mask(5, None, 2)[0, 0].astype(int).tolist() == grid
+    ours = attention_mask(5, real, 2)[:, 0].astype(int)
+    assert ours[0].tolist() == grid
+    # The second row's blocks begin at its first real token. Its padding may hold anything.
+    assert ours[1, 2:].tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
+    allowed = jnp.ones((2, 5, 5), bool).at[:, 4, 3].set(False)
+    ours = attention_mask(5, real, 2, allowed)[:, 0, 4].astype(int)
+    assert ours.tolist() == [[1, 1, 1, 0, 1], [0, 0, 1, 0, 1]]
 
 
 @eight

@@ -13,9 +13,82 @@ from xflow_jax.models import kv_cache
 from xflow_jax.models.config import LLaDAConfig
 from xflow_jax.models.factory import build
 
-pytestmark = pytest.mark.slow  # minutes of compilation
+ONE = LLaDAConfig(  # one layer, which compiles fast
+    d_model=16,
+    n_layers=1,
+    n_heads=2,
+    n_kv_heads=1,
+    vocab_size=9,
+    mask_token_id=8,
+    eos_token_id=0,
+    mlp_hidden_size=24,
+)
 
 
+def cache_of(*values):
+    """Returns a cache of one layer, one head and one dim with these keys, [B, M]."""
+    k = jnp.asarray(values, jnp.float32)[None, :, :, None, None]
+    return {"blocks": {"k": k, "v": -k}}
+
+
+def test_keys_are_written_from_their_start_on():
+    cache, new = cache_of([1, 2, 3, 4], [5, 6, 7, 8]), cache_of([10, 11], [20, 21])
+    for start, wanted in (
+        (0, [[10, 11, 3, 4], [20, 21, 7, 8]]),
+        (2, [[1, 2, 10, 11], [5, 6, 20, 21]]),
+        (jnp.array([2, 1]), [[1, 2, 10, 11], [5, 20, 21, 8]]),
+    ):
+        ours = kv_cache.write_cache(cache, new, start)["blocks"]
+        np.testing.assert_array_equal(ours["k"][0, :, :, 0, 0], wanted)
+        np.testing.assert_array_equal(ours["v"], -ours["k"])
+
+
+def test_queries_attend_to_the_positions_before_their_own():
+    """The cached positions are columns 0 to 3. The queries' own ones come after them."""
+    cache, start = cache_of([0] * 4, [0] * 4), jnp.array([2, 3])
+    ours = kv_cache.cache_mask(cache, start, 2, None, None)
+    assert ours[:, 0, 0].astype(int).tolist() == [[1, 1, 0, 0, 1, 1], [1, 1, 1, 0, 1, 1]]
+    # In blocks of two, positions 2 and 3 are one block, and positions 3 and 4 are two.
+    ours = kv_cache.cache_mask(cache, start, 2, None, 2).astype(int)
+    assert ours[0, 0].tolist() == [[1, 1, 0, 0, 1, 1]] * 2
+    assert ours[1, 0].tolist() == [[1, 1, 1, 0, 1, 0], [1, 1, 1, 0, 1, 1]]
+    own = jnp.array([[True, False], [True, True]])
+    ours = kv_cache.cache_mask(cache, start, 2, own, None)[:, 0, 0].astype(int)
+    assert ours.tolist() == [[1, 1, 0, 0, 1, 0], [1, 1, 1, 0, 1, 1]]
+    every = jnp.array([[False, True, True, True, True, True], [True] * 6])
+    ours = kv_cache.cache_mask(cache, start, 2, every, None)[:, 0, 0].astype(int)
+    assert ours.tolist() == [[0, 1, 0, 0, 1, 1], [1, 1, 1, 0, 1, 1]]
+
+
+def test_new_keys_come_after_the_cached_ones_or_in_their_place():
+    layer, k = jax.tree.map(lambda x: x[0], cache_of([1, 2, 3, 4])["blocks"]), jnp.full(1, 9.0)
+    k = k.reshape(1, 1, 1, 1)
+    keys, values, new = kv_cache.extend_keys(layer, k, -k)
+    assert keys.ravel().tolist() == [1, 2, 3, 4, 9] and values.ravel().tolist() == [
+        -1,
+        -2,
+        -3,
+        -4,
+        -9,
+    ]
+    assert new["k"].ravel().tolist() == [9] and new["v"].ravel().tolist() == [-9]
+    placed = kv_cache.replace_keys(cache_of([1, 2, 3, 4]), 2)["blocks"]
+    keys, values, _ = kv_cache.extend_keys(jax.tree.map(lambda x: x[0], placed), k, -k)
+    assert keys.ravel().tolist() == [1, 2, 9, 4] and values.ravel().tolist() == [-1, -2, -9, -4]
+    assert kv_cache.extend_keys(None, k, -k) == (k, -k, None)
+
+
+def test_rows_move_to_the_left():
+    mask = np.array([[False, False, True, True], [True] * 4])
+    ours = kv_cache.align_left(np.array([[0, 0, 5, 6], [1, 2, 3, 4]]), mask)
+    assert ours.tolist() == [[5, 6, 0, 0], [1, 2, 3, 4]]
+
+
+def test_one_layer_block_by_block_is_the_whole_sequence():
+    check_cached(ONE, seed=0, size=4, length=14, ready=8)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_block_by_block_with_a_cache_is_the_whole_sequence(seed):
     rng = random.Random(seed)
@@ -63,6 +136,7 @@ def check_cached(config, seed, size, length, ready):
     np.testing.assert_allclose(ours[real], full[real], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_at_different_blocks():
     """Each row has its own start. A batch gives the results of its rows alone."""
     model = build(TINY2)
@@ -79,6 +153,7 @@ def test_rows_at_different_blocks():
     chex.assert_trees_all_close(kv_cache.write_cache(everything, new, start), everything, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_written_cache_compiles_once():
     model = build(TINY2)
     params = random_params(model, 0)
@@ -94,6 +169,7 @@ def test_a_written_cache_compiles_once():
     assert step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_llada_has_the_same_cache():
     """LLaDA's own attention is not block-causal. Under a block-causal one its cache is exact."""
     config = LLaDAConfig(

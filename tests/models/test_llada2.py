@@ -23,8 +23,6 @@ from xflow_jax.models.presets import PRESETS
 from xflow_jax.parallel.mesh import make_mesh
 from xflow_jax.parallel.partitioning import batch_sharding, path_name
 
-pytestmark = pytest.mark.slow  # minutes of compilation
-
 DIR = Path(__file__).parents[1] / "goldens" / "llada2_tiny"
 HF = json.loads((DIR / "config.json").read_text())
 TOLERANCE = 5e-4
@@ -122,7 +120,7 @@ def test_the_parameters_are_the_abstract_ones(config, params):
     assert ours == jax.tree.map(lambda x: (x.shape, x.dtype), params)
 
 
-@pytest.mark.parametrize("case", range(2))
+@pytest.mark.parametrize("case", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_logits(config, params, golden, case):
     close(
         build(config).apply({"params": params}, golden[f"full_ids_{case}"]),
@@ -130,6 +128,7 @@ def test_logits(config, params, golden, case):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(2))
 def test_block_causal_logits(config, params, golden, case):
     ids, size = golden[f"block_ids_{case}"], int(golden[f"block_size_{case}"])
@@ -141,6 +140,7 @@ def test_block_causal_logits(config, params, golden, case):
     close(logits(config, params, ids, allowed=allowed), golden[f"block_logits_{case}"])
 
 
+@pytest.mark.slow
 def test_embeddings_instead_of_tokens(config, params, golden):
     close(logits(config, params, x=golden["embeds"]), golden["embeds_logits"])
     table = params["wte"]["embedding"]
@@ -150,6 +150,7 @@ def test_embeddings_instead_of_tokens(config, params, golden):
     np.testing.assert_allclose(mixed, golden["embeds"], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_hidden_states(config, params, golden):
     wanted = golden["full_hidden_0"]
     model = build(config)
@@ -171,7 +172,9 @@ def test_hidden_states(config, params, golden):
         close(build(cut).apply({"params": few}, x, method="hidden"), y)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "kernel", [pytest.param(k, marks=[] if k == "tiles" else pytest.mark.slow) for k in KERNELS]
+)
 def test_router_and_experts(config, params, golden, kernel):
     layer = jax.tree.map(lambda a: a[int(golden["router_layer"]) - 1], params["blocks"])
     x = jnp.asarray(golden["router_input"])
@@ -187,6 +190,7 @@ def test_router_and_experts(config, params, golden, kernel):
     np.testing.assert_allclose(y, golden["moe_output"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_ragged_batch_is_its_rows_alone(config, params, golden):
     ids = np.array(golden["full_ids_0"])
     mask = np.arange(11)[None] >= np.array([[0], [4]])
@@ -199,6 +203,7 @@ def test_a_ragged_batch_is_its_rows_alone(config, params, golden):
             )
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near(config, params, golden):
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
     half["blocks"]["router"]["bias"] = params["blocks"]["router"]["bias"]
@@ -218,6 +223,7 @@ def test_the_bias_of_the_router_is_float32_always(config):
     assert wide == {"blocks/router/bias"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, present",
     [
@@ -253,6 +259,7 @@ def test_every_shape_of_the_family(changes, present):
     assert paths <= set(AXES["llada2"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields", [{"remat": "full"}, {"remat": "dots"}, {"unroll": 2}, {"experts_kernel": "ragged"}]
 )
@@ -269,6 +276,7 @@ def test_ways_to_compute_agree(fields):
     chex.assert_trees_all_close(ours, plain, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @eight
 @pytest.mark.parametrize("spec", ["1,8,1", "2,2,2"])
 def test_sharded_is_unsharded(spec):
@@ -292,6 +300,7 @@ def test_sharded_is_unsharded(spec):
         chex.assert_trees_all_close(step(placed, *data), wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @eight
 def test_a_batch_that_the_mesh_does_not_divide_still_runs():
     model = build(TINY2)
@@ -302,6 +311,7 @@ def test_a_batch_that_the_mesh_does_not_divide_still_runs():
     np.testing.assert_allclose(ours, jax.jit(model.apply)({"params": params}, tokens), atol=1e-4)
 
 
+@pytest.mark.slow
 @eight
 def test_each_device_computes_its_own_experts():
     model = build(TINY2)

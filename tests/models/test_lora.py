@@ -17,12 +17,11 @@ from xflow_jax.errors import UserError
 from xflow_jax.lm import load
 from xflow_jax.models.config import LLaDAConfig
 from xflow_jax.models.factory import abstract_params, build
+from xflow_jax.models.layers import Linear
 from xflow_jax.models.logical_axes import shardings, state_shardings
 from xflow_jax.models.lora import Adapter, LoraConfig, adapted, lora_init, merge
 from xflow_jax.parallel.mesh import make_mesh
 from xflow_jax.parallel.partitioning import path_name
-
-pytestmark = pytest.mark.slow  # minutes of compilation
 
 LLADA = LLaDAConfig(
     d_model=32,
@@ -34,6 +33,8 @@ LLADA = LLaDAConfig(
     eos_token_id=1,
 )
 CONFIGS = {"llada": LLADA, "llada2": TINY2}
+# Experts take minutes to compile.
+FAMILIES = ["llada", pytest.param("llada2", marks=pytest.mark.slow)]
 TOKENS = jnp.arange(12).reshape(2, 6)
 DEFAULT = LoraConfig(rank=4, alpha=8.0)
 ALL = dataclasses.replace(DEFAULT, targets=(*DEFAULT.targets, "experts"))
@@ -86,7 +87,30 @@ def test_shapes_and_strength():
     )
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("rank, alpha", [(1, 3.0), (2, 3.0), (4, 1.0)])
+def test_the_update_is_a_b_x_times_alpha_over_rank(rank, alpha):
+    """Checks a layer with an adapter, and the merged matrix, by NumPy."""
+    rng = np.random.default_rng(rank)
+    w, a, b = (rng.normal(size=n).astype(np.float32) for n in ((6, 5), (6, rank), (rank, 5)))
+    x = rng.normal(size=(2, 3, 6)).astype(np.float32)
+    base = {"blocks": {"q_proj": {"kernel": jnp.asarray(w)[None]}}}
+    config = LoraConfig(rank, alpha, ("q_proj",))
+    (drawn,) = lora_init(jax.random.key(0), base, config)["blocks"]["q_proj"].values()
+    adapter = Adapter(jnp.asarray(a), jnp.asarray(b), drawn.scale)
+    wanted = x @ (w + a @ b * alpha / rank)
+    layer = Linear(5)
+    ours = layer.apply(
+        {"params": {"kernel": jnp.asarray(w)}, "lora": {"kernel": adapter}}, jnp.asarray(x)
+    )
+    np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-5)
+    stacked = jax.tree.map(lambda leaf: leaf[None], adapter)
+    merged = merge(base, {"blocks": {"q_proj": {"kernel": stacked}}})
+    np.testing.assert_allclose(
+        x @ merged["blocks"]["q_proj"]["kernel"][0], wanted, rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_at_zero_it_is_the_base(family):
     model = build(CONFIGS[family])
     params = random_params(model)
@@ -100,7 +124,7 @@ def test_at_zero_it_is_the_base(family):
     chex.assert_trees_all_equal(merge(params, lora), params)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_merged_is_adapted(family):
     model = build(CONFIGS[family])
     params = random_params(model)
@@ -117,6 +141,7 @@ def test_merged_is_adapted(family):
     chex.assert_trees_all_equal(merged["wte"], params["wte"])
 
 
+@pytest.mark.slow
 def test_merged_goes_out_in_the_hugging_face_format(tmp_path):
     """The written model is the adapted one. Tensors without an adapter keep their bytes."""
     base = load(GOLDEN2)
@@ -137,6 +162,7 @@ def test_merged_goes_out_in_the_hugging_face_format(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_merging_keeps_the_parameters_dtype():
     model = build(LLADA, jnp.bfloat16, param_dtype=jnp.bfloat16)
     params = random_params(model)
@@ -144,6 +170,7 @@ def test_merging_keeps_the_parameters_dtype():
     chex.assert_trees_all_equal_shapes_and_dtypes(merged, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CONFIGS)
 def test_only_the_adapters_learn(family):
     """Gradients are those of merged matrices by the chain rule, and only adapters change."""
@@ -165,6 +192,7 @@ def test_only_the_adapters_learn(family):
     assert loss(params, after) < loss(params, lora)
 
 
+@pytest.mark.slow
 @eight
 def test_sharded_like_the_matrices():
     mesh = make_mesh("1,2,2")

@@ -11,14 +11,16 @@ from tests.llada2_helpers import TINY2
 from xflow_jax.models.factory import abstract_params, build
 from xflow_jax.models.moe import KERNELS, apply_experts, route
 
-pytestmark = pytest.mark.slow  # minutes of compilation
+SLOW = pytest.mark.slow
+
+compiled_route = jax.jit(route, static_argnums=2)
 
 
 def routed(z, bias, n_group, topk_group, k):
     config = dataclasses.replace(
         TINY2, num_experts=len(bias), n_group=n_group, topk_group=topk_group, num_experts_per_tok=k
     )
-    experts, weights = route(
+    experts, weights = compiled_route(
         jnp.asarray(z, jnp.float32)[None], jnp.asarray(bias, jnp.float32), config
     )
     return experts[0].tolist(), weights[0]
@@ -38,6 +40,16 @@ def test_routing_by_hand():
     experts, weights = routed(z, [0.0] * 8, 4, 4, 1)
     assert experts == [0]
     np.testing.assert_allclose(weights, [2.5 * jax.nn.sigmoid(5.0)], rtol=1e-6)
+
+
+def test_the_bias_of_an_expert_chooses_and_weighs_nothing():
+    """A large bias brings an expert in. Its weight is still its unbiased share."""
+    z = np.linspace(-1, 1, 8)
+    score = 1 / (1 + np.exp(-z))
+    for bias, wanted in (([0.0] * 8, [7, 6]), ([0.9, 0, 0, 0.5, 0, 0, 0, 0], [0, 3])):
+        experts, weights = routed(z, bias, 1, 1, 2)
+        assert experts == wanted
+        np.testing.assert_allclose(weights, 2.5 * score[wanted] / score[wanted].sum(), rtol=1e-5)
 
 
 def test_ties_go_to_the_lowest_index():
@@ -60,7 +72,12 @@ def brute_force(x, experts, weights, m):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
-    "tokens, k, skew", [(1, 1, False), (3, 2, False), (70, 3, False), (70, 1, True)]
+    "tokens, k, skew",
+    [
+        (3, 2, False),
+        *(pytest.param(*case, marks=SLOW) for case in [(1, 1, False), (70, 3, False)]),
+        pytest.param(70, 1, True, marks=SLOW),
+    ],
 )
 def test_experts_by_brute_force(kernel, tokens, k, skew):
     """No token is dropped, even if an expert gets none or all of them."""
@@ -72,6 +89,7 @@ def test_experts_by_brute_force(kernel, tokens, k, skew):
     experts = np.full_like(experts, 4) if skew else experts
     weights = rng.uniform(size=experts.shape).astype(np.float32)
 
+    @jax.jit
     def total(m, first=0):
         return apply_experts(
             *jax.tree.map(jnp.asarray, (x, experts, weights, m)), {}, first, KERNELS[kernel]
@@ -83,6 +101,7 @@ def test_experts_by_brute_force(kernel, tokens, k, skew):
     np.testing.assert_allclose(sum(halves), total(m), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_layer_of_a_stack():
     """A stack of three layers: the second one's experts, all of them and a half."""
     rng = np.random.default_rng(0)
@@ -111,8 +130,8 @@ def test_both_kernels_have_the_same_gradients():
     real = (np.arange(60) < 52)[:, None]
 
     def grads(kernel):
-        return jax.grad(
-            lambda x, w: jnp.sum(jnp.where(real, kernel(x, w, sizes), 0) * target), (0, 1)
+        return jax.jit(
+            jax.grad(lambda x, w: jnp.sum(jnp.where(real, kernel(x, w, sizes), 0) * target), (0, 1))
         )(x, w)
 
     (dx, dw), (wanted_x, wanted_w) = grads(KERNELS["tiles"]), grads(KERNELS["ragged"])
