@@ -104,6 +104,11 @@ def test_bad_input(tmp_path):
     params = {**lm.params, "ln_f": {"scale": lm.params["ln_f"]["scale"].at[0].set(jnp.nan)}}
     with pytest.raises(UserError, match="the model's logits are NaN or infinite"):
         log_likelihoods(dataclasses.replace(lm, params=params), [([1], [2])], 1, 1)
+    # Rows of one batch: each fits, while the longest prompt and the longest response do not.
+    unlike = [(list(range(18)) * 6, [1, 2, 3]), ([1], list(range(18)) * 6)]
+    together = log_likelihoods(lm, unlike, 2, batch_size=4)
+    alone = [log_likelihoods(lm, [pair], 2)[0] for pair in unlike]
+    np.testing.assert_allclose(together, alone, rtol=1e-4)
     with pytest.raises(UserError, match="of 130 tokens exceed the model's 128 positions"):
         log_likelihoods(lm, pairs_of([(100, 30)]), 1, 1)
     with pytest.raises(UserError, match="defined for LLaDA"):

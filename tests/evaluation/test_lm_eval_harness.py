@@ -103,11 +103,81 @@ def test_mistakes(harness):
     with pytest.raises(UserError, match="did you mean flow"):
         make("random", rule="flwo")
     with pytest.raises(
-        UserError, match="batch_size must be a whole number of at least 1, not 'auto'"
+        UserError, match="batch_size must be auto or a whole number of at least 1, not 'most'"
     ):
-        make("random", batch_size="auto")
+        make("random", batch_size="most")
     with pytest.raises(UserError, match="must be above 0 and at most 1"):
         make("random", budget=2)
+
+
+@pytest.mark.parametrize(("given", "size"), [("auto", 8), ("auto:4", 8), (3, 3), ("16", 16)])
+def test_batch_sizes(harness, given, size):
+    assert harness.models["xflow"]("random", batch_size=given).batch_size == size
+
+
+def test_contexts_that_are_too_long_are_cut_on_the_left(harness, caplog):
+    lm = tiny_lm()
+    most = lm.config.max_length
+    model = harness.models["xflow"]("random", budget="1/4", samples=2, batch_size=2)
+    model.check_greedy = False
+    text = "return sum(xs) " * most
+    ids = model._encode(text)
+    options = {"max_gen_toks": 8, "until": []}
+    answers = model.generate_until([request(text, options)], True)
+    end = [ids[-(most - 8) :]]
+    assert answers[0] == generate(lm, end, MaskPrediction(), gen_length=8, steps=2).texts[0]
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == (
+        "1 of 1 contexts do not fit into the model's 128 positions beside the response. "
+        "They are cut on the left."
+    )
+    caplog.clear()
+    context = lm.tokenizer.decode(ids)
+    (pair,) = [model._pair(context, "return xs")]
+    found = model.loglikelihood([request(context, "return xs")], True)
+    alone = log_likelihoods(lm, [(pair[0][len(pair[1]) - most :], pair[1])], 2, batch_size=2)
+    assert found[0][0] == pytest.approx(alone[0], rel=1e-5)
+    assert "1 of 1 contexts" in caplog.text
+    with pytest.raises(UserError, match="a response of 128 tokens leaves no room for a context"):
+        model.generate_until([request("sum", options | {"max_gen_toks": 128})], True)
+
+
+def test_texts_that_are_too_long_are_scored_in_pieces(harness, caplog):
+    lm = tiny_lm()
+    most = lm.config.max_length
+    model = harness.models["xflow"]("random", samples=2, batch_size=2)
+    texts = ["return sum(xs) " * most, "return"]
+    ids = model._encode(texts[0])
+    pieces = [((), ids[i : i + most]) for i in range(0, len(ids), most)]
+    found = model.loglikelihood_rolling([request(text) for text in texts], True)
+    assert len(pieces) > 1 and len(found) == 2
+    assert found[0] == pytest.approx(log_likelihoods(lm, pieces, 2, batch_size=2).sum(), rel=1e-5)
+    assert "1 of 2 texts are longer than the model's 128 positions" in caplog.text
+
+
+def test_a_package_that_a_task_lacks_is_named(harness, monkeypatch):
+    def cli_evaluate():
+        raise ModuleNotFoundError("No module named 'requests.adapters'", name="requests.adapters")
+
+    command = types.ModuleType("lm_eval.__main__")
+    command.cli_evaluate = cli_evaluate
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", command)
+    with pytest.raises(SystemExit, match="needs the package requests, which is not installed"):
+        harness.main()
+
+
+def test_a_package_that_lm_eval_lacks_is_named(monkeypatch, tmp_path):
+    (tmp_path / "lm_eval/api").mkdir(parents=True)
+    (tmp_path / "lm_eval/__init__.py").write_text("")
+    (tmp_path / "lm_eval/api/__init__.py").write_text("import requests")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "requests", None)
+    monkeypatch.delitem(sys.modules, NAME, raising=False)
+    with pytest.raises(SystemExit, match="needs the package requests, which is not installed"):
+        importlib.import_module(NAME)
 
 
 def test_a_missing_lm_eval_is_one_sentence(monkeypatch):

@@ -172,12 +172,13 @@ def _batch_arrays(lm: LanguageModel, rows: Sequence[MaskedRow]) -> tuple[np.ndar
     `real` is False at padding. Prompts are padded on the left and responses on the right, each to
     a length that many batches share.
     """
-    longest = [max(len(getattr(row, name)) for row in rows) for name in ("prompt", "response")]
-    if sum(longest) > lm.config.max_length:
-        most = lm.config.max_length
+    most = lm.config.max_length
+    tokens = max(len(row.prompt) + len(row.response) for row in rows)
+    if tokens > most:
         raise UserError(
-            f"a prompt and a response of {sum(longest)} tokens exceed the model's {most} positions"
+            f"a prompt and a response of {tokens} tokens exceed the model's {most} positions"
         )
+    longest = [max(len(getattr(row, name)) for row in rows) for name in ("prompt", "response")]
     p, r = (-(-n // PROMPT_MULTIPLE) * PROMPT_MULTIPLE for n in longest)
     prompts, prompt_real = pad_left([row.prompt for row in rows], lm.config.pad_id, p)
     # Reversed rows that are padded on the left are padded on the right once reversed again.

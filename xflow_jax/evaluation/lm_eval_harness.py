@@ -9,6 +9,7 @@ semicolons separate the options of a rule. Needs the extra [lm-eval].
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -30,12 +31,26 @@ from xflow_jax.evaluation.likelihood import log_likelihoods
 from xflow_jax.lm import load
 from xflow_jax.parallel import default_mesh
 
+
+def _missing_package(error: ImportError) -> str:
+    """Returns the sentence for a package that cannot be imported."""
+    package = (error.name or "lm_eval").partition(".")[0]
+    if package == "lm_eval":
+        return "error: lm-evaluation-harness is not installed: pip install xflow-jax[lm-eval]"
+    return (
+        f"error: lm-evaluation-harness needs the package {package}, which is not installed: "
+        f"pip install {package}"
+    )
+
+
 try:
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
-except ImportError:
-    sys.exit("error: lm-evaluation-harness is not installed: pip install xflow-jax[lm-eval]")
+except ImportError as error:
+    sys.exit(_missing_package(error))
 
+_LOG = logging.getLogger(__name__)
+AUTO_BATCH_SIZE = 8
 Pair = tuple[Sequence[int], Sequence[int]]  # ids of a context and its continuation
 
 
@@ -66,7 +81,7 @@ class XFlow(LM):
             with the given one. If False, is_greedy is always False.
         dtype: float32 or bfloat16.
         mesh: sizes of the mesh, with semicolons between them, or None for the default.
-        batch_size: sequences of a batch.
+        batch_size: sequences of a batch, or "auto" for 8.
         seed: of masks and of rules that draw.
         cache, refresh, window, prompt_every: keys and values that the decode of a response keeps,
             as in xflow_jax.generate.
@@ -102,8 +117,12 @@ class XFlow(LM):
         self._tokenizer: Any = self.lm.tokenizer
         if self._tokenizer is None:
             raise UserError(f"{pretrained} has no tokenizer.json, which is needed for texts")
-        if batch_size == "auto" or not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise UserError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
+        if str(batch_size).partition(":")[0] == "auto":  # as in "auto:4"
+            batch_size = AUTO_BATCH_SIZE
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise UserError(
+                f"batch_size must be auto or a whole number of at least 1, not {batch_size!r}"
+            )
         self.rule = parse_rule(rule.replace(";", ","))[1]
         self.budget = parse_budget(str(budget))
         self.gen_length, self.block_length = gen_length, block_length
@@ -132,9 +151,14 @@ class XFlow(LM):
     def generate_until(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[str]:
         """Generates a response to each request, cut at its first stop.
 
+        A context that leaves no room for the response is cut on the left, with a warning.
+
         Args:
             requests: (context, {"until": ..., "max_gen_toks": ...}) each.
             disable_tqdm: show no progress bar.
+
+        Raises:
+            UserError: if the response alone fills the positions of the model.
         """
         by_length: dict[int, list[int]] = {}
         for number, request in enumerate(requests):
@@ -145,7 +169,15 @@ class XFlow(LM):
         eos_id = self.lm.config.eos_id
         for length, numbers in by_length.items():
             steps = resolve_steps(self.lm.config, self.budget, length, self.block_length)
-            batch = [prompts[i] for i in numbers]
+            most = self.lm.config.max_length
+            if length >= most:
+                raise UserError(
+                    f"a response of {length} tokens leaves no room for a context in the model's "
+                    f"{most} positions: give a smaller gen_length in --model_args"
+                )
+            batch = self._cut_contexts(
+                [prompts[i] for i in numbers], [most - length] * len(numbers)
+            )
             rows = self._decode(
                 batch,
                 self.rule,
@@ -170,6 +202,8 @@ class XFlow(LM):
     ) -> list[tuple[float, bool]]:
         """Estimates the log-likelihood of each continuation.
 
+        A context that leaves no room for the continuation is cut on the left, with a warning.
+
         Args:
             requests: (context, continuation) each.
             disable_tqdm: show no progress bar.
@@ -178,6 +212,9 @@ class XFlow(LM):
             A lower bound in nats, and is_greedy, for each request.
         """
         pairs = [self._pair(*request.args) for request in requests]
+        most = self.lm.config.max_length
+        contexts = self._cut_contexts([c for c, _ in pairs], [most - len(x) for _, x in pairs])
+        pairs = [(context, pair[1]) for context, pair in zip(contexts, pairs, strict=True)]
         bounds = self._bounds(pairs, disable_tqdm)
         greedy = self._greedy(pairs, disable_tqdm) if self.check_greedy else [False] * len(pairs)
         results = [(float(bound), bool(same)) for bound, same in zip(bounds, greedy, strict=True)]
@@ -190,18 +227,51 @@ class XFlow(LM):
     ) -> list[float]:
         """Estimates the log-likelihood of whole texts.
 
+        A text with more tokens than the model has positions is scored in pieces, with a warning.
+
         Args:
-            requests: (text,) each. A text must fit into the positions of the model.
+            requests: (text,) each.
             disable_tqdm: show no progress bar.
 
         Returns:
             A lower bound in nats for each request.
         """
-        pairs = [((), self._encode(request.args[0])) for request in requests]
-        return [float(bound) for bound in self._bounds(pairs, disable_tqdm)]
+        texts = [self._encode(request.args[0]) for request in requests]
+        most = self.lm.config.max_length
+        pieces = [[ids[i : i + most] for i in range(0, max(len(ids), 1), most)] for ids in texts]
+        if long := sum(len(parts) > 1 for parts in pieces):
+            _LOG.warning(
+                "%d of %d texts are longer than the model's %d positions. They are scored in "
+                "pieces, each without the ones before it.",
+                long,
+                len(texts),
+                most,
+            )
+        pairs: list[Pair] = [((), piece) for parts in pieces for piece in parts]
+        bounds = iter(self._bounds(pairs, disable_tqdm))
+        return [float(sum(next(bounds) for _ in parts)) for parts in pieces]
+
+    def _cut_contexts(
+        self, contexts: Sequence[Sequence[int]], room: Sequence[int]
+    ) -> list[Sequence[int]]:
+        """Cuts contexts on the left to the tokens that there is room for."""
+        cut = [
+            context[max(len(context) - max(most, 0), 0) :]
+            for context, most in zip(contexts, room, strict=True)
+        ]
+        if shorter := sum(len(a) < len(b) for a, b in zip(cut, contexts, strict=True)):
+            _LOG.warning(
+                "%d of %d contexts do not fit into the model's %d positions beside the response. "
+                "They are cut on the left.",
+                shorter,
+                len(contexts),
+                self.lm.config.max_length,
+            )
+        return cut
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        # The warning of transformers on long texts is wrong here, since they are cut.
+        return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
     def _pair(self, context: str, continuation: str) -> Pair:
         """Tokenizes both. The context's final spaces go to the continuation."""
@@ -268,12 +338,14 @@ class XFlow(LM):
 
 def main() -> None:
     """Runs the command of lm-evaluation-harness."""
-    from lm_eval.__main__ import cli_evaluate
-
     try:
+        from lm_eval.__main__ import cli_evaluate
+
         cli_evaluate()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except ModuleNotFoundError as error:  # some tasks need further packages
+        sys.exit(_missing_package(error))
 
 
 if __name__ == "__main__":
