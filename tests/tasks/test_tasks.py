@@ -101,6 +101,14 @@ def test_the_whole_function_or_only_its_body(files):
 
 
 @pytest.mark.parametrize(
+    "prompt", ["def half(x):\n", "def half(x):\n    ", "half(", "\0", "(" * 999]
+)
+def test_a_problem_whose_text_is_no_python(files, prompt):
+    problem = dataclasses.replace(humaneval.problems(files["humaneval"], 1)[0], prompt=prompt)
+    assert len(verdicts(humaneval.TASK, [(problem, "    return x / 2")])) == 1
+
+
+@pytest.mark.parametrize(
     ("text", "code"),
     [
         ("[BEGIN]\n 'def f():\n  return 1' \n[DONE] \n\n more [DONE]", "def f():\n  return 1"),

@@ -254,7 +254,7 @@ class XFlow(LM):
     def _cut_contexts(
         self, contexts: Sequence[Sequence[int]], room: Sequence[int]
     ) -> list[Sequence[int]]:
-        """Cuts contexts on the left to the tokens that there is room for."""
+        """Cuts contexts on the left to their room, with a warning."""
         cut = [
             context[max(len(context) - max(most, 0), 0) :]
             for context, most in zip(contexts, room, strict=True)

@@ -80,6 +80,8 @@ def program(problem: Problem, code: str, body_only: bool = False) -> tuple[str, 
 
 def _helpers(problem: Problem) -> str:
     """Returns other functions of the problem's text, with its imports."""
+    if not _compiles(problem.prompt):  # such as a text that ends inside its function
+        return ""
     statements = ast.parse(problem.prompt).body
     defined = [s for s in statements if isinstance(s, ast.FunctionDef)]
     helpers = [s for s in defined if s.name != problem.entry_point]
