@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from xflow_jax.checkpoints import (
     read_hf_config,
 )
 from xflow_jax.errors import UserError, require
+from xflow_jax.input_files import read_json_object
 from xflow_jax.lm import load
 from xflow_jax.types import ModelConfig
 
@@ -120,8 +120,8 @@ def torch_logits(directory: Path, trust: bool) -> LogitsFunction:
             "pip install -e '.[convert]'"
         ) from None
     config_file = directory / CONFIG_FILE
-    auto_map = json.loads(config_file.read_text()).get("auto_map") or {}
-    if not any(key in auto_map for key in MODEL_CLASSES):
+    auto_map = read_json_object(config_file).get("auto_map") or {}
+    if not isinstance(auto_map, dict) or not any(key in auto_map for key in MODEL_CLASSES):
         raise UserError(
             f"{config_file}: no auto_map names the original's code, so there is nothing to run"
         )

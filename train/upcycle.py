@@ -18,11 +18,12 @@ import jax.numpy as jnp
 
 from train.setup import export, run_program
 from xflow_jax.checkpoints import refuse_existing
-from xflow_jax.errors import UserError, require
+from xflow_jax.errors import UserError, check_seed, require
 from xflow_jax.lm import load, read_model_config
 from xflow_jax.models import LLaDA2Config, LLaDAConfig, build, init_params
 from xflow_jax.types import Params
 
+MOST_EXPERTS = 1024
 USAGE = "python -m train.upcycle MODEL DIR [--experts X] [--seed N]"
 # name in an expert -> name in the MLP
 _EXPERT_KERNELS = {"gate": "ff_proj", "up": "up_proj", "down": "ff_out"}
@@ -126,6 +127,8 @@ def main(model: str, rest: list[str]) -> None:
     )
     arguments = parser.parse_args(rest)
     refuse_existing(Path(arguments.out))
+    check_seed(arguments.seed, "--seed")
+    require(arguments.experts <= MOST_EXPERTS, f"--experts must be at most {MOST_EXPERTS}")
     directory, config = read_model_config(model)
     if not isinstance(config, LLaDAConfig):
         raise UserError(

@@ -98,9 +98,9 @@ class LM:
         Raises:
             UserError: for a wrong shape or dtype, or an id out of range.
         """
-        tokens = self._check_tokens(tokens)
-        mask = self._check_mask(mask, tokens.shape)
         with self.scope():
+            tokens = self._check_tokens(tokens)
+            mask = self._check_mask(mask, tokens.shape)
             return _logits(self.model, self.params, tokens, mask, _check_block_length(block_length))
 
     def embed(self, tokens: ArrayLike) -> jax.Array:
@@ -115,8 +115,8 @@ class LM:
         Raises:
             UserError: for a wrong shape or dtype, or an id out of range.
         """
-        tokens = self._check_tokens(tokens)
         with self.scope():
+            tokens = self._check_tokens(tokens)
             return _embed(self.model, self.params, tokens)
 
     def logits_from_embeddings(
@@ -140,8 +140,8 @@ class LM:
             raise UserError(
                 f"embeddings must be [B, L, {self.config.hidden_size}], not {list(x.shape)}"
             )
-        x, mask = self._place(x), self._check_mask(mask, x.shape[:2])
         with self.scope():
+            x, mask = self._place(x), self._check_mask(mask, x.shape[:2])
             return _logits_from_embeddings(
                 self.model, self.params, x, mask, _check_block_length(block_length)
             )
@@ -160,7 +160,7 @@ class LM:
         if isinstance(ids, np.ndarray) and ids.size and not 0 <= ids.min() <= ids.max() < rows:
             bad = ids[(ids < 0) | (ids >= rows)][0]
             raise UserError(f"tokens hold the id {bad}, but the vocabulary has ids 0 to {rows - 1}")
-        return self._place(ids)
+        return self._place(ids.astype(np.int32))
 
     def _check_mask(self, mask: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
         """Checks a mask and moves it to the mesh."""

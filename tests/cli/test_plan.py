@@ -58,6 +58,14 @@ def test_a_gpu_by_arithmetic_and_its_exit_status(capsys, tmp_path):
             ("--preset=llada-8b", "--device=gpu:h200", "--mesh=8"),
             "mesh '8' must be three positive sizes",
         ),
+        (
+            ("--preset=llada-8b", "--device=gpu:h200", "--set=steps=3"),
+            "--set sets keys of the alignment, so it needs align among the programs",
+        ),
+        (
+            ("--preset=llada-8b", "--device=gpu:h200", f"--json={__file__}"),
+            "test_plan.py: not valid JSON",
+        ),
         (("--preset=llada-8b", "--topology=v5z-8"), "there is no topology 'v5z-8'"),
         (
             ("--preset=llada-8b", "--device=gpu:h200", "--gen-length=9999"),

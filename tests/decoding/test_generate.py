@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 
 from tests.helpers import TOKENIZER, TOY, eight, llada_tiny, random_prompts, toy
 from xflow_jax.decoding.generate import generate
+from xflow_jax.decoding.policy_io import load_policy
 from xflow_jax.decoding.rules.baselines import Threshold
 from xflow_jax.decoding.rules.flow import Flow
 from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
@@ -243,3 +245,55 @@ def test_a_tokenizer_without_a_chat_template():
 
     with pytest.raises(UserError, match="no chat template, so prompts must be lists of token ids"):
         generate(dataclasses.replace(lm, tokenizer=Plain()), ["Add."], Flow(), 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("rule", "sentence"),
+    [
+        ("flow", "rule must be a rule such as xflow_jax.Flow(), not 'flow'"),
+        (None, "rule must be a rule such as xflow_jax.Flow(), not None"),
+        ({"power": 2}, "rule must be a rule such as xflow_jax.Flow(), not {'power': 2}"),
+        (Flow, "the rule is the class Flow: write Flow()"),
+    ],
+)
+def test_rules_of_a_wrong_type(rule, sentence):
+    with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
+        run(toy(), [[1]], rule)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64, 10**30, 1.5, "1", None])
+def test_wrong_seeds(seed):
+    with pytest.raises(UserError, match="^seed must be a whole number from 0 to 4294967295, not "):
+        run(toy(), [[1]], Flow(), seed=seed)
+
+
+def test_a_model_of_a_wrong_type():
+    with pytest.raises(UserError, match="^lm must be a model from xflow_jax.load, not 'tiny'$"):
+        run("tiny", [[1]], Flow())
+
+
+@pytest.mark.parametrize("policy", ["tiny", {"w1": 1}, dict, Flow])
+def test_policies_of_a_wrong_type(policy):
+    # Called by itself, since the checks of types in the tests would be first.
+    flow = types.SimpleNamespace(policy=policy, sample=False)
+    with pytest.raises(UserError, match="policy must be a policy from xflow_jax.load_policy, not "):
+        Flow.__post_init__(flow)
+
+
+def test_64_bit_types_and_strict_promotion_change_nothing():
+    """Both are settings of the caller's own programs."""
+    lm, ids = toy(), np.array([[1, 2, 3]])
+
+    def decode():
+        rule = Flow(policy=load_policy("tiny"))
+        return generate(lm, [[1, 2]], rule, gen_length=2, steps=1)
+
+    expected, logits = decode(), lm.logits(ids)
+    jax.clear_caches()
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        found = decode()
+        np.testing.assert_array_equal(lm.logits(ids), logits)
+        x = lm.embed(ids)
+        np.testing.assert_array_equal(lm.logits_from_embeddings(np.asarray(x, np.float64)), logits)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.progress, expected.progress)

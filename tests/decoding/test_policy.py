@@ -217,3 +217,8 @@ def test_steps_are_cut_off_at_one():
     assert (policy.expected_step(s) == 1).all() and (low.expected_step(s) < 0.7).all()
     _, a, _ = policy.sample(jax.random.key(1), s)
     assert (a <= 1).all()
+
+
+def test_a_policy_is_described_in_one_line():
+    text = repr(init_policy(jax.random.key(0), width=8, a_max=2.0))
+    assert text == "Policy(width=8, a_min=0.00390625, a_max=2, kappa_min=2, kappa_max=50)"

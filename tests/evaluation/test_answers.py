@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 
 import pytest
@@ -112,3 +113,31 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     assert (tmp_path / "answers.jsonl").read_bytes() == before
     answers.add([answer("b")])
     assert [a.task_id for a in Answers(tmp_path, RUN).all()] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 100_000,
+        '{"passed": 1' + "0" * 5000 + "}",
+        json.dumps(dataclasses.asdict(answer("a")) | {"passed": "yes"}),
+        json.dumps(dataclasses.asdict(answer("a")) | {"seconds": "1"}),
+        json.dumps(dataclasses.asdict(answer("a")) | {"task_id": []}),
+        json.dumps(dataclasses.asdict(answer("a")) | {"more": 1}),
+    ],
+)
+def test_damaged_answers_are_one_sentence(tmp_path, line):
+    Answers(tmp_path, RUN)
+    (tmp_path / "answers.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match="answers.jsonl, line 1 is no answer"):
+        Answers(tmp_path, RUN)
+    (tmp_path / "run.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="no run.json that describes their run"):
+        Answers(tmp_path, RUN)
+
+
+def test_a_pipe_in_a_run_folder_is_not_read(tmp_path):
+    Answers(tmp_path, RUN)
+    os.mkfifo(tmp_path / "answers.jsonl")
+    with pytest.raises(UserError, match="it is a pipe or a device"):
+        Answers(tmp_path, RUN)

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -16,7 +17,8 @@ import pytest
 
 from tests.helpers import eight
 from xflow_jax.errors import UserError
-from xflow_jax.parallel import batch_sharding, make_mesh, multihost
+from xflow_jax.lm import load
+from xflow_jax.parallel import batch_sharding, default_mesh, make_mesh, multihost
 
 
 def test_a_single_process_needs_no_transfer():
@@ -119,3 +121,55 @@ def test_two_processes_evaluate_as_one_does(tmp_path):
         return sorted(tuple(json.loads(line)[key] for key in keys) for line in lines)
 
     assert answers("two") == answers("one") and len(answers("one")) == 12
+
+
+@pytest.mark.parametrize(
+    ("found", "plugins", "devices", "given", "wanted"),
+    [
+        (True, [], [], None, "cpu"),
+        (True, ["xla_cuda13"], [], None, "cuda,cpu"),
+        (True, ["xla_rocm"], [], None, None),
+        (True, [], ["/dev/accel0"], None, None),  # a TPU
+        (True, [], [], "tpu", None),  # the user's choice
+        (False, [], [], None, None),
+    ],
+)
+def test_libtpu_without_a_tpu_is_not_loaded(monkeypatch, found, plugins, devices, given, wanted):
+    updates = []
+    entries = [types.SimpleNamespace(name=name) for name in plugins]
+    monkeypatch.setattr(
+        multihost.importlib.util, "find_spec", lambda _: object() if found else None
+    )
+    monkeypatch.setattr(multihost.importlib.metadata, "entry_points", lambda group: entries)
+    monkeypatch.setattr(
+        multihost.glob, "glob", lambda pattern: [d for d in devices if d.startswith(pattern[:-1])]
+    )
+    config = types.SimpleNamespace(
+        values={"jax_platforms": given}, update=lambda name, value: updates.append((name, value))
+    )
+    monkeypatch.setattr(multihost.jax, "config", config)
+    multihost.skip_missing_tpu()
+    assert updates == ([] if wanted is None else [("jax_platforms", wanted)])
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (AssertionError(), "which JAX_PLATFORMS sets. Leave the variable out"),
+        (
+            RuntimeError("Backend 'x' is unknown. (set JAX_PLATFORMS='')\nmore"),
+            "Backend 'x' is unknown.",
+        ),
+    ],
+)
+def test_a_missing_platform_is_one_sentence(monkeypatch, error, reason):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", fail)
+    for call in (make_mesh, default_mesh, lambda: load("tiny")):
+        with pytest.raises(
+            UserError, match="^JAX finds no device of the platforms 'cpu'"
+        ) as caught:
+            call()
+        assert reason in str(caught.value) and ".." not in str(caught.value)

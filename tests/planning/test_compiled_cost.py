@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import signal
 
 import pytest
 
@@ -11,7 +12,7 @@ from tests.helpers import TOY
 from xflow_jax.errors import UserError
 from xflow_jax.models.presets import PRESETS
 from xflow_jax.planning import PlanRequest, plan_rows
-from xflow_jax.planning.compiled_cost import _memory_of_error
+from xflow_jax.planning.compiled_cost import _compiler_environment, _memory_of_error
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the extra [plan]"
@@ -64,3 +65,11 @@ def test_a_topology_that_the_compiler_does_not_know():
 def test_the_memory_in_the_compilers_error(message: str, memory: tuple[float, float] | None):
     wanted = memory and {"total": memory[0] * 2**30, "capacity": memory[1] * 2**30}
     assert _memory_of_error(message) == wanted
+
+
+def test_the_compiler_leaves_the_handler_of_sigterm():
+    """Libtpu would print a stack trace at the end of a command."""
+    before = signal.getsignal(signal.SIGTERM)
+    with _compiler_environment():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -12,11 +12,13 @@ import zlib
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import jax
 
 from xflow_jax.checkpoints.atomic_write import write_atomic
-from xflow_jax.input_files import open_regular
+from xflow_jax.errors import UserError
+from xflow_jax.input_files import open_regular, read_json
 
 FILES = "files.json"  # of a converted checkpoint and of an exported model
 BLOCK = 2**22  # bytes read at a time
@@ -86,9 +88,9 @@ def find_damage(directory: Path, name: str) -> str | None:
     if not (directory / name).exists():
         return None
     try:
-        listed = json.loads((directory / name).read_text())
+        listed = cast("Listed", read_json(directory / name))
         damage = first_damage(directory, listed, large=True)
-    except (ValueError, TypeError, AttributeError):
+    except (UserError, ValueError, TypeError, AttributeError):
         return f"{name} is damaged"
     except OSError as error:
         return f"{error.filename} cannot be read: {error.strerror}"

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from xflow_jax.checkpoints import append_text, write_atomic
 from xflow_jax.errors import UserError, disk_errors
 from xflow_jax.evaluation.statistics import pass_at_k, wilson_interval
+from xflow_jax.input_files import open_regular, parse_json, read_json
 from xflow_jax.sandbox import SAME_INTERPRETER
+from xflow_jax.toml_config import coerce
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +164,8 @@ class Answers:
     def _check(self, description: Path, run: Mapping[str, object]) -> None:
         """Raises UserError unless run.json describes the same run."""
         try:
-            before = json.loads(description.read_text())
-        except (OSError, ValueError):
+            before = read_json(description)
+        except UserError:
             before = None
         if not isinstance(before, dict):
             raise UserError(
@@ -180,14 +183,15 @@ class Answers:
         if not self._file.exists():
             return
         try:
-            data = self._file.read_bytes()
+            with open_regular(self._file) as file:
+                data = file.read()
         except OSError as error:
             raise UserError(f"{self._file}: cannot be read: {error.strerror}") from None
         whole = data[: data.rfind(b"\n") + 1]
         for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
             try:
-                self._keep(Answer(**json.loads(line)))
-            except (ValueError, TypeError):
+                self._keep(_parse_answer(line))
+            except (UserError, ValueError, TypeError):
                 raise UserError(
                     f"{self._file}, line {number} is no answer. "
                     "Correct the line, or choose another folder."
@@ -243,6 +247,17 @@ class Answers:
             for task_id in task_ids
             for answer in self._answers.get((rule, budget, task_id), ())
         ]
+
+
+def _parse_answer(line: bytes) -> Answer:
+    """Parses a line of answers.jsonl. Raises UserError, ValueError or TypeError."""
+    fields = parse_json(line.decode(), "")
+    if not isinstance(fields, dict):
+        raise TypeError
+    hints = typing.get_type_hints(Answer)
+    return Answer(
+        **{name: coerce(value, hints.get(name, object)) for name, value in fields.items()}
+    )
 
 
 def _changed_rule(key: str, before: object, now: object) -> str:

@@ -28,6 +28,7 @@ from xflow_jax.types import Backbone, LanguageModel, Params
 
 CHUNK = 16  # response positions whose logits are in memory at the same time
 LARGEST_GROUP = 16
+MOST_SAMPLES = 100_000  # of a response
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +101,8 @@ def log_likelihoods(
     for name, value in (("samples", samples), ("group", group), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, not {value}")
+    if samples > MOST_SAMPLES:
+        raise UserError(f"samples must be at most {MOST_SAMPLES}, not {samples}")
     if group is None:
         group = next(g for g in range(min(LARGEST_GROUP, samples), 0, -1) if samples % g == 0)
     if samples % group:

@@ -35,6 +35,7 @@ from xflow_jax.types import LanguageModel
 ProblemT = TypeVar("ProblemT")
 
 NO_CACHE = CacheOptions()  # the exact one, if the model has it
+MOST_SAMPLES = 100_000  # of a problem
 SCORE_BATCH = 64  # answers from elsewhere that are run and stored together
 
 
@@ -178,6 +179,8 @@ def _check_counts(batch_size: int, samples: int, k: int) -> None:
     for name, value in (("batch_size", batch_size), ("samples", samples), ("k", k)):
         if value < 1:
             raise UserError(f"{name} must be at least 1, not {value}")
+    if samples > MOST_SAMPLES:
+        raise UserError(f"samples must be at most {MOST_SAMPLES}, not {samples}")
     if k > samples:
         raise UserError(
             f"pass@{k} needs at least {k} answers to each problem, but samples is {samples}"

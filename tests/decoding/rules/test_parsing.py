@@ -79,6 +79,10 @@ def test_a_policy_brings_the_options_that_it_was_trained_under(tmp_path):
         ("mask:temperature=-1", "temperature must be at least 0, not -1.0"),
         ("mask:order=best", "order must be confidence, random, entropy or margin"),
         ("flow:policy=nowhere.safetensors", "no such file"),
+        ("flow:policy=/dev/zero", "it is a pipe or a device"),
+        ("flow:power=nan", "power is NaN, but it must be a finite number"),
+        (f"flow:power={'9' * 5000}", "but it must be a finite number"),
+        ("flow:\x1b[2J=1", r"has no option '\x1b[2J'"),
     ],
 )
 def test_wrong_rules(text, sentence):
@@ -92,7 +96,20 @@ def test_budgets():
     assert parse_budgets("1,1/2,0.5") == [1, Fraction(1, 2)]
 
 
-@pytest.mark.parametrize("text", ["0", "-1/4", "1.01", "2", "a quarter", "1/0", "nan", "inf", ""])
+# Short texts of endless numbers, long ones, and digits of other scripts.
+LONG = [
+    "1e999999999",
+    "1e-999999999",
+    "9" * 5000,
+    f"1/{'9' * 5000}",
+    "0." + "1" * 5000,
+    "\uff11/\uff14",
+]
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "-1/4", "1.01", "2", "a quarter", "1/0", "nan", "inf", "", *LONG]
+)
 def test_budgets_outside_0_to_1(text):
     with pytest.raises(UserError, match="budget"):
         parse_budget(text)

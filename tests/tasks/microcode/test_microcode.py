@@ -12,6 +12,7 @@ from xflow_jax.sandbox.limits import Limits
 from xflow_jax.sandbox.pool import run_many, run_program
 from xflow_jax.tasks import microcode
 from xflow_jax.tasks.base import get_task
+from xflow_jax.tasks.microcode import language
 
 TASK = microcode.TASK
 
@@ -145,3 +146,12 @@ def test_bad_input():
         TASK.problems("f.jsonl", None)
     assert get_task("microcode") is TASK
     hash(TASK)  # frozen through and through
+
+
+def test_more_problems_than_there_are(monkeypatch):
+    with pytest.raises(UserError, match="microcode has at most 1000000 problems, not 10000000"):
+        TASK.problems(None, 10**7)
+    (only,) = language.problems("test", 1)
+    monkeypatch.setattr(language, "make_problem", lambda *_: only)
+    with pytest.raises(UserError, match="microcode has no 3 different problems, but about 1"):
+        language.problems("test", 3)

@@ -19,10 +19,15 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+from xflow_jax.errors import require
+
 NAME = "microcode"
 CASES = 10  # inputs on which an answer is judged
 HELD_OUT = 5  # one composition in HELD_OUT is never trained on
 CONSTANTS = range(2, 10)  # one token each ("take" and "drop" use the first three)
+
+MOST_PROBLEMS = 1_000_000
+MOST_REPEATED = 20_000  # draws without a new problem, after which there are probably no more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,12 +327,17 @@ def problems(split: str, count: int, seed: int = 0) -> list[Problem]:
         split: "train" or "test".
         count: number of problems. A smaller number gives the beginning of the same list.
         seed: seed of the draws.
+
+    Raises:
+        UserError: if there are not so many problems.
     """
+    require(count <= MOST_PROBLEMS, f"microcode has at most {MOST_PROBLEMS} problems, not {count}")
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
     rng = random.Random(f"{split} {seed}")
     remaining: list[tuple[str, ...]] = []
     found: dict[str, Problem] = {}
+    repeated = 0
     while len(found) < count:
         if not remaining:
             remaining = list(compositions(held_out=split == "test"))
@@ -336,7 +346,13 @@ def problems(split: str, count: int, seed: int = 0) -> list[Problem]:
             problem = make_problem(rng, remaining.pop())
         except ValueError:  # unlucky draws of a composition that few constants make sound
             continue
+        before = len(found)
         found.setdefault(problem.prompt.lower(), problem)
+        repeated = 0 if len(found) > before else repeated + 1
+        require(
+            repeated < MOST_REPEATED,
+            f"microcode has no {count} different problems, but about {len(found)}",
+        )
     return list(found.values())
 
 
