@@ -255,14 +255,21 @@ def test_skipped_steps_cost_nothing():
 
 
 @pytest.mark.parametrize(
-    "rule", [MaskPrediction(), Threshold(0.7), Flow(reedit_margin=0.5)], ids=repr
+    "rule",
+    [
+        MaskPrediction(),
+        MaskPrediction(order="random"),
+        Threshold(0.7),
+        Flow(reedit_margin=0.5),
+    ],
+    ids=repr,
 )
 def test_eos_early_stop(rule):
     lm, n = stub(eos=3.0), 12
     prompts = random_prompts([6, 3, 9, 5, 4, 8, 7, 5], seed=3, top=8)
     straight = generate(lm, prompts, rule, n, 12, trace=True)
     stopped = generate(lm, prompts, rule, n, 12, eos_early_stop=True, trace=True)
-    eos, early = lm.config.eos_id, 0
+    eos, early, waits = lm.config.eos_id, 0, 0
     for row in range(len(prompts)):
         settled = straight.trace.progress[:, row] >= 0.99
         # By definition the end is the first step after which all positions up to the first
@@ -277,10 +284,12 @@ def test_eos_early_stop(rule):
                 wanted = np.where(np.arange(n) > ends[0], eos, current)
                 np.testing.assert_array_equal(stopped.tokens[row], wanted)
                 break
+            waits += ends.size > 0
         else:
             np.testing.assert_array_equal(stopped.tokens[row], straight.tokens[row])
         assert stopped.forward_passes[row] == passes
     assert early
+    assert waits or rule != MaskPrediction(order="random")  # an EOS before an open position
 
 
 def read_tokens(trace, row, step, mask_id):

@@ -8,6 +8,7 @@ import pytest
 
 from tests.helpers import toy
 from xflow_jax.decoding.cache_options import CacheOptions
+from xflow_jax.models.flops import matrix_parameters
 from xflow_jax.models.presets import PRESETS
 from xflow_jax.parallel.mesh import make_mesh
 from xflow_jax.planning.cost_model import Workload, estimate_cost
@@ -43,6 +44,20 @@ def test_analytic_by_hand():
         estimate_cost(PRESETS["llada2-mini"], Workload("decode", 1), (1, 1, 4)).weights
         == mini.weights / 4
     )
+
+
+def test_an_exact_cache_reads_each_finished_block_once_more():
+    """Three blocks of four passes, two more passes for finished blocks, and one of the prompt."""
+    c = PRESETS["llada2-mini"]
+    work = Workload("decode", 1, prompt_length=64, gen_length=64, steps=8, block_length=32)
+    # The prompt attends to itself alone, the others to all 160 positions.
+    tokens = (64 * 64 / 160 + 32 * (12 + 2)) / 12
+    layers = 2 * tokens * matrix_parameters(c)[0]
+    layers += 4 * tokens * 160 * c.head_dim * c.num_heads * c.num_layers
+    head = 2 * 32 * c.hidden_size * c.vocab_rows
+    policy = 2 * 64 * (8 * 64 + 64 * 64 + 2 * 64)
+    found = estimate_cost(c, work, (1, 1, 1)).flops
+    assert found == pytest.approx(layers + head + policy, rel=1e-6)
 
 
 def test_a_cached_decode_by_hand():

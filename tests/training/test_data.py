@@ -97,6 +97,17 @@ def test_a_restored_position_gives_the_same_batches(tmp_path, shuffled):
             np.testing.assert_array_equal(ours[name], value)
 
 
+def test_the_order_of_an_epoch_depends_on_the_seed(tmp_path):
+    source = Responses([write_responses(tmp_path / "a.jsonl", 40)], TOY, 4, 5)
+
+    def epoch(seed: int) -> list[bytes]:
+        batches = shuffled_batches(source, 4, seed)
+        return [row.tobytes() for _ in range(10) for row in next(batches)["response"]]
+
+    first, again, other = epoch(1), epoch(1), epoch(2)
+    assert first == again != other and sorted(first) == sorted(other)
+
+
 def test_a_cut_last_line_is_left_out_but_a_bad_line_is_not(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"a": 1}\n{"a": 2')
