@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import dataclasses
 import json
@@ -520,6 +521,23 @@ def test_an_approximate_run_is_marked(oracle, tmp_path, monkeypatch, capsys):
         cli_evaluate.run(arguments(**given, refresh=9))
     with pytest.raises(UserError, match="refresh must be a whole number of at least 0, not -2"):
         cli_evaluate.run(arguments(**given, refresh=-2))
+
+
+def test_another_chat_template_or_configuration_is_another_run(oracle, tmp_path, monkeypatch):
+    """The parameters stay the same, and the answers do not."""
+    lm, tokenizer = tiny_lm(), copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{", "{{ ' ' + ", 1)
+    others = {
+        "prompts": dataclasses.replace(lm, tokenizer=tokenizer),
+        "config": dataclasses.replace(lm, config=dataclasses.replace(lm.config, rope_theta=9.0)),
+    }
+    given = {"model": "tiny", "limit": 3, "rules": "mask", "budgets": "1", "out": str(tmp_path)}
+    monkeypatch.setattr(evaluate_run, "load", lambda name, dtype, mesh: lm)
+    cli_evaluate.run(arguments(**given))
+    for key, other in others.items():
+        monkeypatch.setattr(evaluate_run, "load", lambda name, dtype, mesh, other=other: other)
+        with pytest.raises(UserError, match=f"holds another run, which differs in {key}. Choose"):
+            cli_evaluate.run(arguments(**given))
 
 
 def test_the_batch_size_belongs_to_a_run_in_bfloat16(oracle, tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ from xflow_jax.evaluation import (
     ablations,
     aup_table,
     budget_table,
+    describe_inputs,
     describe_rule,
     describe_task,
     evaluate,
@@ -189,7 +190,7 @@ def _score_model(
     cells = make_cells(lm, task, rules, protocol.budgets, cache)
     base_name = args.base or ("tiny-base" if args.model == "tiny" else None)
     base = load(base_name, dtype=args.dtype, mesh=mesh) if args.ablate and base_name else None
-    about |= _describe_run(args, protocol, lm, base)
+    about |= _describe_run(args, protocol, lm, base) | describe_inputs(lm, task, problems)
     answers = stack.enter_context(open_answers(args.out, about))
     options = {name: getattr(args, name) for name in ("batch_size", "seed", "samples", "k")}
     rows = evaluate(lm, task, problems, cells, answers, cache=cache, **options)

@@ -1,7 +1,13 @@
 """Evaluation of rules on tasks: answers, statistics, tables and plots."""
 
 from xflow_jax.evaluation.answers import Answer, Answers, Row
-from xflow_jax.evaluation.fingerprint import describe_rule, describe_task, fingerprint, hash_file
+from xflow_jax.evaluation.fingerprint import (
+    describe_inputs,
+    describe_rule,
+    describe_task,
+    fingerprint,
+    hash_file,
+)
 from xflow_jax.evaluation.likelihood import log_likelihoods, read_pairs
 from xflow_jax.evaluation.paper_tables import (
     ablation_table,
@@ -32,6 +38,7 @@ __all__ = [
     "ablations",
     "aup_table",
     "budget_table",
+    "describe_inputs",
     "describe_rule",
     "describe_task",
     "evaluate",

@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,10 @@ import numpy as np
 from xflow_jax.decoding import Policy, Rule, source_hash
 from xflow_jax.errors import UserError
 from xflow_jax.tasks import Task
-from xflow_jax.types import PyTree
+from xflow_jax.tokenizer import chat_ids
+from xflow_jax.types import LanguageModel, PyTree
+
+ProblemT = TypeVar("ProblemT")
 
 
 @jax.jit
@@ -99,6 +103,31 @@ def describe_task(task: Task, data: Path | None) -> dict[str, Any]:
         "settings": settings,
         "data": None if data is None else hash_file(data),
     }
+
+
+def describe_inputs(
+    lm: LanguageModel, task: Task[ProblemT], problems: Sequence[ProblemT]
+) -> dict[str, str]:
+    """Describes what a model reads beside its parameters.
+
+    Args:
+        lm: the model.
+        task: the task.
+        problems: problems of the task.
+
+    Returns:
+        The hash of the configuration, and that of the token ids of all prompts, which depend on the
+        tokenizer and its chat template.
+    """
+    described = {"config": _hash_json(lm.config.to_hf())}
+    if (tokenizer := lm.tokenizer) is not None:
+        described["prompts"] = _hash_json([chat_ids(tokenizer, task.prompt(p)) for p in problems])
+    return described
+
+
+def _hash_json(value: object) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def hash_file(path: Path) -> str:
