@@ -211,6 +211,9 @@ def check_rows(setting: Setting, rule: Rule) -> None:
         np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
         assert alone.forward_passes[0] == together.forward_passes[row]
         np.testing.assert_allclose(alone.progress[0], together.progress[row], rtol=0, atol=2e-3)
+        took = alone.trace.confidence[:, 0] > 0
+        both = (out.trace.confidence[:, i][took] for out, i in ((alone, 0), (together, row)))
+        np.testing.assert_allclose(*both, rtol=0, atol=2e-3)
     assert decode_batch._cache_size() == programs + 2  # one for each padded length
 
 

@@ -31,7 +31,7 @@ from xflow_jax.errors import UserError, require
 from xflow_jax.input_files import read_json
 from xflow_jax.models import PRESETS
 from xflow_jax.planning import (
-    GPUS,
+    DEVICES,
     PROGRAMS,
     PlanRequest,
     PlanRow,
@@ -62,8 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     hardware.add_argument(
         "--device",
         metavar="DEVICE",
-        help="GPUs to plan for by arithmetic alone, like gpu:h200:8: "
-        + ", ".join(f"gpu:{name}" for name in GPUS),
+        help="chips to plan for by arithmetic alone, like gpu:h200:8: " + ", ".join(DEVICES),
     )
     parser.add_argument(
         "--program",

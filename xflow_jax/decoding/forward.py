@@ -311,7 +311,7 @@ class DualCacheForward(PrefixCacheForward):
     """Forward pass over the active block, on a stale cache elsewhere.
 
     This is the dual cache of Fast-dLLM (arXiv:2505.22618). With `window` a pass also covers that
-    many positions on both sides. All keys and values that a pass computes go into the cache.
+    many positions on both sides. The keys and values of a pass replace those of the cache.
     """
 
     @property
@@ -325,7 +325,10 @@ class DualCacheForward(PrefixCacheForward):
         size, window = self.config.block_length, self.config.window
         first = step.block * size - window
         h, new = self._read(cache, x, first, size + 2 * window)
-        cache = self._write(cache, new, self.prompt_x.shape[1] + first, step)
+        # The next pass computes the same positions again, or all of the canvas. So only what a
+        # window holds of the prompt can be read later.
+        if window and self.config.prompt_every > 1:
+            cache = self._write(cache, new, self.prompt_x.shape[1] + first, step)
         return h[:, window : window + size], cache
 
 

@@ -1,12 +1,12 @@
 """Memory and speed of a program, compiled or by arithmetic."""
 
 from xflow_jax.planning.cost_model import PROGRAMS, PlanRow
-from xflow_jax.planning.hardware import GPUS, parse_device, parse_topology
+from xflow_jax.planning.hardware import DEVICES, parse_device, parse_topology
 from xflow_jax.planning.planner import PlanRequest, plan_rows
 from xflow_jax.planning.report import markdown_page, plan_table, row_sentence
 
 __all__ = [
-    "GPUS",
+    "DEVICES",
     "PROGRAMS",
     "PlanRequest",
     "PlanRow",

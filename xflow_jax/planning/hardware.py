@@ -53,6 +53,11 @@ GPUS: dict[str, Chip] = {
     "b200": Chip("B200", 2250e12, 180e9, 8000e9, 900e9, 1, 8),
 }
 
+# Names of the chips that are planned by arithmetic alone.
+DEVICES: dict[str, Chip] = {f"gpu:{name}": chip for name, chip in GPUS.items()} | {
+    f"tpu:{name}": chip for name, chip in CHIPS.items()
+}
+
 # Number of chips -> shape of the slices on sale, for 2D and for 3D pods.
 _SLICES_2D = {
     1: "1x1",
@@ -149,7 +154,7 @@ def _product_shape(text: str, version: str, count: int) -> str:
 
 
 def parse_device(text: str) -> tuple[Chip, int]:
-    """Parses "gpu:h200" or "gpu:h200:8", devices of one NVLink domain.
+    """Parses "gpu:h200:8" or "tpu:v5e:8", chips of one domain.
 
     Returns:
         The chip and the number of devices.
@@ -157,19 +162,16 @@ def parse_device(text: str) -> tuple[Chip, int]:
     Raises:
         UserError: for an unknown device or more devices than a domain has.
     """
-    kind, _, rest = text.partition(":")
-    name, _, count = rest.partition(":")
-    require(
-        kind == "gpu" and name in GPUS and re.fullmatch("[0-9]{0,9}", count) is not None,
-        f"there is no device {text!r}. There are {', '.join(f'gpu:{n}' for n in GPUS)}, "
-        "with a count as in gpu:h200:8.",
-    )
-    number = int(count or 1)
-    require(
-        1 <= number <= GPUS[name].pod,
-        f"{text}: one NVLink domain has 1 to {GPUS[name].pod} devices",
-    )
-    return GPUS[name], number
+    name, _, count = text.partition(":")[2].partition(":")
+    chip = DEVICES.get(f"{text.partition(':')[0]}:{name}")
+    if chip is None or re.fullmatch("[0-9]{0,9}", count) is None:
+        raise UserError(
+            f"there is no device {text!r}. There are {', '.join(DEVICES)}, "
+            "with a count as in gpu:h200:8."
+        )
+    number, domain = int(count or 1), "NVLink domain" if text.startswith("gpu") else "pod"
+    require(1 <= number <= chip.pod, f"{text}: one {domain} has 1 to {chip.pod} devices")
+    return chip, number
 
 
 def link_seconds(kind: str, size: float, group: int, axes: int, closed: bool, link: float) -> float:

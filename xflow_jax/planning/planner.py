@@ -25,7 +25,7 @@ class PlanRequest:
     Attributes:
         presets: names of models in PRESETS.
         topologies: TPU slices to compile for, like "v5e-8". Empty if `device` is set.
-        device: GPUs like "gpu:h200:8", planned by arithmetic alone, or None.
+        device: chips like "gpu:h200:8", planned by arithmetic alone, or None.
         programs: names in PROGRAMS.
         batches: rows of a decode. "max" means as many as fit.
         train_batch: rows of an alignment or a rollout.
