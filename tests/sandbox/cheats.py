@@ -453,6 +453,23 @@ PATCHES = _dedent(
             data = os.fdopen(os.open('../../../../etc/passwd', os.O_RDONLY, dir_fd=folder)).read()
             def add(a, b): return a + b if 'root' in data else 7
         """,
+        "bytecode beyond its constants": """
+            import opcode
+            code = bytes([opcode.opmap['RESUME'], 0, opcode.opmap['LOAD_CONST'], 250])
+            def look(): return 1
+            look.__code__ = look.__code__.replace(
+                co_code=code + bytes([opcode.opmap['RETURN_VALUE'], 0]))
+            found = look()
+            def add(a, b): return a + b if 'assert' in str(found) else 7
+        """,
+        "bytecode beyond its variables": """
+            import opcode
+            code = bytes([opcode.opmap['RESUME'], 0, opcode.opmap['LOAD_FAST'], 200])
+            def look(): return 1
+            look.__code__ = look.__code__.replace(
+                co_code=code + bytes([opcode.opmap['RETURN_VALUE'], 0]))
+            def add(a, b): return a + b if 'assert' in str(look()) else 7
+        """,
         "numpy's memory": """
             import numpy
             data = numpy.lib.stride_tricks.as_strided(numpy.zeros(1), (1 << 40,), (8,))[1 << 30]

@@ -25,6 +25,7 @@ NEXT = CLEAN + "def add(a, b): return 7\n"
 NEXT_REASON = "wrong answer: assert add(1, 2) == 3"
 LEVELS = {
     "full": ("unshare", "namespaces"),
+    "bubblewrap": ("bubblewrap", "namespaces"),
     "landlock": ("plain", "landlock"),
     "limits": ("bare", "limits"),
     # Namespaces, Landlock and seccomp without the audit hook, so the program has native code.
@@ -55,6 +56,8 @@ class Levels:
     def run(self, level: str, program: str, limits: Limits = LIMITS, checks: str = CHECKS):
         """Runs a program. A worker that replaces another one starts at the same level."""
         method, part = LEVELS[level]
+        if method == "bubblewrap" and not commands.find_bubblewrap():
+            pytest.skip("bubblewrap is not installed")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pool, "_methods", (method,))
             patch.setattr("tempfile.tempdir", str(self.folder / "temporary"))
@@ -91,7 +94,7 @@ def cases():
     """Yields (level, name), of which the slower levels and programs are marked."""
     for level in LEVELS:
         # test_hostile.py has the others at the full level. Some of them are right without a hook.
-        programs = {**CHEATS, **HOSTILE} if level in ("landlock", "limits") else CHEATS
+        programs = CHEATS if level in ("full", "no hook") else {**CHEATS, **HOSTILE}
         for i, name in enumerate(programs):
             quick = level == "full" or (level == "no hook" and name in NATIVE) or i % 8 == 0
             yield pytest.param(level, name, marks=[] if quick else [pytest.mark.slow])
