@@ -281,6 +281,15 @@ def file_cases() -> Iterator[Case]:
 
 
 OPTIONS, FILES = list(option_cases()), list(file_cases())
+STRIDE = 3  # one case of three is in the default run
+
+
+def spread(cases: list[Case]) -> list[object]:
+    """Marks all but every third case as slow."""
+    return [
+        pytest.param(case, id=case.name, marks=[pytest.mark.slow] if number % STRIDE else [])
+        for number, case in enumerate(cases)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -348,16 +357,16 @@ def check(case: Case, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert {path.name for path in tmp_path.iterdir()} == present, "something was written"
 
 
-@pytest.mark.parametrize("case", OPTIONS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", spread(OPTIONS))
 def test_bad_options(case, model, tmp_path, capsys):
     check(case, model, tmp_path, capsys)
 
 
-@pytest.mark.parametrize("case", FILES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", spread(FILES))
 def test_bad_files(case, model, tmp_path, capsys):
     check(case, model, tmp_path, capsys)
 
 
 def test_there_are_enough_cases():
     names = [case.name for case in OPTIONS + FILES]
-    assert len(set(names)) == len(names) >= 300
+    assert len(set(names)) == len(names) >= 300 * STRIDE
