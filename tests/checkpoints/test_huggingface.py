@@ -439,7 +439,8 @@ def test_a_name_of_the_hub(monkeypatch, tmp_path):
     )
     assert load("GSAI-ML/LLaDA-8B-Base").config == huggingface.read_hf_config(GOLDEN)
     ((name, options),) = asked
-    assert name == "GSAI-ML/LLaDA-8B-Base" and "*.safetensors" in options["allow_patterns"]
+    assert name == "GSAI-ML/LLaDA-8B-Base"
+    assert {"*.safetensors", "files.json"} <= set(options["allow_patterns"])
     response = types.SimpleNamespace(headers={}, request=None)
     for error, sentence in {
         errors.RepositoryNotFoundError(

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from xflow_jax.checkpoints.atomic_write import matching_files, partial_path
+from xflow_jax.checkpoints.checksums import FILES
 from xflow_jax.checkpoints.safetensors_reader import (
     CONFIG_FILE,
     INDEX,
@@ -110,7 +111,7 @@ def find_hf_directory(name: str | Path) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
         raise UserError(f"{path}: there is no such directory")
     return download_from_hub(
-        str(name), "model", "directory", [CONFIG_FILE, "*.safetensors", INDEX, *COMPANIONS]
+        str(name), "model", "directory", [CONFIG_FILE, "*.safetensors", INDEX, FILES, *COMPANIONS]
     )
 
 
