@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xflow_jax.checkpoints import write_atomic
-from xflow_jax.errors import UserError
+from xflow_jax.errors import UserError, disk_errors
 from xflow_jax.parallel import LOGICAL
 from xflow_jax.planning.cost_model import (
     MeshShape,
@@ -86,7 +86,8 @@ def compile_row(
         return row | {"fits": False, "memory": too_large, "compile_seconds": seconds}
     text = compiled.as_text() or ""
     if hlo_file:
-        hlo_file.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(hlo_file.parent):
+            hlo_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(hlo_file, text)
     cost = program_cost(text, _expert_count(config, mesh), program.branch_shares)
     memory = _memory_of_program(compiled) | {"capacity": topology.chip.memory}
