@@ -253,9 +253,10 @@ def save_params(
     refuse_existing(Path(path))
     with locked_by_first_process(destination_lock(Path(path))):
         stale = partial.exists()
-        _in_first_process(lambda: None)  # all processes check before the first one deletes
         if stale:
             _read_record(partial)  # deletes nothing that is not a converted checkpoint
+        _in_first_process(lambda: None)  # all processes check before the first one deletes
+        if stale:
             _in_first_process(lambda: shutil.rmtree(partial))
         try:
             checkpoint = PartialCheckpoint(path, record)
