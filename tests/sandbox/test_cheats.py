@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sandbox.cheats import CALLS, CHEATS, CHECKS, LOOK, PATCHES
+from tests.sandbox.cheats import CALLS, CHEATS, CHECKS, LOOK
 from tests.sandbox.test_hostile import CLEAN, HOSTILE, assert_nothing_runs
 from xflow_jax.sandbox import commands, pool
 from xflow_jax.sandbox.limits import Limits
@@ -31,7 +31,7 @@ LEVELS = {
     # Namespaces, Landlock and seccomp without the audit hook, so the program has native code.
     "no hook": ("unshare", "namespaces"),
 }
-NATIVE = {**LOOK, **PATCHES, **CALLS}
+NATIVE = {**LOOK, **CALLS}
 
 
 class Levels:

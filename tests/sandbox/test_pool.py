@@ -388,10 +388,17 @@ def test_a_worker_is_renewed_after_some_programs(monkeypatch):
     assert [seen.count(pid) for pid in dict.fromkeys(seen)] == [2, 2, 1]
 
 
-def test_a_worker_is_renewed_after_a_forged_answer():
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("import os\nos.write(3, bytes(9))", "no answer to a call"),
+        ("import signal\nsignal.raise_signal(signal.SIGSEGV)", "was killed by SIGSEGV"),
+    ],
+)
+def test_a_worker_is_renewed_after_any_doubt(program, reason):
     with Pool(PATIENT, workers=1) as pool:
         first = pool._idle[0]
-        assert "no answer to a call" in pool.run("import os\nos.write(3, bytes(9))", "f()").reason
+        assert reason in pool.run(program, "f()").reason
         assert not first.close.alive and pool._idle == []
         assert pool.run("x = 1").passed
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 import ast
 import symtable
 
+# Checks without these words need no interpreter of their own.
+_WORDS = ("except", "class", "with", "await", "async", "isinstance")
+
 
 def free_names(checks: str) -> set[str]:
     """Returns the names that checks use and do not define."""
@@ -35,6 +38,8 @@ def needs_same_interpreter(checks: str, names: set[str]) -> bool:
         checks: source of the checks.
         names: names of the program.
     """
+    if not any(word in checks for word in _WORDS):
+        return False  # most checks, without a look at their syntax
     places: list[ast.AST | None] = []
     for node in ast.walk(ast.parse(checks)):
         if isinstance(node, ast.ExceptHandler):

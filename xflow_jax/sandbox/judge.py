@@ -353,7 +353,8 @@ def judge(link: Link, program: str, checks: str, limits: tuple[object, ...]) -> 
     if needs_same_interpreter(checks, names - vars(builtins).keys()):
         return link.run_checks_there(checks)
     try:
-        exec(code, make_scope(value, names, attributes_of(checks, names)))
+        attributes = attributes_of(checks, names) if names & _MODULES else {}
+        exec(code, make_scope(value, names, attributes))
     except CannotCross:
         return link.run_checks_there(checks)
     except (Forged, ProgramEnded):
@@ -364,6 +365,18 @@ def judge(link: Link, program: str, checks: str, limits: tuple[object, ...]) -> 
     if link.broken is not None:  # the checks have caught it
         raise link.broken
     return PASSED, ""
+
+
+def warm_up() -> None:
+    """Runs the parts of `judge` once, since their first use takes time in each fork."""
+    checks = "def check(f):\n    try:\n        assert f(1) == x.y\n    except KeyError: pass\n"
+    compile(checks, "<checks>", "exec", dont_inherit=True)
+    names = free_names(checks)
+    needs_same_interpreter(checks, names)
+    attributes_of(checks, names)
+    encoder = Encoder(_refuse)
+    encoder.encode((checks, [1], {"a": 2.0}))
+    Decoder(bytes(encoder.data), lambda handle: None).decode()
 
 
 def run_judge(descriptors: Sequence[int], kernel: Kernel, other_processes: int) -> None:

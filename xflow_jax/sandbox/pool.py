@@ -61,8 +61,8 @@ class Pool:
     """Warm workers, each of which forks two fresh limited children per program.
 
     A worker starts on first use. It is replaced if it dies, after 256 programs, and after a program
-    that broke the protocol or left something behind. All methods are thread-safe. Close the
-    pool, or use it as a context manager.
+    that broke the protocol or its interpreter, or left something behind. All methods are
+    thread-safe. Close the pool, or use it as a context manager.
 
     Args:
         limits: limits of each program.

@@ -33,6 +33,8 @@ MAX_RUNS = 256  # programs of one worker, before fresh zygotes take over
 _MAX_VERDICT_BYTES = 2000
 _SYSTEM_TIMEOUT = 60.0  # seconds for the machine to start a process or to end a killed one
 _JOB_SIZE = struct.Struct("<I")
+# Exit codes of programs that broke their interpreter, after which fresh zygotes take over.
+_DOUBTFUL = {-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGSYS}
 
 
 class StartError(Exception):
@@ -329,12 +331,13 @@ class _Run:
         ):
             self._printed += data
         answers = [struct.unpack("=i?", answer) for answer in self._answers.values()]
-        if not all(clean for _, clean in answers):
+        codes = [os.waitstatus_to_exitcode(status) for status, _ in answers]
+        if not all(clean for _, clean in answers) or _DOUBTFUL.intersection(codes):
             self._worker.close()
         if len(self._printed) > self._max_output:
             self._stop_reason = "output limit"
         elif not self._stop_reason:
-            self._stop_reason = _describe_exits(*(status for status, _ in answers))
+            self._stop_reason = _describe_exits(*codes)
         return Outcome(self._verdict, self._printed[: self._max_output], self._stop_reason)
 
 
@@ -346,13 +349,12 @@ def _read_available(descriptor: int) -> bytes:
 
 
 def _describe_exits(program: int, judge: int) -> str:
-    """Describes, by the wait statuses of both children, why no verdict came."""
-    codes = [os.waitstatus_to_exitcode(status) for status in (program, judge)]
-    if -signal.SIGXCPU in codes:
+    """Describes, by the exit codes of both children, why no verdict came."""
+    if -signal.SIGXCPU in (program, judge):
         return "timeout"
-    if codes[1] != 0:
-        return f"error: the process of the checks {_describe_exit(codes[1])}"
-    return f"error: the process {_describe_exit(codes[0])} before the checks ended"
+    if judge != 0:
+        return f"error: the process of the checks {_describe_exit(judge)}"
+    return f"error: the process {_describe_exit(program)} before the checks ended"
 
 
 def _describe_exit(code: int) -> str:

@@ -23,7 +23,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 
 from xflow_jax.sandbox.child import ignore_gone
-from xflow_jax.sandbox.judge import run_judge
+from xflow_jax.sandbox.judge import run_judge, warm_up
 from xflow_jax.sandbox.program import run_program
 from xflow_jax.sandbox.seccomp import Kernel
 
@@ -167,6 +167,8 @@ def main(
     for name in WARM_MODULES.split():
         __import__(name)
     compile("", "", "exec")  # creates the compiler's types, once
+    if role == "judge":
+        warm_up()
     kernel, others = Kernel(), int(other_processes)
     if kernel.has_seccomp:
         parts = isolation.split("+")
