@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import TOKENIZER, TOY, eight, llada_tiny, random_prompts, toy
-from xflow_jax.decoding.generate import generate
+from xflow_jax.decoding.generate import generate, pad_prompts
 from xflow_jax.decoding.policy_io import load_policy
 from xflow_jax.decoding.rules.baselines import Threshold
 from xflow_jax.decoding.rules.flow import Flow
@@ -221,6 +221,13 @@ def test_a_tokenizer_of_a_larger_model_is_refused():
         run(lm, ["Add."], Flow())
     sentence = r"prompt 0 holds the id \d+\. The vocabulary has ids 0 to 23\."
     assert re.fullmatch(sentence + " The tokenizer belongs to another model.", str(error.value))
+
+
+def test_rows_are_checked_wherever_they_are_padded():
+    """Rollouts pad prompts of a tokenizer without `generate`."""
+    for row in ([1, 24], [-1, 2]):
+        with pytest.raises(UserError, match="prompt 1 holds ids outside the vocabulary, 0 to 23"):
+            pad_prompts(toy(), [[1], row])
 
 
 @pytest.mark.parametrize("name", ["flow", "mask", "random"])

@@ -249,8 +249,15 @@ def pad_prompts(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> tuple[np.nd
 
     Returns:
         Token ids int32 [B, P], and a mask bool [B, P] that is False at padding.
+
+    Raises:
+        UserError: for an id outside the vocabulary.
     """
     longest = max(len(row) for row in rows)
+    last = lm.config.vocab_rows - 1
+    for number, row in enumerate(rows):
+        inside = all(0 <= token <= last for token in row)
+        require(inside, f"prompt {number} holds ids outside the vocabulary, 0 to {last}")
     return pad_left(rows, lm.config.pad_id, -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE)
 
 

@@ -32,7 +32,7 @@ _IGNORED = """
     forced_eos_token_id bad_words_ids begin_suppress_tokens suppress_tokens max_length min_length
     do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
     typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
-    num_return_sequences remove_invalid_values exponential_decay_length_penalty
+    pretraining_tp num_return_sequences remove_invalid_values exponential_decay_length_penalty
 """
 IGNORED = frozenset(_IGNORED.split())
 # Keys that transformers 5 writes into a dict instead of the top level.
