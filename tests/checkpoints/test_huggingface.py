@@ -65,6 +65,7 @@ def _single(config):
         "q": leaf("layers.{layer}.qkv.weight", transpose=True),
         "k": leaf("layers.{layer}.qkv.weight", transpose=True),
         "b": leaf("layers.{layer}.qkv.bias"),
+        "o": leaf("layers.{layer}.out.weight", transpose=True),  # square, so no shape reveals it
         "up": leaf("layers.{layer}.experts.{expert}.up.weight", transpose=True, first_layer=1),
     }
 
@@ -86,7 +87,8 @@ def family(monkeypatch):
     class Config:
         family: str = "made_up"
 
-    shapes = {"q": (2, 5, 6), "k": (2, 5, 3), "b": (2, 6), "up": (3, 4, 5, 7)}
+    shapes = {"q": (2, 5, 6), "k": (2, 5, 3), "b": (2, 6), "o": (2, 5, 5)}
+    shapes["up"] = (3, 4, 5, 7)
     return Config(), {
         name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()
     }
@@ -114,6 +116,7 @@ def test_fused_and_expert_tensors_split_and_stack(family, tmp_path):
         }
         np.testing.assert_array_equal(leaves["q"][1], tensors["layers.1.qkv.weight"][:6].T)
         np.testing.assert_array_equal(leaves["k"][0], tensors["layers.0.qkv.weight"][6:].T)
+        np.testing.assert_array_equal(leaves["o"][1], tensors["layers.1.out.weight"].T)
         expert = (
             tensors["layers.2.experts.3.up.weight"]
             if variant == "single"
@@ -121,7 +124,8 @@ def test_fused_and_expert_tensors_split_and_stack(family, tmp_path):
         )
         np.testing.assert_array_equal(leaves["up"][1, 3], expert.T)
         # Back again: a group holds the parameters that are needed at one time.
-        assert sorted(sorted(group) for group in mapping.groups()) == [["b"], ["k", "q"], ["up"]]
+        groups = sorted(sorted(group) for group in mapping.groups())
+        assert groups == [["b"], ["k", "q"], ["o"], ["up"]]
         for name, shape in mapping.tensors.items():
             again = np.full(shape, np.nan, np.float32)
             for path, pieces in mapping.slices.items():

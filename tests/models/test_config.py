@@ -316,6 +316,7 @@ def test_overrides(toml):
         ("steps=many", 'steps is "many", but it must be an integer'),
         ("steps=1.5", "steps is 1.5, but it must be an integer"),
         ("steps=true", "steps is true, but it must be an integer"),
+        ("optimizer.rate=true", "optimizer.rate is true, but it must be a number"),
         ("resume=1", "resume is 1, but it must be true or false"),
         ("steps=none", 'steps is "none", but it must be an integer'),
         ("optimizer.kind=sgd", 'optimizer.kind is "sgd", but it must be one of "adam", "muon"'),

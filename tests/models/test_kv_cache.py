@@ -79,9 +79,9 @@ def test_new_keys_come_after_the_cached_ones_or_in_their_place():
 
 
 def test_rows_move_to_the_left():
-    mask = np.array([[False, False, True, True], [True] * 4])
-    ours = kv_cache.align_left(np.array([[0, 0, 5, 6], [1, 2, 3, 4]]), mask)
-    assert ours.tolist() == [[5, 6, 0, 0], [1, 2, 3, 4]]
+    mask = np.array([[False, True, True, True], [True] * 4])
+    ours = kv_cache.align_left(np.array([[0, 5, 6, 7], [1, 2, 3, 4]]), mask)
+    assert ours.tolist() == [[5, 6, 7, 0], [1, 2, 3, 4]]
 
 
 def test_one_layer_block_by_block_is_the_whole_sequence():

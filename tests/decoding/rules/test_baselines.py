@@ -132,6 +132,17 @@ def test_klass_waits_for_a_stable_belief():
     assert np.flatnonzero(action.a[0]).tolist() == [0, 2]
 
 
+@pytest.mark.parametrize("history", [1, 2, 3])
+def test_klass_writes_all_masks_once_their_belief_is_old_enough(history):
+    rule = Klass(tau=0.6, epsilon=0.05, history=history)
+    state = state_of([0, 0]).replace(memory=rule.init_memory(1, 2))
+    belief = belief_of_four([[0.9, 0.1, 0, 0]] * 2, [[1, 2, 0, 3]] * 2)
+    for turn in range(5):  # no belief changes, so it is stable in all turns but the first
+        action = rule(belief, state, step_of(2, quota=1))
+        state = state.replace(memory=action.memory)
+        assert action.a[0].sum() == (2 if turn >= history else 1), turn
+
+
 def test_klass_remembers_nothing_of_other_blocks():
     rule = Klass(history=1)
     state = state_of([0, 0]).replace(memory=rule.init_memory(1, 2))
