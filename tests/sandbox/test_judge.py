@@ -277,6 +277,15 @@ def test_the_judge_is_confined_too(pool):
             assert os.stat(f"/proc/{pid}/mem").st_uid == 0
 
 
+def test_checks_print_nowhere(capfd):
+    checks = (
+        "import sys\nprint('a')\nprint('b', file=sys.stderr)\nassert f() is 1"  # a SyntaxWarning
+    )
+    with Pool(Limits(seconds=60), workers=1) as pool:
+        assert pool.run("print('c')\ndef f(): return 1", checks).output == "c\n"
+    assert capfd.readouterr() == ("", "")
+
+
 def test_checks_have_limits_too():
     with Pool(Limits(seconds=1, memory_mb=128), workers=1) as pool:
         assert pool.run("def f(): return 1", "while f(): pass").reason == "timeout"

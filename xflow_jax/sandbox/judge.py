@@ -368,7 +368,10 @@ def judge(link: Link, program: str, checks: str, limits: tuple[object, ...]) -> 
 
 
 def warm_up() -> None:
-    """Runs the parts of `judge` once, since their first use takes time in each fork."""
+    """Uses the parts of `judge` once.
+
+    Their first use takes time, which each fork would spend again.
+    """
     checks = "def check(f):\n    try:\n        assert f(1) == x.y\n    except KeyError: pass\n"
     compile(checks, "<checks>", "exec", dont_inherit=True)
     names = free_names(checks)
@@ -388,7 +391,8 @@ def run_judge(descriptors: Sequence[int], kernel: Kernel, other_processes: int) 
         other_processes: processes of this user that count against the limit.
     """
     program, parent = descriptors
-    enter_child([(program, PROGRAM), (parent, PARENT)])
+    # Errors go where prints of the checks go, to the null device, not to the user's terminal.
+    enter_child([(1, 2), (program, PROGRAM), (parent, PARENT)])
     # The parent is trusted, so its message may be of Python's own encoding.
     source, checks, limits, writable, processes = marshal.loads(Channel(PARENT).receive(1 << 32))
     take_limits(limits, other_processes)
