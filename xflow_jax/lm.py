@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from xflow_jax.checkpoints import (
     read_hf_params,
     read_record,
 )
-from xflow_jax.errors import UserError
+from xflow_jax.errors import UserError, describe
 from xflow_jax.input_files import read_json_object
 from xflow_jax.models import build, check_heads
 from xflow_jax.parallel import (
@@ -270,6 +271,8 @@ def load(path: str | Path, dtype: DTypeLike = "float32", mesh: Mesh | str | None
     dtype = jnp.dtype(name)
     find_devices()  # before a large file is read
     mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"the model must be a path or a name, not {describe(path)}")
     directory = _find_model(path)
     if directory in BUNDLED.values() and not any(directory.glob("*.safetensors")):
         raise UserError(

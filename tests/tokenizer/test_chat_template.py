@@ -135,6 +135,15 @@ def test_pipes_and_links_of_a_tokenizer(tmp_path, name):
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"model_max_length": [3]}, {"chat_template": {"other": "x"}}, {"chat_template": 3}]
+)
+def test_wrong_values_of_a_tokenizer_config(tmp_path, changes):
+    with pytest.raises(UserError) as caught:
+        chat_ids(load_tokenizer(directory(tmp_path, **changes)), "hello")
+    assert str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize("data", [b"[" * 100_000, b"\xff\xfe", b"3", b'{"chat_template": 3}'])
 def test_damaged_tokenizer_configs(tmp_path, data):
     folder = directory(tmp_path)

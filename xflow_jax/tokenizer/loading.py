@@ -49,7 +49,9 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         return _tokenizer_class().from_pretrained(str(directory), trust_remote_code=False)
-    except Exception as error:  # the library raises bare exceptions
+    except BaseException as error:  # the library raises bare exceptions, and panics of Rust
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise UserError(
             f"{directory}/tokenizer.json cannot be read as a tokenizer: {error}"
         ) from error
@@ -80,6 +82,22 @@ def _tokenizer_class() -> Any:
             **options: object,
         ) -> object:
             """Renders a chat, and converts it to token ids."""
+            try:
+                return self._chat(conversation, tokenize, return_dict, options)
+            except UserError:
+                raise
+            except Exception as error:  # of any kind, for wrong values in tokenizer_config.json
+                raise UserError(
+                    f"the model's tokenizer cannot read a chat ({type(error).__name__}): {error}"
+                ) from error
+
+        def _chat(
+            self,
+            conversation: Sequence[Mapping[str, object]],
+            tokenize: bool,
+            return_dict: bool,
+            options: Mapping[str, object],
+        ) -> object:
             text = render_chat(
                 self.get_chat_template(),
                 # transformers leaves out None too, which templates cannot handle.
