@@ -70,7 +70,7 @@ def test_every_prompt_for_the_bundled_model_is_a_request_of_its_language(capsys)
     suggestion = inspect.getsource(demo_run.run_demo)
     assert "--prompt" in suggestion and "{task.example}" in suggestion
     for prompt in {EXAMPLE, *prompts}:
-        assert microcode.TASK.recognizes(prompt), prompt
+        assert microcode.TASK.respell(prompt) == prompt
 
 
 def test_the_example_is_of_a_held_out_composition():
@@ -81,11 +81,19 @@ def test_the_example_is_of_a_held_out_composition():
 
 
 def test_what_the_language_holds():
-    for prompt in ("keep the even numbers AND return the sum", "  Sort them and return the first"):
-        assert microcode.TASK.recognizes(prompt)
+    respell = microcode.TASK.respell
+    assert respell("keep the even  numbers AND return the sum") == (
+        "Keep the even numbers and return the sum."
+    )
+    assert respell(" write python code to Sort them\nand return the first..") == (
+        "Write Python code to sort them and return the first."
+    )
+    for problem in microcode.problems("test", 300):
+        assert respell(problem.prompt) == problem.prompt
+        assert respell(problem.prompt.lower()[:-1]) == problem.prompt
     three = "Square them, then sort them, then take the first 2 and return the sum."
     for prompt in ("Write a haiku.", "", "Return the sum.", "Keep values above 99.", three):
-        assert not microcode.TASK.recognizes(prompt), prompt
+        assert respell(prompt) is None, prompt
 
 
 def test_documented_commands_answer_rightly(capsys, tmp_path, monkeypatch):

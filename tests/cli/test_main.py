@@ -17,7 +17,7 @@ from tests.helpers import llada_tiny, tiny_lm
 from xflow_jax.checkpoints.hf_export import write_hf
 from xflow_jax.cli import demo, demo_run, likelihood, main
 from xflow_jax.cli.arguments import RULE
-from xflow_jax.cli.generate_run import decode_lengths
+from xflow_jax.cli.generate_run import decode_lengths, foreign_note
 from xflow_jax.decoding.rules.flow import Flow
 from xflow_jax.decoding.rules.parsing import RULES
 from xflow_jax.evaluation.verdicts import judge_prompts, verdict_sentence
@@ -265,6 +265,9 @@ def test_a_request_outside_the_language_of_the_model_is_noted_before_its_answer(
             assert microcode.TASK.example in captured.err
         else:
             assert captured.err == ""
+    assert foreign_note(microcode.TASK, PROMPT) is None
+    note = foreign_note(microcode.TASK, PROMPT.lower().rstrip("."))
+    assert note is not None and note.endswith(f"another spelling, so write it as {PROMPT!r}")
 
 
 @pytest.mark.parametrize(("given", "samples"), [([], 128), (["--samples", "1"], 1)])
@@ -381,6 +384,7 @@ def test_demo(capsys, model, tmp_path, monkeypatch):
     assert (
         all(rule in printed for rule in (*demo_run.RULES, demo_run.BASE)) and "8 devices" in printed
     )
+    assert f'--model tiny --prompt "{microcode.TASK.example}"' in printed
     made = ["accuracy-over-budget.png", "results.csv", "table.md", "trajectory.html"]
     assert sorted(p.name for p in (tmp_path / "demo").iterdir()) == made
     assert (

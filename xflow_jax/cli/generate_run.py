@@ -116,14 +116,17 @@ def decode_lengths(
 
 
 def foreign_note(task: Task | None, prompt: str) -> str | None:
-    """Returns a sentence if the model cannot answer a prompt, otherwise None.
+    """Returns a note on a prompt that the model does not know.
 
     Args:
         task: the only task that the model was trained for, or None.
         prompt: the prompt.
     """
-    if task is None or task.recognizes(prompt):
+    known = prompt if task is None else task.respell(prompt)
+    if task is None or known == prompt:
         return None
+    if known is not None:
+        return f"the model knows this request in another spelling, so write it as {known!r}"
     return (
         f"the model was trained on requests of {task.name} alone, and this prompt is none, so its "
         f"answer means nothing. A request that works is {task.example!r}"

@@ -89,8 +89,9 @@ class Task(Generic[ProblemT]):
         config: evaluation protocol.
         parts: (problem, code) -> one (program, checks) pair for each test of the problem.
         training: (data, limit) -> problems to train on, none of which `problems` returns.
-        recognizes: prompt -> True if a model that knows only this task can answer the prompt.
-        example: a prompt that it recognizes and that the bundled model answers rightly.
+        respell: prompt -> the prompt as the task writes it, for a model that knows only this task.
+            None if such a model cannot answer it.
+        example: a request that the bundled model answers rightly.
         hint: (problem, text) -> a sentence on an answer that only another protocol accepts, or
             None.
     """
@@ -105,7 +106,7 @@ class Task(Generic[ProblemT]):
     config: TaskConfig
     parts: Callable[[ProblemT, str], list[tuple[str, str]]]
     training: Callable[[Path | None, int | None], Sequence[ProblemT]]
-    recognizes: Callable[[str], bool] = lambda prompt: True
+    respell: Callable[[str], str | None] = lambda prompt: prompt
     example: str = ""
     hint: Callable[[ProblemT, str], str | None] = lambda problem, text: None
 

@@ -356,10 +356,17 @@ def problems(split: str, count: int, seed: int = 0) -> list[Problem]:
     return list(found.values())
 
 
-def recognizes(prompt: str) -> bool:
-    """Returns True for requests of one or two operations."""
+def respell(prompt: str) -> str | None:
+    """Writes a request with the capitals, spaces and full stop of training.
+
+    Returns:
+        The request, or None for a text that is no request of one or two operations.
+    """
     problem = parse(prompt)
-    return problem is not None and len(problem.operations) <= 2
+    if problem is None or len(problem.operations) > 2:
+        return None
+    text = " ".join(prompt.split()).rstrip(".").lower()
+    return text[0].upper() + text[1:].replace("python", "Python") + "."
 
 
 def parse(prompt: str) -> Problem | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from xflow_jax.errors import UserError
 from xflow_jax.tasks.base import Task, TaskConfig, extract_code
-from xflow_jax.tasks.microcode.language import NAME, Problem, problems, recognizes
+from xflow_jax.tasks.microcode.language import NAME, Problem, problems, respell
 from xflow_jax.tasks.microcode.solutions import sample_answer
 
 CONFIG = TaskConfig(gen_length=48, block_length=16)
@@ -82,7 +82,7 @@ def make_task(config: TaskConfig) -> Task[Problem]:
         config=config,
         parts=_parts,
         training=_problem_reader("train", TRAINING_PROBLEMS, POLICY_SEED),
-        recognizes=recognizes,
+        respell=respell,
         example=EXAMPLE,
     )
 
