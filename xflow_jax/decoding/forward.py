@@ -233,9 +233,12 @@ class PromptCacheForward(FullForward):
     def _write(self, cache: Cache, new: Cache, start: int | Int[Array, ""], step: Step) -> Cache:
         """Writes keys and values of consecutive positions.
 
-        A row that skips the step keeps its own, if a later block could read them.
+        A row that skips the step keeps its own, if a later block could read them: those of the
+        prompt, after another step than the first of a block.
         """
-        if self.config.prompt_every > 1 and step.candidates is not None:
+        config = self.config
+        outlive = config.prompt_every > 1 and bool(config.refresh or config.window)
+        if outlive and step.candidates is not None:
             busy = jnp.any(step.candidates, axis=-1)
             busy = jnp.tile(busy, self.prompt_x.shape[0] // busy.shape[0])[:, None, None, None]
 
