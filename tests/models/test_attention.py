@@ -23,10 +23,10 @@ def arguments(length=40, keys=136, heads=4, kv_heads=2, width=128, dtype=jnp.flo
 
 
 def test_masks_by_hand():
-    """Rows of five positions, the second with two of padding, in blocks of two."""
+    """Rows of five positions, the second with one of padding, in blocks of two."""
     assert attention_mask(5) is None
-    real = jnp.arange(5)[None] >= jnp.array([[0], [2]])
-    keys = [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
+    real = jnp.arange(5)[None] >= jnp.array([[0], [1]])
+    keys = [[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]
     assert attention_mask(5, real)[:, 0, 0].astype(int).tolist() == keys
     first, rest = [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]
     grid = [first, first, rest, rest, [1] * 5]
@@ -34,10 +34,10 @@ def test_masks_by_hand():
     ours = attention_mask(5, real, 2)[:, 0].astype(int)
     assert ours[0].tolist() == grid
     # The second row's blocks begin at its first real token. Its padding may hold anything.
-    assert ours[1, 2:].tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
+    assert ours[1, 1:].tolist() == [[0, 1, 1, 0, 0]] * 2 + [[0, 1, 1, 1, 1]] * 2
     allowed = jnp.ones((2, 5, 5), bool).at[:, 4, 3].set(False)
     ours = attention_mask(5, real, 2, allowed)[:, 0, 4].astype(int)
-    assert ours.tolist() == [[1, 1, 1, 0, 1], [0, 0, 1, 0, 1]]
+    assert ours.tolist() == [[1, 1, 1, 0, 1], [0, 1, 1, 0, 1]]
 
 
 @eight
