@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
-INPUTS, RESULTS = [[1, 2], [-1, 1]], [3, 0]  # what the checks of the cheats ask
+INPUTS, RESULTS = [[1, 2], [-1, 1]], [3, 0]  # those of the checks
 
 
 def read_cheats() -> ModuleType:

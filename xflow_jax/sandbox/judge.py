@@ -69,7 +69,7 @@ class Remote:
 
     def __call__(self, *args: object, **options: object) -> object:
         try:
-            return self._remote_link.ask("call", self, args, options)
+            return self._remote_link.request("call", self, args, options)
         except CannotCross:
             if self._remote_named:
                 raise
@@ -78,33 +78,33 @@ class Remote:
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
-        return self._remote_link.ask("get", self, (name,))
+        return self._remote_link.request("get", self, (name,))
 
     def __setattr__(self, name: str, value: object) -> None:
-        self._remote_link.ask("set", self, (name, value))
+        self._remote_link.request("set", self, (name, value))
 
     def __iter__(self) -> object:
-        return self._remote_link.ask("iter", self)
+        return self._remote_link.request("iter", self)
 
     def __next__(self) -> object:
-        return self._remote_link.ask("next", self)
+        return self._remote_link.request("next", self)
 
     def __len__(self) -> int:
-        return cast(int, self._remote_link.ask("length", self))
+        return cast(int, self._remote_link.request("length", self))
 
     def __bool__(self) -> bool:
         return True
 
     def __getitem__(self, key: object) -> object:
         if isinstance(key, slice):
-            return self._remote_link.ask("slice", self, (key.start, key.stop, key.step))
-        return self._remote_link.ask("item", self, (key,))
+            return self._remote_link.request("slice", self, (key.start, key.stop, key.step))
+        return self._remote_link.request("item", self, (key,))
 
     def __contains__(self, key: object) -> bool:
-        return bool(self._remote_link.ask("contains", self, (key,)))
+        return bool(self._remote_link.request("contains", self, (key,)))
 
     def __str__(self) -> str:
-        return cast(str, self._remote_link.ask("text", self))
+        return cast(str, self._remote_link.request("text", self))
 
     def __repr__(self) -> str:
         return f"<an object of type {self._remote_handle.name}>"
@@ -135,7 +135,7 @@ class Link:
         encoder.encode(job)
         return self._exchange(bytes(encoder.data), [])
 
-    def ask(
+    def request(
         self,
         operation: str,
         target: Remote | None,
