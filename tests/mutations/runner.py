@@ -34,8 +34,8 @@ class Outcome:
         name: name of the mutation.
         state: "killed" if a test failed that passes without the bug. "survived" if all passed.
             Otherwise there is no result: "skipped" if all tests were, as on a machine without
-            namespaces, "broken" if they could not start, "slow" after the time limit, or
-            "unreliable" if the test fails without the bug too.
+            namespaces, or if the bug needs root. "broken" if the tests could not start, "slow"
+            after the time limit, or "unreliable" if the test fails without the bug too.
         by: the test that failed.
     """
 
@@ -75,6 +75,8 @@ class Checkout:
 
     def run_mutated(self, mutation: Mutation) -> Outcome:
         """Runs the tests of a mutation with its bug."""
+        if mutation.as_root and os.geteuid() != 0:
+            return Outcome(mutation.name, "skipped")
         file = self.root / mutation.file
         text = file.read_text()
         file.write_text(mutation.apply(text))

@@ -25,6 +25,7 @@ class Mutation:
         old: text that occurs in the file once.
         new: text that takes its place.
         tests: files or "file::test" of the default run.
+        as_root: True if the bug has an effect for root alone.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Mutation:
     old: str
     new: str
     tests: tuple[str, ...]
+    as_root: bool = False
 
     def apply(self, text: str) -> str:
         """Returns the text of the file with the bug.
@@ -60,7 +62,7 @@ def read_mutations(only: Sequence[str] = ()) -> list[Mutation]:
     if unknown := [name for name in only if name not in table]:
         raise ValueError(f"there is no mutation {unknown[0]!r} in {TABLE.name}")
     return [
-        Mutation(name, row["file"], row["old"], row["new"], tuple(row["tests"]))
+        Mutation(name, **row | {"tests": tuple(row["tests"])})
         for name, row in table.items()
         if name in (only or table)
     ]
