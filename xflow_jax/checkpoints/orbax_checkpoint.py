@@ -17,6 +17,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -55,6 +56,7 @@ TEMPORARY = ".orbax-checkpoint-tmp*"  # what Orbax adds to a name until the dire
 # A host that reads a slice of a parameter decodes complete chunks of it. By default Orbax would
 # write one chunk per shard.
 CHUNK_BYTES = 2**24
+JOIN_SECONDS = 10.0  # for each thread of a failed save
 
 
 class ArrayLeaf(Protocol):
@@ -475,5 +477,13 @@ def quiet_orbax() -> Iterator[None]:
         gc.collect()
         raise
     finally:
+        _join_orbax_threads()
         logger.setLevel(level)
         sys.unraisablehook = hook
+
+
+def _join_orbax_threads() -> None:
+    """Waits for threads of a failed save, which log its error in their turn."""
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax."):
+            threading.Thread.join(thread, JOIN_SECONDS)
