@@ -137,14 +137,15 @@ def environment_of(work: Path) -> dict[str, str]:
 def start(program: Program, trial: Path) -> subprocess.Popen[str]:
     """Starts a program in the folder of a trial."""
     trial.mkdir(exist_ok=True)
-    return subprocess.Popen(
-        [sys.executable, "-m", *program.words],
-        cwd=trial,
-        env=environment_of(trial.parent),
-        stdout=subprocess.DEVNULL,
-        stderr=(trial / "stderr").open("w"),
-        text=True,
-    )
+    with (trial / "stderr").open("w") as errors:
+        return subprocess.Popen(
+            [sys.executable, "-m", *program.words],
+            cwd=trial,
+            env=environment_of(trial.parent),
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            text=True,
+        )
 
 
 def errors_of(trial: Path) -> str:

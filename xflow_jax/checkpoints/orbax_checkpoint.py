@@ -483,7 +483,7 @@ def quiet_orbax() -> Iterator[None]:
 
 
 def _join_orbax_threads() -> None:
-    """Waits for threads of a failed save, which log its error in their turn."""
+    """Waits for threads of a failed save, which log its error."""
     for thread in threading.enumerate():
         if type(thread).__module__.startswith("orbax."):
             threading.Thread.join(thread, JOIN_SECONDS)
