@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,11 @@ from xflow_jax.lm import load, read_model_config
 def directories(tmp_path_factory) -> dict[str, Path]:
     """The same model as a converted checkpoint, and in the Hugging Face format in several files."""
     folder, params = tmp_path_factory.mktemp("models"), random_params(TOY)
-    save_params(folder / "converted", params, TOY, GOLDEN)
-    write_hf(folder / "hf", params, TOY, GOLDEN, max_shard_size=40_000)
+    # Without the end token of another model.
+    other = shutil.ignore_patterns("generation_config.json", "*.safetensors*")
+    companions = shutil.copytree(GOLDEN, folder / "companions", ignore=other)
+    save_params(folder / "converted", params, TOY, companions)
+    write_hf(folder / "hf", params, TOY, companions, max_shard_size=40_000)
     return {name: folder / name for name in ("converted", "hf")}
 
 
