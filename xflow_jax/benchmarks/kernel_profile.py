@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -69,8 +70,11 @@ def profile_kernels(
             seconds = sum(timer(program) for _ in range(runs)) / runs
         times: dict[str, float] = defaultdict(float)
         calls: Counter[str] = Counter()
-        for file in Path(folder).rglob("*.xplane.pb"):
-            _add_events(file, times, calls)
+        with warnings.catch_warnings():
+            # Python 3.12 deprecates types without a module, such as those of jaxlib's profiles.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            for file in Path(folder).rglob("*.xplane.pb"):
+                _add_events(file, times, calls)
     kinds: dict[str, float] = defaultdict(float)
     for name, time in times.items():
         kinds[_kind_of(name)] += time / runs
