@@ -39,7 +39,12 @@ def decode_all(rule, lm=None, prompts=None, seed=3):
     return run(lm or toy(), prompts or random_prompts(LENGTHS), rule, seed=seed)
 
 
-@pytest.mark.parametrize("name", list(RULES))
+QUICK = ("flow", "random", "threshold")  # one that moves, one that draws, one that ends early
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in RULES]
+)
 def test_a_prompt_does_not_depend_on_its_batch(name):
     """Alone (padded to 16), among seven (padded to 32), and in another order."""
     rule, prompts = RULES[name], random_prompts(LENGTHS)
