@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.helpers import toy
-from xflow_jax.benchmarks import accelerator_bench, kernel_profile, timer
+from xflow_jax.benchmarks import accelerator, accelerator_bench, kernel_profile, timer
 from xflow_jax.cli import bench_device
 from xflow_jax.errors import UserError
 
@@ -38,7 +38,7 @@ def test_a_failing_section_leaves_its_error_and_the_others_count(monkeypatch, tm
 
 def test_no_measurement_begins_when_the_time_is_up():
     lines = []
-    bench = accelerator_bench.Bench(accelerator_bench.SHAPES["small"], 0.0, "float32", lines.append)
+    bench = accelerator.Bench(accelerator.SHAPES["small"], 0.0, "float32", lines.append)
     assert not bench.has_time("step")
     assert lines == ["step: left out, since the time is up"]
 
@@ -54,9 +54,9 @@ def test_bad_options_are_one_sentence(tmp_path):
 
 
 def test_small_sections_give_numbers(monkeypatch):
-    monkeypatch.setattr(accelerator_bench, "load_or_make", lambda name, dtype: toy())
-    monkeypatch.setattr(accelerator_bench, "matmul_rate", lambda dtype: 1e10)
-    shapes = accelerator_bench.Shapes("toy", "toy", 4, 8, 4, 2, (1, 2), (2,), 4096, 1)
+    monkeypatch.setattr(accelerator, "load_or_make", lambda name, dtype: toy())
+    monkeypatch.setattr(accelerator, "matmul_rate", lambda dtype: 1e10)
+    shapes = accelerator.Shapes("toy", "toy", 4, 8, 4, 2, (1, 2), (2,), 4096, 1)
     kept = []
     numbers = accelerator_bench.run_sections(
         shapes,
@@ -78,7 +78,7 @@ def test_small_sections_give_numbers(monkeypatch):
 @pytest.mark.slow
 def test_every_section_runs_with_small_shapes():
     numbers = accelerator_bench.run_sections(
-        accelerator_bench.SHAPES["small"],
+        accelerator.SHAPES["small"],
         3600.0,
         list(accelerator_bench.SECTIONS),
         "float32",

@@ -1,6 +1,7 @@
 """Speed of decoding, and the time of each part of a step."""
 
-from xflow_jax.benchmarks.accelerator_bench import SECTIONS, SHAPES, Numbers, run_sections
+from xflow_jax.benchmarks.accelerator import SHAPES, Numbers
+from xflow_jax.benchmarks.accelerator_bench import SECTIONS, run_sections
 from xflow_jax.benchmarks.cache_bench import cache_variants, measure_variants, ratio_sentence
 from xflow_jax.benchmarks.decode_bench import measure_decode, timing_table
 from xflow_jax.benchmarks.timer import matmul_rate
