@@ -28,7 +28,7 @@ from xflow_jax.decoding.rules.flow import Flow
 from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
 from xflow_jax.decoding.rules.parsing import parse_rules
 from xflow_jax.errors import UserError
-from xflow_jax.evaluation import runner
+from xflow_jax.evaluation import outside_answers, runner
 from xflow_jax.evaluation.answers import Answers
 from xflow_jax.evaluation.fingerprint import (
     describe_rule,
@@ -349,7 +349,9 @@ def test_an_edited_rule_file_is_another_run(oracle, tmp_path, monkeypatch):
 def test_reference_answers_and_answers_made_elsewhere(tmp_path, capsys):
     problems = TASK.problems(None, 6)
     texts = [(TASK.task_id(p), TASK.canonical(p)) for p in problems]
-    row, failed = runner.score_answers(TASK, problems, texts, "canonical", Answers(None, {}))
+    row, failed = outside_answers.score_answers(
+        TASK, problems, texts, "canonical", Answers(None, {})
+    )
     assert (row.n, row.accuracy, failed) == (6, 100.0, [])
     file = tmp_path / "answers.jsonl"
     wrong = (texts[0][0], "def f(xs):\n    return None")
@@ -384,10 +386,10 @@ def test_wrong_answer_files(tmp_path, lines, sentence):
     file = tmp_path / "answers.jsonl"
     file.write_text(lines)
     with pytest.raises(UserError) as error:
-        runner.read_answers(file, ["a", "b"], ["a", "b", "c"])
+        outside_answers.read_answers(file, ["a", "b"], ["a", "b", "c"])
     assert sentence in str(error.value)
     with pytest.raises(UserError, match="cannot be read"):
-        runner.read_answers(tmp_path / "nowhere", ["a"], ["a"])
+        outside_answers.read_answers(tmp_path / "nowhere", ["a"], ["a"])
 
 
 @pytest.mark.parametrize("stored", [0, 1, 2, 3, 4])
@@ -400,21 +402,21 @@ def test_several_answers_to_a_problem_are_resumed_one_by_one(tmp_path, monkeypat
     file = tmp_path / "answers.jsonl"
     lines = [json.dumps({"task_id": i, "completion": text}) + "\n" for i, text in texts]
     file.write_text("".join(lines))
-    assert runner.read_answers(file, [first, second], [first, second]) == texts
+    assert outside_answers.read_answers(file, [first, second], [first, second]) == texts
 
     def judge(task, given, answers):
         return [(text == right, "") for _, text in given]
 
     monkeypatch.setattr(runner, "judge_answers", judge)
     run = {"source": "answers"}
-    runner.score_answers(TASK, problems, texts, "answers", Answers(tmp_path / "out", run))
+    outside_answers.score_answers(TASK, problems, texts, "answers", Answers(tmp_path / "out", run))
     kept = tmp_path / "out" / "answers.jsonl"
     whole = kept.read_bytes()
     kept.write_bytes(b"".join(whole.splitlines(keepends=True)[:stored]))
     again = Answers(tmp_path / "out", run)
-    row, failed = runner.score_answers(TASK, problems, texts, "answers", again)
+    row, failed = outside_answers.score_answers(TASK, problems, texts, "answers", again)
     assert (row.n, row.accuracy, len(failed)) == (2, 25.0, 3) and kept.read_bytes() == whole
-    row, _ = runner.score_answers(TASK, problems, texts, "answers", again)
+    row, _ = outside_answers.score_answers(TASK, problems, texts, "answers", again)
     assert row.accuracy == 25.0 and kept.read_bytes() == whole
 
 
@@ -423,7 +425,7 @@ def test_two_problems_of_one_name_are_refused():
     with pytest.raises(
         UserError, match=f"^2 problems of the task have the name {problems[0].task_id}"
     ):
-        runner.score_answers(TASK, problems, [], "answers", Answers(None, {}))
+        outside_answers.score_answers(TASK, problems, [], "answers", Answers(None, {}))
     with pytest.raises(UserError, match="^2 problems of the task have the name"):
         runner.evaluate(tiny_lm(), TASK, problems, [], Answers(None, {}))
 

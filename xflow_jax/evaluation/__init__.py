@@ -9,6 +9,7 @@ from xflow_jax.evaluation.fingerprint import (
     hash_file,
 )
 from xflow_jax.evaluation.likelihood import log_likelihoods, read_pairs
+from xflow_jax.evaluation.outside_answers import read_answers, score_answers
 from xflow_jax.evaluation.paper_tables import (
     ablation_table,
     ablations,
@@ -17,14 +18,7 @@ from xflow_jax.evaluation.paper_tables import (
     mcnemar_table,
 )
 from xflow_jax.evaluation.plots import plot_alignment, plot_policy_steps
-from xflow_jax.evaluation.runner import (
-    Cell,
-    evaluate,
-    make_cells,
-    open_answers,
-    read_answers,
-    score_answers,
-)
+from xflow_jax.evaluation.runner import Cell, evaluate, make_cells, open_answers
 from xflow_jax.evaluation.tables import rows_to_text, table_legend, write_report
 from xflow_jax.evaluation.trajectory import token_texts, write_trajectory_page
 from xflow_jax.evaluation.verdicts import judge_prompts, verdict_sentence
