@@ -35,6 +35,7 @@ from xflow_jax.checkpoints import (
     read_hf_leaf,
     refuse_existing,
     release_memory,
+    resolve_mask_id,
 )
 from xflow_jax.errors import UserError
 from xflow_jax.models import abstract_params, build, shardings
@@ -45,7 +46,13 @@ HASH_BLOCK = 2**24  # bytes read at a time
 NOTE = ". The parameters written so far are kept, and the same command continues from there."
 
 
-def convert(src: str | Path, dst: str | Path, dtype: str = "keep", mesh: str | None = None) -> None:
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    dtype: str = "keep",
+    mesh: str | None = None,
+    mask_id: int | None = None,
+) -> None:
     """Converts a Hugging Face model to an Orbax checkpoint, atomically.
 
     Args:
@@ -54,6 +61,8 @@ def convert(src: str | Path, dst: str | Path, dtype: str = "keep", mesh: str | N
         dtype: dtype of the parameters: bfloat16, float32, or keep for the dtypes of the source.
         mesh: sizes of data, fsdp and tensor like "1,8,1". The parameters pass through the devices
             of this mesh, and their shards are the pieces of the files. None uses one device.
+        mask_id: id of the mask token, to be kept with the parameters. None keeps that of the
+            source.
 
     Raises:
         UserError: for unsuitable input, before anything is written, and for errors of the disk.
@@ -66,6 +75,8 @@ def convert(src: str | Path, dst: str | Path, dtype: str = "keep", mesh: str | N
             "python -m convert.to_hf."
         )
     config = read_hf_config(directory)
+    if mask_id is not None:
+        config = resolve_mask_id(config, directory, mask_id)
     check_companions(directory)  # they are copied last
     source = SafetensorsSource(directory)
     abstract = abstract_params(build(config))
@@ -163,7 +174,7 @@ def _progress_bar(description: str, total: int) -> tqdm:
 
 def main(arguments: argparse.Namespace) -> None:
     """Converts, and prints source and destination."""
-    convert(arguments.src, arguments.dst, arguments.dtype, arguments.mesh)
+    convert(arguments.src, arguments.dst, arguments.dtype, arguments.mesh, arguments.mask_id)
     print(f"{arguments.src} -> {arguments.dst}")
 
 
@@ -187,5 +198,11 @@ if __name__ == "__main__":
         metavar="DATA,FSDP,TENSOR",
         help="mesh sizes like 1,8,1, whose shards become the pieces of the files "
         "(default: one device)",
+    )
+    parser.add_argument(
+        "--mask-id",
+        type=int,
+        metavar="ID",
+        help="id of the mask token, for a model whose files do not name it",
     )
     run_program(main, parser)

@@ -21,6 +21,7 @@ from xflow_jax.checkpoints import (
     SafetensorsSource,
     find_hf_directory,
     read_hf_config,
+    resolve_mask_id,
 )
 from xflow_jax.errors import UserError, require
 from xflow_jax.input_files import read_json_object
@@ -76,12 +77,15 @@ def inputs(config: ModelConfig, seed: int = 0) -> list[np.ndarray]:
     return cases
 
 
-def verify(directory: Path, original: LogitsFunction) -> list[Difference]:
+def verify(
+    directory: Path, original: LogitsFunction, mask_id: int | None = None
+) -> list[Difference]:
     """Compares our logits with those of the original.
 
     Args:
         directory: Hugging Face directory of the model.
         original: function that computes the original's logits for a list of token ids.
+        mask_id: id of the mask token, or None for that of the directory.
 
     Returns:
         The difference for each of CASES.
@@ -89,7 +93,7 @@ def verify(directory: Path, original: LogitsFunction) -> list[Difference]:
     Raises:
         UserError: if the model cannot be loaded, or the shapes of the logits differ.
     """
-    cases = inputs(read_hf_config(directory))
+    cases = inputs(resolve_mask_id(read_hf_config(directory), directory, mask_id))
     expected = original(cases)
     gc.collect()
     lm = load(directory)
@@ -174,7 +178,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Prints the differences. Exits with status 1 if too large."""
     directory = find_hf_directory(arguments.hf_dir)
     original = torch_logits(directory, arguments.trust_remote_code)
-    differences = verify(directory, original)
+    differences = verify(directory, original, arguments.mask_id)
     for shape, d in zip(CASES, differences, strict=True):
         print(
             f"ids {list(shape)}: largest difference {d.largest:.2e} "
@@ -201,6 +205,12 @@ if __name__ == "__main__":
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code that comes with the model"
+    )
+    parser.add_argument(
+        "--mask-id",
+        type=int,
+        metavar="ID",
+        help="id of the mask token (default: that of the directory)",
     )
     parser.add_argument(
         "--tolerance",

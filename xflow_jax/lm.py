@@ -23,6 +23,7 @@ from xflow_jax.checkpoints import (
     read_hf_config,
     read_hf_params,
     read_record,
+    resolve_mask_id,
 )
 from xflow_jax.errors import UserError, describe
 from xflow_jax.input_files import read_json_object
@@ -241,11 +242,18 @@ def read_model_config(path: str | Path) -> tuple[Path, ModelConfig]:
     """
     directory = _find_model(path)
     if is_checkpoint(directory):
-        return directory, abstract_model(directory, read_record(directory))[0]
-    return directory, read_hf_config(directory)
+        config = abstract_model(directory, read_record(directory))[0]
+    else:
+        config = read_hf_config(directory)
+    return directory, resolve_mask_id(config, directory)
 
 
-def load(path: str | Path, dtype: DTypeLike = "float32", mesh: Mesh | str | None = None) -> LM:
+def load(
+    path: str | Path,
+    dtype: DTypeLike = "float32",
+    mesh: Mesh | str | None = None,
+    mask_id: int | None = None,
+) -> LM:
     """Loads a model.
 
     Args:
@@ -255,6 +263,8 @@ def load(path: str | Path, dtype: DTypeLike = "float32", mesh: Mesh | str | None
         dtype: float32 or bfloat16, for the computation and the parameters.
         mesh: a mesh made by `make_mesh`, or its sizes like "1,8,1". Each process reads its own
             shards. None places everything on the default device.
+        mask_id: id of the mask token, for a model whose config.json lacks it. None: that of
+            config.json, or else the added token of the tokenizer that has the family's name for it.
 
     Returns:
         The model.
@@ -281,6 +291,7 @@ def load(path: str | Path, dtype: DTypeLike = "float32", mesh: Mesh | str | None
         )
     read = load_params if is_checkpoint(directory) else read_hf_params
     config, params = read(directory, dtype, mesh)
+    config = resolve_mask_id(config, Path(directory), mask_id)
     model = build(config, dtype, param_dtype=dtype)
     tokenizer = load_tokenizer(directory)
     return LM(model, config, params, tokenizer, mesh, _read_task(Path(directory)))

@@ -149,11 +149,12 @@ def read_keys(
         if hf.get(key) is None:
             raise UserError(f"{where}: the key {key} is missing")
     fields = {}
-    for name, hint in typing.get_type_hints(cls).items():
+    hints = typing.get_type_hints(cls)
+    for name in (f.name for f in dataclasses.fields(cls)):
         if name == "hf" or name not in hf:
             continue
         try:
-            fields[name] = coerce(hf[name], hint)
+            fields[name] = coerce(hf[name], hints[name])
         except TypeError as right:
             raise UserError(
                 f"{where}: {name} is {format_value(hf[name])}, but it must be {right}"

@@ -82,15 +82,20 @@ class ModelConfig(Protocol):
         rope_theta: base of the rotary frequencies.
         rotary_dim: dims of a head, the first ones, that are rotated.
         rope_full_precision: True to rotate in float32, False in the dtype of the computation.
+        norm_full_precision: True if norms multiply by their scale in float32.
         vocab_size: number of tokens.
         vocab_rows: V, rows of the embedding table and the head. Those from vocab_size on
             belong to no token.
         max_length: positions that the model was made for.
         mask_id, eos_id, pad_id: ids of the special tokens.
+        given_mask_id: the mask token as the configuration has it, or None if only a
+            tokenizer names it.
+        mask_token_names: names of the mask token in the family's tokenizers.
+        logits_shift: True if the logits of a position predict the next one.
         is_block_causal: True if a position attends to its own block and earlier ones only.
         default_block_length: positions of a block, or None if the whole response is one block.
 
-    `to_hf()` returns the dict of a config.json.
+    `to_hf()` returns the dict of a config.json, `with_mask_id(id)` a copy with this mask token.
     """
 
     @property
@@ -132,6 +137,8 @@ class ModelConfig(Protocol):
     @property
     def rope_full_precision(self) -> bool: ...
     @property
+    def norm_full_precision(self) -> bool: ...
+    @property
     def vocab_size(self) -> int: ...
     @property
     def vocab_rows(self) -> int: ...
@@ -144,10 +151,17 @@ class ModelConfig(Protocol):
     @property
     def pad_id(self) -> int: ...
     @property
+    def given_mask_id(self) -> int | None: ...
+    @property
+    def mask_token_names(self) -> tuple[str, ...]: ...
+    @property
+    def logits_shift(self) -> bool: ...
+    @property
     def is_block_causal(self) -> bool: ...
     @property
     def default_block_length(self) -> int | None: ...
     def to_hf(self) -> dict[str, Any]: ...
+    def with_mask_id(self, mask_id: int) -> ModelConfig: ...
 
 
 @runtime_checkable

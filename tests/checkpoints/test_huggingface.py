@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from convert import from_hf
+from tests.family_helpers import family_config
 from tests.helpers import eight
 from tests.hf_helpers import GOLDEN, GOLDEN2, PREFIX, Q2, TOY, edited, tensors_of
 from tests.llada2_helpers import TINY2
@@ -28,7 +29,8 @@ from xflow_jax.parallel.mesh import make_mesh
 @pytest.mark.parametrize("family", weight_map.WEIGHT_TABLES)
 def test_the_tables_list_the_parameters_of_the_shardings(family):
     for variant in weight_map.WEIGHT_TABLES[family].values():
-        assert set(variant({"llada": TOY, "llada2": TINY2}[family])) == set(AXES[family])
+        config = {"llada": TOY, "llada2": TINY2}.get(family)
+        assert set(variant(config or family_config(family))) == set(AXES[family])
 
 
 def test_the_mapping_names_every_tensor_of_the_golden_checkpoint():

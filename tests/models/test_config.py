@@ -16,6 +16,7 @@ from xflow_jax.toml_config import load_toml
 GOLDENS = Path(__file__).parents[1] / "goldens"
 HF = json.loads((GOLDENS / "llada_tiny" / "config.json").read_text())
 HF2 = json.loads((GOLDENS / "llada2_tiny" / "config.json").read_text())
+ILLADA = json.loads((GOLDENS / "family" / "illada_tiny" / "config.json").read_text())
 
 
 def refusal(changes, drop=(), hf=HF):
@@ -193,6 +194,27 @@ def test_llada_moe_is_no_llada():
     )
     assert "num_experts is 64, which is not implemented" in refusal(hf, ["architectures"])
     assert "qk_layernorm is true" in refusal(hf, ["architectures", "num_experts"])
+
+
+def test_models_of_another_kind_are_refused():
+    assert refusal({"block_size": 32, "expert_capacity": 48}, hf=HF2) == (
+        "dir/config.json: expert_capacity is 48, as in LLaDA2.2. Its router, which first chooses "
+        "experts for a whole block of tokens, is missing here. LLaDA2.0 and LLaDA2.1 have another "
+        "one."
+    )
+    for kind in ("diffusion_gemma", "diffusion_gemma_text"):
+        assert "It is no masked diffusion model" in refusal({"model_type": kind})
+    assert "layer_norm_eps is 1e-05, which is not impl" in refusal(
+        {"layer_norm_eps": 1e-5}, hf=ILLADA
+    )
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    assert "which is not implemented" in refusal({"rope_scaling": yarn}, hf=ILLADA)
+
+
+def test_llada21_is_llada2():
+    config = model_config(HF2 | {"model_type": "llada21_moe", "max_position_embeddings": 32768})
+    assert (config.family, config.max_length) == ("llada2", 32768)
+    assert config.to_hf()["model_type"] == "llada21_moe"
 
 
 def test_every_key_of_the_released_files_has_a_meaning(caplog):

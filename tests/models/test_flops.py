@@ -30,6 +30,12 @@ EXPECTED = {
         [6979321856, 6979321856],
         914828034048,
     ),
+    "illada-8b": (
+        (6979321856, 6979321856),  # as LLaDA: fewer key/value heads, a wider MLP
+        [32, 8, 14336],
+        [6979321856, 6979321856],
+        914828034048,
+    ),
     "llada2-mini": (
         (789053440, 15611723776),
         [16, 4, 5120, 256, 512],
@@ -54,6 +60,8 @@ EXPECTED = {
     "tiny, dense": ((32256, 32256), [4, 2, 48], [32256, 32256], 35586048),
     "tiny, sparse": ((33024, 74496), [4, 2, 8, 0], [33024.0, 74495.99944202522], 35684352),
 }
+for size in ("mini", "flash"):  # other weights only
+    EXPECTED[f"llada2.1-{size}"] = EXPECTED[f"llada2-{size}"]
 
 
 def test_every_preset_is_covered():

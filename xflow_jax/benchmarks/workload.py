@@ -49,19 +49,20 @@ SMALL = dataclasses.replace(
 RANDOM_MODELS: dict[str, ModelConfig] = {**PRESETS, "mid": MID, "small": SMALL}
 
 
-def load_or_make(name: str, dtype: str, mesh: str | None = None) -> LM:
+def load_or_make(name: str, dtype: str, mesh: str | None = None, mask_id: int | None = None) -> LM:
     """Loads a model, or makes one with random weights.
 
     Args:
         name: key of RANDOM_MODELS for random weights, or what `load` takes.
         dtype: float32 or bfloat16.
         mesh: sizes of data, fsdp and tensor, like "1,8,1", or None for one device.
+        mask_id: id of the mask token, as for `load`.
 
     Raises:
         UserError: as `load`.
     """
     if name not in RANDOM_MODELS:
-        return load(name, dtype, mesh)
+        return load(name, dtype, mesh, mask_id)
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}, but it must be {' or '.join(DTYPES)}")
     config = RANDOM_MODELS[name]

@@ -16,6 +16,7 @@ from xflow_jax.checkpoints.huggingface import (
     read_hf_config,
     read_hf_params,
 )
+from xflow_jax.checkpoints.mask_token import resolve_mask_id
 from xflow_jax.checkpoints.orbax_checkpoint import (
     PartialCheckpoint,
     abstract_model,
@@ -63,6 +64,7 @@ __all__ = [
     "read_leaf",
     "read_record",
     "refuse_existing",
+    "resolve_mask_id",
     "release_memory",
     "save_params",
     "write_atomic",

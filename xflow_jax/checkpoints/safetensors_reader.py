@@ -149,7 +149,9 @@ class SafetensorsSource:
         extra = [
             name
             for name in self.entries
-            if name not in mapping.tensors and not mapping.ignores(name)
+            if name not in mapping.tensors
+            and name not in mapping.copies
+            and not mapping.ignores(name)
         ]
         if extra:
             raise UserError(
@@ -161,6 +163,13 @@ class SafetensorsSource:
                 raise UserError(
                     f"{entry.file}: the tensor {name} has the shape {list(entry.shape)}, "
                     f"but {model} has {list(shape)} there"
+                )
+
+        for name, original in mapping.copies.items():
+            if name in self.entries and not np.array_equal(self.read(name), self.read(original)):
+                raise UserError(
+                    f"{self.entries[name].file}: the tensor {name} differs from {original}, but "
+                    f"{model} has one table for both. Correct tie_word_embeddings."
                 )
 
     def dtype_of(self, slices: Collection[TensorSlice]) -> np.dtype:

@@ -57,6 +57,49 @@ def _llada(config: ModelConfig) -> WeightTable:
 
 _MLP = {"ff_proj": "gate_proj", "up_proj": "up_proj", "ff_out": "down_proj"}
 
+# Llama and its kin: parameter of a layer -> tensor of a layer.
+_LLAMA_ATTENTION = {
+    "attn_norm/scale": "input_layernorm.weight",
+    "ff_norm/scale": "post_attention_layernorm.weight",
+    "q_norm/scale": "self_attn.q_norm.weight",
+    "k_norm/scale": "self_attn.k_norm.weight",
+    **{
+        f"{ours}/{part}": f"self_attn.{its}.{theirs}"
+        for ours, its in (
+            ("q_proj", "q_proj"),
+            ("k_proj", "k_proj"),
+            ("v_proj", "v_proj"),
+            ("attn_out", "o_proj"),
+        )
+        for part, theirs in (("kernel", "weight"), ("bias", "bias"))
+    },
+}
+_LLAMA_MLP = {
+    f"{ours}/{part}": f"mlp.{its}.{theirs}"
+    for ours, its in _MLP.items()
+    for part, theirs in (("kernel", "weight"), ("bias", "bias"))
+}
+
+
+def _llama(config: ModelConfig) -> WeightTable:
+    weights = {"wte/embedding": TensorSource("model.embed_tokens.weight")}
+    weights |= _layers("blocks", _LLAMA_ATTENTION | _LLAMA_MLP)
+    weights["ln_f/scale"] = TensorSource("model.norm.weight")
+    weights["ff_out/kernel"] = TensorSource("lm_head.weight", transpose=True)
+    return weights
+
+
+def _layers(stack: str, names: dict[str, str], first: int = 0) -> WeightTable:
+    """Builds the entries of a stack from those of one layer."""
+    return {
+        f"{stack}/{path}": TensorSource(
+            "model.layers.{layer}." + tensor,
+            path.endswith("/kernel") or path.startswith("experts/"),
+            first,
+        )
+        for path, tensor in names.items()
+    }
+
 
 # LLaDA2.0: parameter of a layer -> tensor of a layer. q, k and v are one tensor, in this order.
 _LLADA2_ATTENTION = {
@@ -95,15 +138,8 @@ _LLADA2_STACKED = {f"experts/{name}": f"mlp.experts.{name}_proj" for name in ("g
 
 def _llada2(config: LLaDA2Config, experts: dict[str, str] = _LLADA2_EXPERTS) -> WeightTable:
     weights = {"wte/embedding": TensorSource("model.word_embeddings.weight")}
-    for stack, first, names in (
-        ("dense", 0, _LLADA2_DENSE),
-        ("blocks", config.num_dense_layers, experts),
-    ):
-        for path, tensor in (_LLADA2_ATTENTION | names).items():
-            is_matrix = path.endswith("/kernel") or path.startswith("experts/")
-            weights[f"{stack}/{path}"] = TensorSource(
-                "model.layers.{layer}." + tensor, is_matrix, first
-            )
+    weights |= _layers("dense", _LLADA2_ATTENTION | _LLADA2_DENSE)
+    weights |= _layers("blocks", _LLADA2_ATTENTION | experts, config.num_dense_layers)
     weights["ln_f/scale"] = TensorSource("model.norm.weight")
     weights["ff_out/kernel"] = TensorSource("lm_head.weight", transpose=True)
     return weights
@@ -113,6 +149,7 @@ def _llada2(config: LLaDA2Config, experts: dict[str, str] = _LLADA2_EXPERTS) -> 
 # for the same parameters. A table may name parameters that a configuration lacks, such as biases.
 WEIGHT_TABLES: dict[str, dict[str, Callable[..., WeightTable]]] = {
     "llada": {"llada": _llada},
+    "illada": {"llama": _llama},
     "llada2": {
         "experts": _llada2,
         "stacked": partial(_llada2, experts=_LLADA2_EXPERTS | _LLADA2_STACKED),
@@ -125,10 +162,13 @@ WEIGHT_TABLES: dict[str, dict[str, Callable[..., WeightTable]]] = {
 ORIGINAL_VARIANTS: dict[str, str] = {"llada2_moe_veomni": "stacked"}
 
 
+_LLAMA_BUFFERS = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+
 # family -> tensors that hold no parameters and are skipped: buffers that the code computes itself.
 IGNORED_TENSORS: dict[str, str] = {
     "llada": r"model\.transformer\.(blocks\.\d+\.)?rotary_emb\.inv_freq",
     "llada2": r"model\.(layers\.\d+\.attention\.)?rotary_emb\.inv_freq",
+    "illada": _LLAMA_BUFFERS,
 }
 
 
@@ -171,12 +211,15 @@ class WeightMapping:
         variant: name of the variant.
         slices: path of a parameter -> its parts.
         tensors: name of a tensor -> its shape.
+        copies: tensor that a checkpoint may have beside these -> the tensor that it must equal: the
+            head of a model whose embedding table is the head.
     """
 
     family: str
     variant: str
     slices: dict[str, list[TensorSlice]]
     tensors: dict[str, tuple[int, ...]]
+    copies: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def ignores(self, tensor: str) -> bool:
         """Returns True for a tensor that holds no parameter."""
@@ -232,6 +275,8 @@ def _map_variant(config: ModelConfig, variant: str, abstract: Params) -> WeightM
     if unknown := shapes.keys() - weight_table.keys():
         raise KeyError(f"no tensors for the {config.family} parameter {sorted(unknown)[0]}")
     mapping = WeightMapping(config.family, variant, {path: [] for path in shapes}, {})
+    if "ff_out/kernel" in weight_table.keys() - shapes.keys():
+        mapping.copies[weight_table["ff_out/kernel"].tensor] = weight_table["wte/embedding"].tensor
     for path, source in weight_table.items():
         if path in shapes:
             _add_slices(mapping, path, source, shapes[path])

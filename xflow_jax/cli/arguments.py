@@ -124,6 +124,16 @@ def add_dtype_argument(parser: argparse.ArgumentParser, default: str = "float32"
     )
 
 
+def add_mask_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --mask-id."""
+    add_number(
+        parser,
+        "--mask-id",
+        "id of the mask token, for a model whose files do not name it",
+        metavar="ID",
+    )
+
+
 def add_mesh_argument(parser: argparse.ArgumentParser, default: str = ALL_DEVICES) -> None:
     """Adds --mesh. The text `default` names the mesh without this option."""
     parser.add_argument(
@@ -134,8 +144,9 @@ def add_mesh_argument(parser: argparse.ArgumentParser, default: str = ALL_DEVICE
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --dtype, --mesh and --seed."""
+    """Adds --dtype, --mask-id, --mesh and --seed."""
     add_dtype_argument(parser)
+    add_mask_argument(parser)
     add_mesh_argument(parser)
     parser.add_argument(
         "--seed",

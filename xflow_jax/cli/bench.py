@@ -30,6 +30,7 @@ from xflow_jax.cli.arguments import (
     add_block_length_argument,
     add_cache_arguments,
     add_dtype_argument,
+    add_mask_argument,
     add_mesh_argument,
     add_number,
     cache_arguments,
@@ -69,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_number(parser, "--rounds", "least number of measurements of each program", 7)
     add_dtype_argument(parser)
+    add_mask_argument(parser)
     add_mesh_argument(parser, default="one device")
     parser.add_argument("--json", metavar="FILE", help="new file for all numbers")
     parser.add_argument(
@@ -102,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         refuse_existing(Path(args.json))
         check_output_file(Path(args.json))
     label, rule = parse_rule(args.rule)
-    lm = load_or_make(args.model, args.dtype, args.mesh)
+    lm = load_or_make(args.model, args.dtype, args.mesh, args.mask_id)
     steps = max(args.gen_length // 4, 1) if args.steps is None else args.steps
     decode_config = make_decode_config(
         lm, args.prompt_length, args.gen_length, steps, None, args.block_length

@@ -184,7 +184,7 @@ def _score_model(
         )
     protocol = _protocol(args, task)
     mesh = default_mesh(args.mesh)
-    lm = load(args.model, dtype=args.dtype, mesh=mesh)
+    lm = load(args.model, dtype=args.dtype, mesh=mesh, mask_id=args.mask_id)
     # Wrong budgets must fail before the base model is loaded.
     rules, cache = {**protocol.rules, **protocol.variants}, CacheOptions(**cache_arguments(args))
     cells = make_cells(lm, task, rules, protocol.budgets, cache)

@@ -48,7 +48,7 @@ def answer_prompts(args: argparse.Namespace) -> None:
     """
     label, rule = parse_rule(args.rule)
     budget = parse_budget(args.budget or "1")
-    lm = load(args.model, dtype=args.dtype, mesh=default_mesh(args.mesh))
+    lm = load(args.model, dtype=args.dtype, mesh=default_mesh(args.mesh), mask_id=args.mask_id)
     if lm.tokenizer is None:
         raise UserError(
             f"{args.model} has no tokenizer.json, without which a prompt cannot be read"

@@ -31,7 +31,7 @@ def print_likelihood(args: argparse.Namespace) -> None:
     if args.set:
         raise UserError("--set changes the protocol of a task, and likelihood has none")
     mesh = default_mesh(args.mesh)
-    lm = load(args.model, dtype=args.dtype, mesh=mesh)
+    lm = load(args.model, dtype=args.dtype, mesh=mesh, mask_id=args.mask_id)
     pairs = read_pairs(Path(args.data), lm, args.limit)
     samples = SAMPLES if args.samples is None else args.samples
     bounds = log_likelihoods(

@@ -85,6 +85,7 @@ class XFlow(LM):
         seed: of masks and of rules that draw.
         cache, refresh, window, prompt_every: keys and values that the decode of a response keeps,
             as in xflow_jax.generate.
+        mask_id: id of the mask token, for a model whose files do not name it.
 
     Raises:
         UserError: for bad input.
@@ -108,11 +109,12 @@ class XFlow(LM):
         refresh: int = 0,
         window: int = 0,
         prompt_every: int = 1,
+        mask_id: int | None = None,
         **_: object,  # lm-evaluation-harness passes more to every model, such as a device
     ) -> None:
         super().__init__()
         spec = None if mesh is None else str(mesh).replace(";", ",")
-        self.lm = load(pretrained, dtype, default_mesh(spec))
+        self.lm = load(pretrained, dtype, default_mesh(spec), mask_id)
         # Any: the methods below need more of transformers' class than types.Tokenizer has.
         self._tokenizer: Any = self.lm.tokenizer
         if self._tokenizer is None:

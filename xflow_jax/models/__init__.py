@@ -5,7 +5,7 @@ flax.linen is imported in this package alone. Elsewhere parameters are a nested 
 
 from xflow_jax.models import kv_cache
 from xflow_jax.models.attention import attend
-from xflow_jax.models.config import LLaDA2Config, LLaDAConfig, model_config
+from xflow_jax.models.config import Config, ILLaDAConfig, LLaDA2Config, LLaDAConfig, model_config
 from xflow_jax.models.factory import abstract_params, build, init_params
 from xflow_jax.models.flops import (
     forward_flops,
@@ -19,7 +19,9 @@ from xflow_jax.models.lora import LoraConfig, lora_init, merge
 from xflow_jax.models.presets import PRESETS
 
 __all__ = [
+    "Config",
     "Head",
+    "ILLaDAConfig",
     "LLaDA2Config",
     "LLaDAConfig",
     "LogitsFn",

@@ -82,7 +82,9 @@ class BackboneBase(nn.Module):
         )
         for stack, count in self.stacks.items():
             setattr(self, stack, self._make_stack(stack, count))
-        self.ln_f = RMSNorm(c.rms_norm_eps, dtype=self.dtype, param_dtype=self.param_dtype)
+        self.ln_f = RMSNorm(
+            c.rms_norm_eps, c.norm_full_precision, dtype=self.dtype, param_dtype=self.param_dtype
+        )
         if not c.tie_embeddings:
             self.ff_out = Linear(
                 c.vocab_rows, c.head_bias, dtype=self.dtype, param_dtype=self.param_dtype

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from xflow_jax.errors import UserError
+from xflow_jax.models.illada_config import ILLaDAConfig
 from xflow_jax.models.llada2_config import LLaDA2Config
 from xflow_jax.models.llada_config import LLaDAConfig
 from xflow_jax.models.size_limits import check_sizes
 from xflow_jax.toml_config import format_value
 
-__all__ = ["LLaDA2Config", "LLaDAConfig", "model_config"]
+__all__ = ["Config", "ILLaDAConfig", "LLaDA2Config", "LLaDAConfig", "model_config"]
 
-# model_type -> configuration. veomni is the same model, with the experts of a layer stacked.
-_CONFIGS: dict[str, type[LLaDAConfig] | type[LLaDA2Config]] = {
+Config: TypeAlias = LLaDAConfig | LLaDA2Config | ILLaDAConfig
+
+# model_type -> configuration. veomni is the same model, with the experts of a layer stacked, and
+# llada21_moe a name that some programs give to LLaDA2.1, which has LLaDA2.0's own.
+_CONFIGS: dict[str, type[Config]] = {
     "llada": LLaDAConfig,
     "llada2_moe": LLaDA2Config,
     "llada2_moe_veomni": LLaDA2Config,
+    "llada21_moe": LLaDA2Config,
+    "illada": ILLaDAConfig,
 }
 
 
-def model_config(hf: object, where: str = "config.json") -> LLaDAConfig | LLaDA2Config:
+def model_config(hf: object, where: str = "config.json") -> Config:
     """Reads the dict of a config.json.
 
     Args:
@@ -32,6 +40,11 @@ def model_config(hf: object, where: str = "config.json") -> LLaDAConfig | LLaDA2
         UserError: if there is no such family, or as its `from_hf`.
     """
     kind = hf.get("model_type") if isinstance(hf, dict) else None
+    if isinstance(kind, str) and kind.startswith("diffusion_gemma"):
+        raise UserError(
+            f"{where}: DiffusionGemma starts from random tokens instead of masks. It is no masked "
+            "diffusion model, so it is not supported."
+        )
     if not isinstance(kind, str) or kind not in _CONFIGS:
         right = " or ".join(format_value(name) for name in _CONFIGS)
         raise UserError(

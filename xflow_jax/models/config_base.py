@@ -6,11 +6,18 @@ import dataclasses
 import functools
 import json
 import logging
+import sys
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from xflow_jax.errors import UserError, require
 from xflow_jax.toml_config import format_value, read_keys
+from xflow_jax.types import ModelConfig
+
+if sys.version_info >= (3, 12):
+    from typing import Protocol, runtime_checkable
+else:  # as in types.py
+    from typing_extensions import Protocol, runtime_checkable
 
 ConfigT = TypeVar("ConfigT", bound="HfConfig")
 
@@ -50,6 +57,35 @@ class HfConfig:
     """
 
     hf: str = dataclasses.field(default="", repr=False)
+
+    mask_token_names: ClassVar[tuple[str, ...]] = ()
+    logits_shift: ClassVar[bool] = False
+    norm_full_precision: ClassVar[bool] = False
+
+    @property
+    def given_mask_id(self) -> int | None:
+        """Id of the mask token as the configuration has it, or None."""
+        return getattr(self, "mask_token_id", None)
+
+    @property
+    def mask_id(self) -> int:
+        """Id of the mask token.
+
+        Raises:
+            UserError: if there is none.
+        """
+        if (mask := self.given_mask_id) is not None:
+            return mask
+        names = " or ".join(self.mask_token_names)
+        raise UserError(
+            f"the model's configuration has no mask_token_id, and no tokenizer beside it {names}. "
+            "Give --mask-id ID, or mask_id=ID to xflow_jax.load."
+        )
+
+    def with_mask_id(self: ConfigT, mask_id: int) -> ConfigT:
+        """Returns the configuration with this mask token."""
+        changes: dict[str, Any] = {"mask_token_id": mask_id}
+        return dataclasses.replace(self, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,8 +206,31 @@ def update_rope(hf: dict[str, Any], config: object) -> dict[str, Any]:
     return updated
 
 
+@runtime_checkable
+class DenseConfig(ModelConfig, Protocol):
+    """Properties that the dense backbone reads, beside those of every model.
+
+    Attributes:
+        qkv_bias: True if queries, keys and values have biases.
+        attn_out_bias: True if the output of attention has biases.
+        mlp_bias: True if the MLP's matrices have biases.
+        qk_norm: True if each head's queries and keys are normalised.
+    """
+
+    @property
+    def qkv_bias(self) -> bool: ...
+    @property
+    def attn_out_bias(self) -> bool: ...
+    @property
+    def mlp_bias(self) -> bool: ...
+    @property
+    def qk_norm(self) -> bool: ...
+
+
 class DenseModel:
     """Sizes of a model without experts, in the vocabulary of experts."""
+
+    qk_norm: ClassVar[bool] = False
 
     @property
     def mlp_dim(self) -> int:

@@ -14,7 +14,11 @@ from xflow_jax.models.llada2 import LLaDA2
 from xflow_jax.models.size_limits import check_sizes
 from xflow_jax.types import Array, Backbone, Key, ModelConfig
 
-_BACKBONES: dict[str, Callable[..., Backbone]] = {"llada": LLaDA, "llada2": LLaDA2}
+_BACKBONES: dict[str, Callable[..., Backbone]] = {
+    "llada": LLaDA,
+    "illada": LLaDA,
+    "llada2": LLaDA2,
+}
 
 
 def build(config: ModelConfig, dtype: DTypeLike = jnp.float32, **fields: object) -> Backbone:

@@ -53,15 +53,17 @@ class Linear(nn.Module):
 class RMSNorm(nn.Module):
     """RMS norm in float32.
 
-    The result is cast to `dtype` before it is scaled, as in the original code.
+    The result is cast to `dtype` before it is scaled, as in most original code.
 
     Attributes:
         eps: added to the mean square.
+        full_precision: scale before the cast instead.
         dtype: dtype of the result.
         param_dtype: dtype of a fresh scale.
     """
 
     eps: float
+    full_precision: bool = False
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -71,7 +73,9 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
         x32 = x.astype(jnp.float32)
         y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return y.astype(self.dtype) * scale.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        scaled_in = jnp.float32 if self.full_precision else self.dtype
+        scale = scale.astype(scaled_in).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (y.astype(scaled_in) * scale).astype(self.dtype)
 
 
 def rope_tables(

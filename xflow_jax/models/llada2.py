@@ -64,9 +64,9 @@ class Block(nn.Module):
     def setup(self) -> None:
         """Makes the submodules."""
         c = self.config
-        linear = partial(Linear, dtype=self.dtype, param_dtype=self.param_dtype)
-        norm = partial(RMSNorm, c.rms_norm_eps, dtype=self.dtype, param_dtype=self.param_dtype)
         types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        linear = partial(Linear, dtype=self.dtype, param_dtype=self.param_dtype)
+        norm = partial(RMSNorm, c.rms_norm_eps, c.norm_full_precision, **types)
         out_std = 0.02 / (2 * c.num_layers) ** 0.5
         self.attn_norm = norm()
         self.q_proj = linear(c.num_heads * c.head_dim, c.use_qkv_bias)

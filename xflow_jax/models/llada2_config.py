@@ -1,11 +1,11 @@
-"""LLaDA2.0's configuration, under the keys of its config.json."""
+"""Configuration of LLaDA2.0 and LLaDA2.1, under the keys of their config.json."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from xflow_jax.errors import UserError, require
 from xflow_jax.models.config_base import (
@@ -18,7 +18,7 @@ from xflow_jax.models.config_base import (
     read_config,
     update_rope,
 )
-from xflow_jax.toml_config import write_keys
+from xflow_jax.toml_config import format_value, write_keys
 
 # Rows of the released models' vocabulary, and their mask token, which no config.json names.
 RELEASED_ROWS, RELEASED_MASK = 157184, 156895
@@ -110,6 +110,8 @@ class LLaDA2Config(HfConfig):
     use_bias: bool = False
     use_qkv_bias: bool = False
 
+    mask_token_names: ClassVar[tuple[str, ...]] = ("<|mask|>",)
+
     @property
     def family(self) -> str:
         """Name of the family."""
@@ -122,11 +124,9 @@ class LLaDA2Config(HfConfig):
         Raises:
             UserError: if there is no mask_token_id and the vocabulary is not the released one.
         """
-        if self.mask_token_id is not None:
-            return self.mask_token_id
-        if self.vocab_size == RELEASED_ROWS:
+        if self.mask_token_id is None and self.vocab_size == RELEASED_ROWS:
             return RELEASED_MASK
-        raise UserError("the model's configuration has no mask_token_id. Add it to config.json.")
+        return super().mask_id
 
     @property
     def eos_id(self) -> int:
@@ -277,6 +277,12 @@ class LLaDA2Config(HfConfig):
             UserError: if a key is missing, a value is impossible or of a wrong type, or a setting
                 of LLaDA2.0's code is not implemented.
         """
+        if isinstance(hf, dict) and hf.get("expert_capacity") is not None:
+            raise UserError(
+                f"{where}: expert_capacity is {format_value(hf['expert_capacity'])}, as in "
+                "LLaDA2.2. Its router, which first chooses experts for a whole block of tokens, is "
+                "missing here. LLaDA2.0 and LLaDA2.1 have another one."
+            )
         required: tuple[str, ...] = _REQUIRED
         if isinstance(hf, dict) and hf.get("num_experts") is not None:
             required += _REQUIRED_BY_EXPERTS

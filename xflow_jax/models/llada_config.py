@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from xflow_jax.errors import require
 from xflow_jax.models.config_base import (
@@ -86,15 +86,12 @@ class LLaDAConfig(DenseModel, HfConfig):
     include_bias: bool = False
     include_qkv_bias: bool | None = False
 
+    mask_token_names: ClassVar[tuple[str, ...]] = ("<|mdm_mask|>",)
+
     @property
     def family(self) -> str:
         """Name of the family."""
         return "llada"
-
-    @property
-    def mask_id(self) -> int:
-        """Id of the mask token."""
-        return self.mask_token_id
 
     @property
     def eos_id(self) -> int:
@@ -159,6 +156,16 @@ class LLaDAConfig(DenseModel, HfConfig):
     def qkv_bias(self) -> bool:
         """True if queries, keys and values have biases."""
         return self.include_bias or bool(self.include_qkv_bias)
+
+    @property
+    def attn_out_bias(self) -> bool:
+        """True if the output of attention has biases."""
+        return self.include_bias
+
+    @property
+    def mlp_bias(self) -> bool:
+        """True if the MLP's matrices have biases."""
+        return self.include_bias
 
     @property
     def head_bias(self) -> bool:

@@ -15,7 +15,7 @@ from xflow_jax.errors import UserError
 from xflow_jax.parallel import leaf_sharding, nearest_divisor, path_name, replicated
 from xflow_jax.types import ModelConfig, PyTree
 
-_LLADA2_ATTENTION: dict[str, tuple[str, ...]] = {
+_ATTENTION: dict[str, tuple[str, ...]] = {
     "attn_norm/scale": ("layer", "norm"),
     "q_proj/kernel": ("layer", "embed", "heads"),
     "q_proj/bias": ("layer", "heads"),
@@ -29,45 +29,39 @@ _LLADA2_ATTENTION: dict[str, tuple[str, ...]] = {
     "attn_out/bias": ("layer", "norm"),
     "ff_norm/scale": ("layer", "norm"),
 }
-_LLADA2_MLP: dict[str, tuple[str, ...]] = {
+_MLP: dict[str, tuple[str, ...]] = {
     "ff_proj/kernel": ("layer", "embed", "mlp"),
     "up_proj/kernel": ("layer", "embed", "mlp"),
     "ff_out/kernel": ("layer", "mlp", "embed"),
 }
+# Dense layers, with every bias and norm that a family has.
+_DENSE: dict[str, tuple[str, ...]] = {
+    "wte/embedding": ("vocab", "embed"),
+    **{f"blocks/{path}": axes for path, axes in (_ATTENTION | _MLP).items()},
+    "blocks/ff_proj/bias": ("layer", "mlp"),
+    "blocks/up_proj/bias": ("layer", "mlp"),
+    "blocks/ff_out/bias": ("layer", "norm"),
+    "ln_f/scale": ("norm",),
+    "ff_out/kernel": ("embed", "vocab"),
+}
+_HEAD_NORMS = ("blocks/q_norm/scale", "blocks/k_norm/scale")
 # family -> path of a parameter -> logical axis of each dimension
 AXES: dict[str, dict[str, tuple[str, ...]]] = {
     "llada": {
-        "wte/embedding": ("vocab", "embed"),
-        "blocks/attn_norm/scale": ("layer", "norm"),
-        "blocks/q_proj/kernel": ("layer", "embed", "heads"),
-        "blocks/q_proj/bias": ("layer", "heads"),
-        "blocks/k_proj/kernel": ("layer", "embed", "kv_heads"),
-        "blocks/k_proj/bias": ("layer", "kv_heads"),
-        "blocks/v_proj/kernel": ("layer", "embed", "kv_heads"),
-        "blocks/v_proj/bias": ("layer", "kv_heads"),
-        "blocks/attn_out/kernel": ("layer", "heads", "embed"),
-        "blocks/attn_out/bias": ("layer", "norm"),
-        "blocks/ff_norm/scale": ("layer", "norm"),
-        "blocks/ff_proj/kernel": ("layer", "embed", "mlp"),
-        "blocks/ff_proj/bias": ("layer", "mlp"),
-        "blocks/up_proj/kernel": ("layer", "embed", "mlp"),
-        "blocks/up_proj/bias": ("layer", "mlp"),
-        "blocks/ff_out/kernel": ("layer", "mlp", "embed"),
-        "blocks/ff_out/bias": ("layer", "norm"),
-        "ln_f/scale": ("norm",),
-        "ff_out/kernel": ("embed", "vocab"),
+        **{path: axes for path, axes in _DENSE.items() if path not in _HEAD_NORMS},
         "ff_out/bias": ("vocab",),
     },
+    "illada": _DENSE,
     "llada2": {
         "wte/embedding": ("vocab", "embed"),
-        **{f"dense/{path}": axes for path, axes in (_LLADA2_ATTENTION | _LLADA2_MLP).items()},
-        **{f"blocks/{path}": axes for path, axes in _LLADA2_ATTENTION.items()},
+        **{f"dense/{path}": axes for path, axes in (_ATTENTION | _MLP).items()},
+        **{f"blocks/{path}": axes for path, axes in _ATTENTION.items()},
         "blocks/router/kernel": ("layer", "embed", "norm"),
         "blocks/router/bias": ("layer", "norm"),
         "blocks/experts/gate": ("layer", "expert", "embed", "norm"),
         "blocks/experts/up": ("layer", "expert", "embed", "norm"),
         "blocks/experts/down": ("layer", "expert", "norm", "embed"),
-        **{f"blocks/shared/{path}": axes for path, axes in _LLADA2_MLP.items()},
+        **{f"blocks/shared/{path}": axes for path, axes in _MLP.items()},
         "ln_f/scale": ("norm",),
         "ff_out/kernel": ("embed", "vocab"),
     },

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from xflow_jax.models.config import Config
+from xflow_jax.models.illada_config import ILLaDAConfig
 from xflow_jax.models.llada2_config import RELEASED_MASK, RELEASED_ROWS, LLaDA2Config
 from xflow_jax.models.llada_config import LLaDAConfig
 
@@ -30,7 +32,16 @@ _MINI = LLaDA2Config(
     rms_norm_eps=1e-6,
 )
 
-PRESETS: dict[str, LLaDAConfig | LLaDA2Config] = {
+_FLASH = dataclasses.replace(
+    _MINI,
+    hidden_size=4096,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    intermediate_size=9216,
+    moe_intermediate_size=1024,
+)
+
+PRESETS: dict[str, Config] = {
     "llada-8b": LLaDAConfig(
         d_model=4096,
         n_layers=32,
@@ -46,15 +57,27 @@ PRESETS: dict[str, LLaDAConfig | LLaDA2Config] = {
         rope_theta=500000.0,
         rms_norm_eps=1e-5,
     ),
-    "llada2-mini": _MINI,
-    "llada2-flash": dataclasses.replace(
-        _MINI,
+    # The width of the MLP follows from the published 7.6 B parameters. The end token, the rotary
+    # base and the epsilon, which change no size, are those of a released config.json alone.
+    "illada-8b": ILLaDAConfig(
         hidden_size=4096,
+        intermediate_size=14336,
         num_hidden_layers=32,
         num_attention_heads=32,
-        intermediate_size=9216,
-        moe_intermediate_size=1024,
+        num_key_value_heads=8,
+        vocab_size=155136,
+        mask_token_id=5,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+        rope_theta=500000.0,
+        rms_norm_eps=1e-5,
     ),
+    "llada2-mini": _MINI,
+    "llada2-flash": _FLASH,
+    # LLaDA2.0-CAP has other weights only, LLaDA2.1 longer texts as well.
+    "llada2.1-mini": dataclasses.replace(_MINI, max_position_embeddings=32768),
+    "llada2.1-flash": dataclasses.replace(_FLASH, max_position_embeddings=32768),
     # Not a released model: a middle size for measurements on CPUs.
     "llada2-20m": dataclasses.replace(
         _MINI,
