@@ -58,8 +58,8 @@ class LM:
         params: its parameters, a nested dict of arrays.
         tokenizer: the tokenizer, or None if the directory has none.
         mesh: mesh of the parameters, or None for one device.
-        task: the only task that the model was trained for, as its provenance.json names it, or
-            None.
+        tasks: the only tasks that the model was trained for, as its provenance.json names them.
+            Empty if it names none.
     """
 
     model: Backbone
@@ -67,7 +67,7 @@ class LM:
     params: Params = field(repr=False)
     tokenizer: Tokenizer | None = field(repr=False)
     mesh: Mesh | None = None
-    task: str | None = None
+    tasks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.mesh is not None:
@@ -294,16 +294,19 @@ def load(
     config = resolve_mask_id(config, Path(directory), mask_id)
     model = build(config, dtype, param_dtype=dtype)
     tokenizer = load_tokenizer(directory)
-    return LM(model, config, params, tokenizer, mesh, _read_task(Path(directory)))
+    return LM(model, config, params, tokenizer, mesh, _read_tasks(Path(directory)))
 
 
-def _read_task(directory: Path) -> str | None:
-    """Returns the task that a provenance.json names, or None."""
+def _read_tasks(directory: Path) -> tuple[str, ...]:
+    """Returns the tasks in a provenance.json, under `task` or `tasks`."""
     file = directory / "provenance.json"
     if not file.exists():
-        return None
+        return ()
     try:
-        task = read_json_object(file).get("task")
+        about = read_json_object(file)
     except UserError:  # a file of another program, which no result depends on
-        return None
-    return task if isinstance(task, str) else None
+        return ()
+    names = about.get("tasks", [about.get("task")])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return ()
+    return tuple(names)

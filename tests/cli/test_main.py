@@ -17,12 +17,12 @@ from tests.helpers import llada_tiny, tiny_lm
 from xflow_jax.checkpoints.hf_export import write_hf
 from xflow_jax.cli import demo, demo_run, likelihood, main
 from xflow_jax.cli.arguments import RULE
-from xflow_jax.cli.generate_run import decode_lengths, foreign_note
+from xflow_jax.cli.generate_run import decode_lengths, foreign_note, longest_task
 from xflow_jax.decoding.rules.flow import Flow
 from xflow_jax.decoding.rules.parsing import RULES
 from xflow_jax.evaluation.verdicts import judge_prompts, verdict_sentence
 from xflow_jax.lm import load
-from xflow_jax.tasks import find_task, microcode
+from xflow_jax.tasks import find_tasks, microcode
 
 TOKENIZER = Path(xf.__file__).parent / "tiny"
 PROMPT = "Keep the even numbers and return the count."
@@ -237,7 +237,8 @@ def test_interruption(monkeypatch, capsys):
 )
 def test_a_length_by_hand_keeps_the_blocks_of_the_bundled_models(model, given, lengths):
     lm = llada_tiny() if model == "golden" else load(model)
-    assert decode_lengths(find_task(lm.task), *given) == lengths
+    task = longest_task(find_tasks(lm.tasks), [])
+    assert decode_lengths(task, *given) == lengths
 
 
 def test_a_request_outside_the_language_of_the_model_is_noted_before_its_answer(
@@ -251,6 +252,8 @@ def test_a_request_outside_the_language_of_the_model_is_noted_before_its_answer(
         ('{"task": "microcode"}', True),
         ('{"task": "unknown"}', False),
         ('{"task": 1}', False),
+        ('{"tasks": ["microcode", "unknown"]}', False),
+        ('{"tasks": "microcode"}', False),
         ("{}", False),
         ("not JSON", False),
     ):
@@ -265,9 +268,23 @@ def test_a_request_outside_the_language_of_the_model_is_noted_before_its_answer(
             assert microcode.TASK.example in captured.err
         else:
             assert captured.err == ""
-    assert foreign_note(microcode.TASK, PROMPT) is None
-    note = foreign_note(microcode.TASK, PROMPT.lower().rstrip("."))
+    assert foreign_note([microcode.TASK], PROMPT) is None
+    note = foreign_note([microcode.TASK], PROMPT.lower().rstrip("."))
     assert note is not None and note.endswith(f"another spelling, so write it as {PROMPT!r}")
+
+
+def test_a_model_of_several_tasks_takes_the_lengths_of_its_prompts():
+    tasks = find_tasks(("microcode", "latin-square", "microcode-long"))
+    short, square, long = tasks
+    assert foreign_note(tasks, square.example) is None
+    assert longest_task(tasks, [square.example]) is square
+    assert longest_task(tasks, [square.example.replace("\n", " "), PROMPT, "A joke!"]) is square
+    assert longest_task(tasks, [PROMPT]) is short
+    assert longest_task(tasks, ["A joke!"]) is long
+    assert longest_task([], [PROMPT]) is None
+    note = foreign_note(tasks, "A joke!")
+    assert "microcode and latin-square and microcode-long alone" in note
+    assert foreign_note(tasks, square.example.replace("\n", " ")).endswith(repr(square.example))
 
 
 @pytest.mark.parametrize(("given", "samples"), [([], 128), (["--samples", "1"], 1)])
@@ -313,9 +330,17 @@ def test_answers_to_typed_prompts_are_run():
     ] and f"{verdicts[0]['input']} -> {verdicts[0]['output']}" in verdict_sentence(verdicts[0])
     assert verdicts[0]["output"] == len([x for x in verdicts[0]["input"] if x % 2 == 0])
     assert verdict_sentence(verdicts[1]).startswith("failed: wrong answer: ")
-    assert (
-        "not in microcode's language" in verdict_sentence(verdicts[2]) and not verdicts[3]["judged"]
+    square, long = find_tasks(("latin-square", "microcode-long"))
+    for task in (square, long):
+        (problem,) = task.problems(None, 1)
+        prompt, text = task.prompt(problem), task.canonical(problem)
+        right, wrong = judge_prompts([prompt.lower(), prompt], [text, text[:-1]])
+        assert right["passed"] and not wrong["passed"] and str(right["input"]) != ""
+    (impossible,) = judge_prompts(
+        ["Make a square of distinct numbers from 1 to 4: 1100 0000 0000 0000"], ["1234\n"]
     )
+    assert "no right answer" in verdict_sentence(impossible)
+    assert "is no request of a task" in verdict_sentence(verdicts[2]) and not verdicts[3]["judged"]
 
 
 def test_evaluate_and_its_files(capsys, model, tmp_path):

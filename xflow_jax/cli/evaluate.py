@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--task",
         required=True,
         metavar="TASK",
-        help="microcode, humaneval or mbpp, or likelihood for the likelihood of given responses",
+        help="microcode, microcode-long, latin-square, humaneval or mbpp, or likelihood for the "
+        "likelihood of given responses",
     )
     parser.add_argument(
         "--data",

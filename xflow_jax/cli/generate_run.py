@@ -18,7 +18,7 @@ from xflow_jax.errors import UserError
 from xflow_jax.evaluation import judge_prompts, token_texts, verdict_sentence, write_trajectory_page
 from xflow_jax.lm import LM, load
 from xflow_jax.parallel import default_mesh, multihost
-from xflow_jax.tasks import Task, find_task
+from xflow_jax.tasks import Task, find_tasks
 from xflow_jax.tokenizer import chat_ids
 
 GEN_LENGTH = 128
@@ -38,7 +38,7 @@ class _Answer:
 def answer_prompts(args: argparse.Namespace) -> None:
     """Decodes the prompts and prints the answers.
 
-    Answers to requests in microcode's language are run as well.
+    Answers to requests of a task that the library can judge are judged as well.
 
     Args:
         args: the arguments of `xflow generate`.
@@ -53,11 +53,12 @@ def answer_prompts(args: argparse.Namespace) -> None:
         raise UserError(
             f"{args.model} has no tokenizer.json, without which a prompt cannot be read"
         )
-    task = find_task(lm.task)
-    notes = [foreign_note(task, prompt) for prompt in args.prompt]
+    tasks = find_tasks(lm.tasks)
+    notes = [foreign_note(tasks, prompt) for prompt in args.prompt]
     for prompt, note in zip(args.prompt, notes, strict=True):
         if note is not None and multihost.is_first_process():
             print(f"note: {shorten(prompt, 60)!r}: {note}", file=sys.stderr, flush=True)
+    task = longest_task(tasks, args.prompt)
     length, block_length = decode_lengths(task, args.gen_length, args.block_length)
     steps = args.steps
     if steps is None:
@@ -89,6 +90,22 @@ def answer_prompts(args: argparse.Namespace) -> None:
         print_text(f"[wrote {args.trace}]")
 
 
+def _lengths(task: Task) -> tuple[int, int]:
+    config = task.config
+    return config.gen_length, config.block_length or config.gen_length
+
+
+def longest_task(tasks: Sequence[Task], prompts: Sequence[str]) -> Task | None:
+    """Returns the task of the prompts, the longest one of several.
+
+    Args:
+        tasks: the only tasks that the model was trained for.
+        prompts: the prompts. Without one of these tasks, all tasks count.
+    """
+    known = [t for t in tasks if any(t.respell(prompt) is not None for prompt in prompts)]
+    return max(known or tasks, key=_lengths, default=None)
+
+
 def decode_lengths(
     task: Task | None, gen_length: int | None, block_length: int | None
 ) -> tuple[int, int | None]:
@@ -98,7 +115,7 @@ def decode_lengths(
     their block is one block.
 
     Args:
-        task: the only task that the model was trained for, or None.
+        task: the task of the prompts, if the model was trained for it alone, or None.
         gen_length: N as given by the user, or None.
         block_length: positions of a block as given by the user, or None.
 
@@ -115,26 +132,27 @@ def decode_lengths(
     return length, block_length
 
 
-def foreign_note(task: Task | None, prompt: str) -> str | None:
+def foreign_note(tasks: Sequence[Task], prompt: str) -> str | None:
     """Returns a note on a prompt that the model does not know.
 
     Args:
-        task: the only task that the model was trained for, or None.
+        tasks: the only tasks that the model was trained for, or none.
         prompt: the prompt.
     """
-    known = prompt if task is None else task.respell(prompt)
-    if task is None or known == prompt:
+    spellings = [spelling for task in tasks if (spelling := task.respell(prompt)) is not None]
+    if not tasks or prompt in spellings:
         return None
-    if known is not None:
-        return f"the model knows this request in another spelling, so write it as {known!r}"
+    if spellings:
+        return f"the model knows this request in another spelling, so write it as {spellings[0]!r}"
+    names = " and ".join(task.name for task in tasks)
     return (
-        f"the model was trained on requests of {task.name} alone, and this prompt is none, so its "
-        f"answer means nothing. A request that works is {task.example!r}"
+        f"the model was trained on requests of {names} alone, and this prompt is none, so its "
+        f"answer means nothing. A request that works is {tasks[0].example!r}"
     )
 
 
 def _judge(prompts: Sequence[str], out: Generation, notes: Sequence[str | None]) -> list[_Answer]:
-    """Runs the answers to prompts in microcode's language."""
+    """Judges the answers to prompts of a task of the library."""
     assert out.texts is not None  # the model has a tokenizer
     verdicts = judge_prompts(prompts, out.texts)
     passes = map(int, out.forward_passes)

@@ -1,4 +1,4 @@
-"""Verdicts on answers to prompts in the language of microcode."""
+"""Verdicts on answers to prompts of the library's own tasks."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xflow_jax.sandbox import run_many
-from xflow_jax.tasks import microcode
+from xflow_jax.tasks import find_problem
 
 
 def judge_prompts(prompts: Sequence[str], texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Runs the answers to prompts in the language of microcode.
+    """Judges the answers to prompts of microcode, microcode-long and latin-square.
 
     Args:
-        prompts: requests, in that language or not.
+        prompts: requests of these tasks, or others.
         texts: one answer to each prompt.
 
     Returns:
@@ -21,26 +21,22 @@ def judge_prompts(prompts: Sequence[str], texts: Sequence[str]) -> list[dict[str
         to compare with. Otherwise it is {"judged": True, "passed", "reason", "input", "output"},
         with one input of the checks and the correct output for it.
     """
-    problems = [microcode.parse(prompt) for prompt in prompts]
-    jobs = {
-        i: microcode.TASK.job(problem, text)
-        for i, (problem, text) in enumerate(zip(problems, texts, strict=True))
-        if problem is not None and problem.cases()
-    }
-    outcomes = run_many(list(jobs.values()), microcode.TASK.config.limits)
-    results = dict(zip(jobs, outcomes, strict=True))
     verdicts: list[dict[str, Any]] = []
-    for i, problem in enumerate(problems):
-        if problem is None or i not in results:
-            why = "the request leaves nothing to return"
-            if problem is None:
-                why = "the prompt is not in microcode's language"
-            why += ", so there is no right answer to compare with"
+    jobs = {}
+    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        found = find_problem(prompt)
+        case = None if found is None else found[0].case(found[1])
+        if found is None or case is None:
+            why = "the request has no right answer"
+            if found is None:
+                why = "the prompt is no request of a task that can be judged"
+            why += ", so there is none to compare with"
             verdicts.append({"judged": False, "reason": why})
             continue
-        verdict = {"judged": True, "passed": results[i].passed, "reason": results[i].reason}
-        example, output = problem.cases()[0]
-        verdicts.append({**verdict, "input": example, "output": output})
+        jobs[i] = found[0].job(found[1], text)
+        verdicts.append({"judged": True, "input": case[0], "output": case[1]})
+    for i, result in zip(jobs, run_many(list(jobs.values())), strict=True):
+        verdicts[i] |= {"passed": result.passed, "reason": result.reason}
     return verdicts
 
 
@@ -50,5 +46,5 @@ def verdict_sentence(verdict: Mapping[str, Any]) -> str:
         return f"not judged: {verdict['reason']}"
     example = f"{verdict['input']} -> {verdict['output']!r}"
     if verdict["passed"]:
-        return f"passed: the code returned the right result for every input, such as {example}"
+        return f"passed: every check holds. A right result is, for example, {example}"
     return f"failed: {verdict['reason']}. A right result is, for example, {example}"

@@ -11,7 +11,7 @@ import difflib
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from xflow_jax.errors import UserError, require
 from xflow_jax.sandbox import Limits
@@ -20,7 +20,8 @@ from xflow_jax.toml_config import with_overrides
 
 ProblemT = TypeVar("ProblemT")
 
-NAMES = ("microcode", "humaneval", "mbpp")  # each has a module here
+# Each has a module here, with _ for -.
+NAMES = ("microcode", "microcode-long", "latin-square", "humaneval", "mbpp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,11 @@ class Task(Generic[ProblemT]):
         example: a request that the bundled model answers rightly.
         hint: (problem, text) -> a sentence on an answer that only another protocol accepts, or
             None.
+        parse: prompt -> its problem, or None for a prompt that is none of the task.
+        case: problem -> (input, a right output), or None for a problem without a right answer.
+        training_pair: (seed, index, early) -> (prompt, right answer) at an index of an endless
+            training set, or None if the task has none. `early` asks for the distribution of the
+            beginning of a training.
     """
 
     name: str
@@ -109,6 +115,9 @@ class Task(Generic[ProblemT]):
     respell: Callable[[str], str | None] = lambda prompt: prompt
     example: str = ""
     hint: Callable[[ProblemT, str], str | None] = lambda problem, text: None
+    parse: Callable[[str], ProblemT | None] = lambda prompt: None
+    case: Callable[[ProblemT], tuple[object, object] | None] = lambda problem: None
+    training_pair: Callable[[int, int, bool], tuple[str, str]] | None = None
 
     def job(self, problem: ProblemT, text: str) -> tuple[str, str]:
         """Returns the (program, checks) pair that judges a model's answer `text`."""
@@ -126,9 +135,18 @@ def extract_code(config: TaskConfig, text: str) -> str:
     return EXTRACTIONS[config.extraction].extract(text[: min(ends, default=None)])
 
 
-def find_task(name: str | None) -> Task | None:
-    """Returns the task of a name, or None without one."""
-    return get_task(name) if name in NAMES else None
+def find_problem(prompt: str) -> tuple[Task[Any], object] | None:
+    """Returns (task, problem) of a prompt, or None for other prompts."""
+    for task in map(get_task, NAMES):
+        problem = task.parse(prompt)
+        if problem is not None:
+            return task, problem
+    return None
+
+
+def find_tasks(names: Sequence[str]) -> list[Task[Any]]:
+    """Returns the tasks of names, or none if one is unknown."""
+    return [get_task(name) for name in names] if set(names) <= set(NAMES) else []
 
 
 def get_task(name: str, overrides: Sequence[str] = ()) -> Task:
@@ -145,7 +163,7 @@ def get_task(name: str, overrides: Sequence[str] = ()) -> Task:
         near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(NAMES)}"
         raise UserError(f"there is no task {name!r}: {hint}")
-    module = importlib.import_module(f"xflow_jax.tasks.{name}")
+    module = importlib.import_module(f"xflow_jax.tasks.{name.replace('-', '_')}")
     if not overrides:
         return module.TASK
     config = module.TASK.config

@@ -13,21 +13,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from xflow_jax.errors import require
+from xflow_jax.tasks.generated import check_split, different_problems, digest, is_held_out
 
 NAME = "microcode"
 CASES = 10  # inputs on which an answer is judged
-HELD_OUT = 5  # one composition in HELD_OUT is never trained on
 CONSTANTS = range(2, 10)  # one token each ("take" and "drop" use the first three)
-
-MOST_PROBLEMS = 1_000_000
-MOST_REPEATED = 20_000  # draws without a new problem, after which there are probably no more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,11 +189,12 @@ REDUCTIONS: dict[str, Reduction] = {
 
 # Parts of a request: before the first operation, between operations, before the reduction.
 _OPENINGS = ("", "Write a function to ", "Given a list of numbers, ", "Write Python code to ")
-_JOINS = (", then ", " and then ", ", ")
-_ENDS = (" and ", ", then ", " and finally ")
+JOINS = (", then ", " and then ", ", ")
+ENDS = (" and ", ", then ", " and finally ")
+CONNECTION = ", then |, and | and then | and finally |, | and "
 
 # Pairs of which one operation is redundant, or that leave nothing to return.
-_EXCLUDED_PAIRS = {
+EXCLUDED_PAIRS = {
     frozenset(pair)
     for pair in (
         ("even", "odd"),
@@ -233,7 +229,7 @@ class Problem:
     def task_id(self) -> str:
         """Readable identifier, unique for the request's meaning and wording."""
         steps = "-".join(kind + (str(c) if c else "") for kind, c in self.operations)
-        return f"{NAME}/{steps}-{self.reduction}-{_digest(self.prompt) % 10**6:06d}"
+        return f"{NAME}/{steps}-{self.reduction}-{digest(self.prompt) % 10**6:06d}"
 
     def solve(self, xs: list[int]) -> object:
         """Computes the right result for `xs`.
@@ -251,7 +247,7 @@ class Problem:
 
         There are fewer than `CASES` if the request leaves nothing to return for most inputs.
         """
-        rng = random.Random(_digest(repr((self.operations, self.reduction))))
+        rng = random.Random(digest(repr((self.operations, self.reduction))))
         cases: list[tuple[list[int], object]] = []
         for _ in range(8 * CASES):
             # Small numbers around the constants, with repeats: every operation has an effect.
@@ -268,10 +264,6 @@ class Problem:
         return len(cases) == CASES and len({repr(want) for _, want in cases}) >= 3
 
 
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
 @functools.cache
 def compositions(held_out: bool) -> tuple[tuple[str, ...], ...]:
     """Returns all compositions on one side of the split.
@@ -283,10 +275,10 @@ def compositions(held_out: bool) -> tuple[tuple[str, ...], ...]:
         (a, b)
         for a in OPERATIONS
         for b in OPERATIONS
-        if a != b and frozenset((a, b)) not in _EXCLUDED_PAIRS
+        if a != b and frozenset((a, b)) not in EXCLUDED_PAIRS
     ]
     every = [(*ops, r) for ops in singles + pairs for r in REDUCTIONS]
-    side = (c for c in every if (_digest(" ".join(c)) % HELD_OUT == 0) == held_out)
+    side = (c for c in every if is_held_out(" ".join(c)) == held_out)
     # A few compositions leave nothing for any constants ("keep absolute values below 0").
     return tuple(c for c in side if _sound_operations(random.Random(" ".join(c)), c) is not None)
 
@@ -313,7 +305,7 @@ def make_problem(rng: random.Random, composition: tuple[str, ...]) -> Problem:
         raise ValueError(f"no constants make {composition} a sound problem")
     reduction = composition[-1]
     steps = [rng.choice(OPERATIONS[kind].phrases).format(c=c) for kind, c in operations]
-    text = rng.choice(_OPENINGS) + rng.choice(_JOINS).join(steps) + rng.choice(_ENDS)
+    text = rng.choice(_OPENINGS) + rng.choice(JOINS).join(steps) + rng.choice(ENDS)
     text += rng.choice(REDUCTIONS[reduction].phrases) + "."
     return Problem(text[0].upper() + text[1:], operations, reduction)
 
@@ -331,29 +323,19 @@ def problems(split: str, count: int, seed: int = 0) -> list[Problem]:
     Raises:
         UserError: if there are not so many problems.
     """
-    require(count <= MOST_PROBLEMS, f"microcode has at most {MOST_PROBLEMS} problems, not {count}")
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
+    check_split(split)
     rng = random.Random(f"{split} {seed}")
     remaining: list[tuple[str, ...]] = []
-    found: dict[str, Problem] = {}
-    repeated = 0
-    while len(found) < count:
+
+    def draw() -> Problem | None:
         if not remaining:
-            remaining = list(compositions(held_out=split == "test"))
+            remaining.extend(compositions(held_out=split == "test"))
             rng.shuffle(remaining)
-        try:
-            problem = make_problem(rng, remaining.pop())
-        except ValueError:  # unlucky draws of a composition that few constants make sound
-            continue
-        before = len(found)
-        found.setdefault(problem.prompt.lower(), problem)
-        repeated = 0 if len(found) > before else repeated + 1
-        require(
-            repeated < MOST_REPEATED,
-            f"microcode has no {count} different problems, but about {len(found)}",
-        )
-    return list(found.values())
+        with contextlib.suppress(ValueError):  # few constants make some compositions sound
+            return make_problem(rng, remaining.pop())
+        return None
+
+    return different_problems(NAME, count, draw, lambda problem: problem.prompt)
 
 
 def respell(prompt: str) -> str | None:
@@ -380,17 +362,34 @@ def parse(prompt: str) -> Problem | None:
             if text in reduction.phrases and operations:
                 return Problem(prompt, tuple(operations), name)
         for kind, operation in OPERATIONS.items():
-            pattern = "|".join(re.escape(p).replace(r"\{c\}", r"(\d+)") for p in operation.phrases)
-            # A longer phrase may begin like a shorter one ("sort them in descending order"), so one
-            # of the connecting words must follow.
-            match = re.match(
-                rf"(?:{pattern})(?:, then |, and | and then | and finally |, | and )", text
-            )
-            if match and (kind != "drop" or match.group(1) or match.group(2)):
-                constant = int(next((g for g in match.groups() if g), 0))
-                if constant in operation.constants:
-                    operations.append((kind, constant))
-                    text = text[match.end() :]
-                    break
+            match = match_phrase(text, operation.phrases)
+            if match is not None and int(match[0]) in operation.constants:
+                operations.append((kind, int(match[0])))
+                text = match[1]
+                break
         else:
             return None
+
+
+def match_phrase(
+    text: str, phrases: Sequence[str], constant: str = r"\d+", follow: str = CONNECTION
+) -> tuple[str, str] | None:
+    """Matches the beginning of a request with phrases.
+
+    A longer phrase may begin like a shorter one ("sort them in descending order"), so a connection
+    must follow.
+
+    Args:
+        text: the request in lower case.
+        phrases: phrases with {c} for a constant.
+        constant: regular expression of a constant.
+        follow: regular expression of what must follow.
+
+    Returns:
+        (constant, the rest of the request), or None. The constant is "0" without one.
+    """
+    pattern = "|".join(re.escape(p).replace(r"\{c\}", f"({constant})") for p in phrases)
+    match = re.match(rf"(?:{pattern})(?:{follow})", text)
+    if match is None:
+        return None
+    return next((group for group in match.groups() if group), "0"), text[match.end() :]

@@ -5,8 +5,13 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
+from collections.abc import Sequence
+from typing import TypeAlias
 
-from xflow_jax.tasks.microcode.language import OPERATIONS, REDUCTIONS, Problem
+from xflow_jax.tasks.microcode.language import OPERATIONS, REDUCTIONS, Operation, Problem
+
+# An operation with its constant, or with the name of a variable in the place of the constant.
+BoundOperation: TypeAlias = tuple[Operation, int | str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,82 +65,127 @@ def _choose_form(rng: random.Random, code: tuple[str, ...], style: AnswerStyle) 
 
 
 def _parenthesize(expression: str) -> str:
-    return expression if re.fullmatch(r"\w+|abs\(.*\)", expression) else f"({expression})"
+    is_atom = re.fullmatch(r"\w+|\w+\(\w+\)|abs\(.*\)", expression)
+    return expression if is_atom else f"({expression})"
 
 
-def _element(rng: random.Random, operation: tuple[str, int], v: str, style: AnswerStyle) -> str:
-    kind, c = operation
+def element_expression(
+    rng: random.Random, operation: BoundOperation, v: str, style: AnswerStyle
+) -> str:
+    """Draws the expression of a filter's test, or of a map's value.
+
+    Args:
+        rng: source of the draws.
+        operation: the filter or map.
+        v: expression of the element.
+        style: distribution of the style.
+    """
+    how, c = operation
     return (
-        _choose_form(rng, OPERATIONS[kind].code, style)
-        .replace("{v}", _parenthesize(v))
-        .replace("{c}", str(c))
+        _choose_form(rng, how.code, style).replace("{v}", _parenthesize(v)).replace("{c}", str(c))
     )
 
 
-def _step(
+def step_expression(
     rng: random.Random,
-    operation: tuple[str, int],
+    operation: BoundOperation,
     xs: str,
     v: str,
     builtin: bool,
     style: AnswerStyle,
 ) -> str:
-    kind, c = operation
-    shape = OPERATIONS[kind].shape
-    if shape == "list":
-        return (
-            _choose_form(rng, OPERATIONS[kind].code, style)
-            .replace("{xs}", xs)
-            .replace("{c}", str(c))
-        )
-    element = _element(rng, operation, v, style)
+    """Draws the expression of one operation on a list.
+
+    Args:
+        rng: source of the draws.
+        operation: the operation.
+        xs: expression of the list.
+        v: name of an element.
+        builtin: True for `map` and `filter` instead of comprehensions.
+        style: distribution of the style.
+    """
+    how, c = operation
+    if how.shape == "list":
+        return _choose_form(rng, how.code, style).replace("{xs}", xs).replace("{c}", str(c))
+    element = element_expression(rng, operation, v, style)
     if builtin:
-        return f"list({shape}(lambda {v}: {element}, {xs}))"
+        return f"list({how.shape}(lambda {v}: {element}, {xs}))"
     return (
-        f"[{element} for {v} in {xs}]" if shape == "map" else f"[{v} for {v} in {xs} if {element}]"
+        f"[{element} for {v} in {xs}]"
+        if how.shape == "map"
+        else f"[{v} for {v} in {xs} if {element}]"
     )
 
 
-def _fused(
-    rng: random.Random, operations: tuple[tuple[str, int], ...], xs: str, v: str, style: AnswerStyle
+def fused_expression(
+    rng: random.Random, operations: Sequence[BoundOperation], xs: str, v: str, style: AnswerStyle
 ) -> str:
+    """Draws a comprehension of filters and maps, like `step_expression`."""
     value, tests = v, []
     for operation in operations:
-        if OPERATIONS[operation[0]].shape == "map":
-            value = _element(rng, operation, value, style)
+        if operation[0].shape == "map":
+            value = element_expression(rng, operation, value, style)
         else:
-            tests.append(_element(rng, operation, value, style))
+            tests.append(element_expression(rng, operation, value, style))
     return f"[{value} for {v} in {xs}{' if ' if tests else ''}{' and '.join(tests)}]"
 
 
-def _loop(rng: random.Random, problem: Problem, xs: str, v: str, style: AnswerStyle) -> list[str]:
-    total = problem.reduction in ("sum", "count") and rng.random() < style.total
-    out = ("total" if problem.reduction == "sum" else "count") if total else "out"
+def loop_lines(
+    rng: random.Random,
+    operations: Sequence[BoundOperation],
+    names: tuple[str, str, str],
+    reduction: str,
+    style: AnswerStyle,
+) -> list[str]:
+    """Draws a loop over a list.
+
+    Args:
+        rng: source of the draws.
+        operations: filters and maps.
+        names: names of the list, of an element and of the result.
+        reduction: "sum" or "count" for a result that adds up, else the result is a list.
+        style: distribution of the style.
+    """
+    xs, v, out = names
+    total = reduction in ("sum", "count")
     lines = [f"{out} = {0 if total else '[]'}", f"for {v} in {xs}:"]
     value, indent = v, "    "
-    for i, operation in enumerate(problem.operations):
-        if OPERATIONS[operation[0]].shape == "filter":
-            lines.append(f"{indent}if {_element(rng, operation, value, style)}:")
+    for i, operation in enumerate(operations):
+        if operation[0].shape == "filter":
+            lines.append(f"{indent}if {element_expression(rng, operation, value, style)}:")
             indent += "    "
-        elif i + 1 < len(problem.operations):
-            lines.append(f"{indent}{v} = {_element(rng, operation, value, style)}")
+        elif i + 1 < len(operations):
+            lines.append(f"{indent}{v} = {element_expression(rng, operation, value, style)}")
         else:
-            value = _element(rng, operation, value, style)
+            value = element_expression(rng, operation, value, style)
     if not total:
         lines.append(f"{indent}{out}.append({value})")
     else:
-        lines.append(f"{indent}{out} += {value if problem.reduction == 'sum' else 1}")
-    return [
-        *lines,
-        f"return {out if total else REDUCTIONS[problem.reduction].code.replace('{xs}', out)}",
-    ]
+        lines.append(f"{indent}{out} += {value if reduction == 'sum' else 1}")
+    return lines
 
 
-def _reduce(reduction: str, expression: str) -> str:
+def reduce_expression(reduction: str, expression: str) -> str:
+    """Returns the expression of a reduction of the list `expression`."""
     code = REDUCTIONS[reduction].code
     if expression.startswith("[") and reduction in ("sum", "largest", "smallest"):
         expression = expression[1:-1]
     return code.replace("{xs}", expression)
+
+
+def _loop(
+    rng: random.Random,
+    operations: Sequence[BoundOperation],
+    reduction: str,
+    xs: str,
+    v: str,
+    style: AnswerStyle,
+) -> list[str]:
+    """Draws the body of an answer with the layout "loop"."""
+    total = reduction in ("sum", "count") and rng.random() < style.total
+    out = ("total" if reduction == "sum" else "count") if total else "out"
+    lines = loop_lines(rng, operations, (xs, v, out), reduction if total else "list", style)
+    return [*lines, f"return {out if total else REDUCTIONS[reduction].code.replace('{xs}', out)}"]
 
 
 def sample_answer(rng: random.Random, problem: Problem, style: AnswerStyle = USUAL_STYLE) -> str:
@@ -143,26 +193,27 @@ def sample_answer(rng: random.Random, problem: Problem, style: AnswerStyle = USU
     name = rng.choice(style.function_names)
     xs = rng.choice(style.list_names)
     v = rng.choice(style.element_names)
-    elementwise = all(OPERATIONS[kind].shape != "list" for kind, _ in problem.operations)
+    operations = [(OPERATIONS[kind], c) for kind, c in problem.operations]
+    elementwise = all(how.shape != "list" for how, _ in operations)
     layout = rng.choice(style.layouts if elementwise else ("steps",))
     # "spread" uses its list twice, so the list needs a name.
     inline = problem.reduction != "spread" and rng.random() < style.inline
     if layout == "loop":
-        lines = _loop(rng, problem, xs, v, style)
+        lines = _loop(rng, operations, problem.reduction, xs, v, style)
     else:
         lines, current = [], xs
         builtin = layout == "steps" and rng.random() < style.builtin
         target = xs if rng.random() < 1 - style.new_name else "out"
-        groups = [problem.operations] if layout == "fused" else [(op,) for op in problem.operations]
+        groups = [operations] if layout == "fused" else [[op] for op in operations]
         for i, group in enumerate(groups):
             if layout == "fused":
-                expression = _fused(rng, group, current, v, style)
+                expression = fused_expression(rng, group, current, v, style)
             else:
-                expression = _step(rng, group[0], current, v, builtin, style)
+                expression = step_expression(rng, group[0], current, v, builtin, style)
             if inline and i + 1 == len(groups):
                 current = expression
             else:
                 lines.append(f"{target} = {expression}")
                 current = target
-        lines.append(f"return {_reduce(problem.reduction, current)}")
+        lines.append(f"return {reduce_expression(problem.reduction, current)}")
     return f"def {name}({xs}):\n" + "\n".join("    " + line for line in lines)

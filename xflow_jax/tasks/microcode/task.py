@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Sequence
 
-from xflow_jax.errors import UserError
 from xflow_jax.tasks.base import Task, TaskConfig, extract_code
-from xflow_jax.tasks.microcode.language import NAME, Problem, problems, respell
-from xflow_jax.tasks.microcode.solutions import sample_answer
+from xflow_jax.tasks.generated import problem_reader
+from xflow_jax.tasks.microcode.language import NAME, Problem, parse, problems, respell
+from xflow_jax.tasks.microcode.solutions import USUAL_STYLE, WIDE_STYLE, sample_answer
+from xflow_jax.tasks.microcode.training_pairs import training_pair
 
 CONFIG = TaskConfig(gen_length=48, block_length=16)
 # Of a held-out composition. Every rule answers it rightly, from the full budget to a quarter.
@@ -40,25 +40,22 @@ def checks(problem: Problem, code: str, cases: slice = slice(None)) -> str:
     function = re.search(r"^def (\w+)\(", code, re.MULTILINE)
     if not function:
         return "raise AssertionError('the answer defines no function')"
+    return call_checks(function.group(1), problem.cases()[cases])
+
+
+def call_checks(function: str, cases: Sequence[tuple[object, object]]) -> str:
+    """Returns checks of a function's results.
+
+    Args:
+        function: name of the function.
+        cases: (argument, right result) pairs. The function receives a copy of a list.
+    """
     return (
-        f"for _args, _want in {problem.cases()[cases]!r}:\n"
-        f"    _got = {function.group(1)}(list(_args))\n"
+        f"for _args, _want in {list(cases)!r}:\n"
+        f"    _got = {function}(list(_args) if isinstance(_args, list) else _args)\n"
         "    assert type(_got) is type(_want) and _got == _want, "
         "f'for {_args} got {_got!r}, not {_want!r}'\n"
     )
-
-
-def _problem_reader(
-    name: str, count: int, seed: int
-) -> Callable[[Path | None, int | None], list[Problem]]:
-    def read(data: Path | None, limit: int | None) -> list[Problem]:
-        if data is not None:
-            raise UserError(
-                f"microcode generates its problems and reads no data file, so leave {data} out"
-            )
-        return problems(name, count if limit is None else limit, seed)
-
-    return read
 
 
 def _parts(problem: Problem, code: str) -> list[tuple[str, str]]:
@@ -69,11 +66,15 @@ def _canonical(problem: Problem) -> str:
     return sample_answer(random.Random(problem.task_id), problem)
 
 
+def _training_pair(seed: int, index: int, early: bool) -> tuple[str, str]:
+    return training_pair(seed, index, WIDE_STYLE if early else USUAL_STYLE)
+
+
 def make_task(config: TaskConfig) -> Task[Problem]:
     """Builds the task with a protocol."""
     return Task(
         name=NAME,
-        problems=_problem_reader("test", HELD_OUT_PROBLEMS, 0),
+        problems=problem_reader(NAME, problems, "test", HELD_OUT_PROBLEMS, 0),
         task_id=lambda problem: problem.task_id,
         prompt=lambda problem: config.prompt.format(prompt=problem.prompt),
         extract=lambda problem, text: extract_code(config, text),
@@ -81,9 +82,12 @@ def make_task(config: TaskConfig) -> Task[Problem]:
         canonical=_canonical,
         config=config,
         parts=_parts,
-        training=_problem_reader("train", TRAINING_PROBLEMS, POLICY_SEED),
+        training=problem_reader(NAME, problems, "train", TRAINING_PROBLEMS, POLICY_SEED),
         respell=respell,
         example=EXAMPLE,
+        parse=parse,
+        case=lambda problem: next(iter(problem.cases()), None),
+        training_pair=_training_pair,
     )
 
 
