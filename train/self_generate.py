@@ -21,7 +21,7 @@ from tqdm import tqdm
 from train.prompts import read_conversations
 from train.setup import run_program
 from xflow_jax.checkpoints import append_text, destination_lock, write_atomic
-from xflow_jax.decoding import MaskPrediction, generate, make_decode_config
+from xflow_jax.decoding import Rule, generate, make_decode_config, parse_rule
 from xflow_jax.errors import UserError, require
 from xflow_jax.evaluation import fingerprint
 from xflow_jax.input_files import read_json, read_json_object
@@ -55,9 +55,10 @@ class SelfGenerateConfig:
         gen_length: N, positions of a response.
         block_length: positions of a block, 0 for the default of the model.
         steps: forward passes for the whole response, 0 for one per token.
+        rule: the decoding rule, as text.
         batch_size: B, prompts of a batch.
-        temperature: temperature of the Gumbel noise that chooses tokens.
-        confidence_eos_eot_inf: option of `MaskPrediction`.
+        temperature: temperature of the Gumbel noise that chooses tokens, for the rule "mask".
+        confidence_eos_eot_inf: predict EOS and EoT with confidence 0.
         seed: seed of the noise and of microcode's requests.
         dtype: dtype of the computation.
         mesh: sizes of data, fsdp and tensor of each process's own devices, or empty for one device.
@@ -74,6 +75,7 @@ class SelfGenerateConfig:
     gen_length: int = 48
     block_length: int = 0
     steps: int = 0
+    rule: str = "mask"
     batch_size: int = 64
     temperature: float = 0.0
     confidence_eos_eot_inf: bool = False
@@ -152,6 +154,20 @@ def judge(problems: Sequence[microcode.Problem], texts: Sequence[str]) -> list[b
     return [result.passed for result in run_many(jobs)]
 
 
+def decoding_rule(config: SelfGenerateConfig) -> Rule:
+    """Returns the rule that decodes the responses.
+
+    Args:
+        config: the configuration.
+
+    Raises:
+        UserError: for an unknown rule or option.
+    """
+    names = ("temperature", "confidence_eos_eot_inf")
+    defaults = [(name, getattr(config, name)) for name in names]
+    return parse_rule(config.rule, defaults)[1]
+
+
 def main(path: str, overrides: list[str]) -> None:
     """Writes the responses.
 
@@ -171,6 +187,7 @@ def main(path: str, overrides: list[str]) -> None:
         raise UserError(
             f"{config.model} has no tokenizer.json, which self-generation needs for its prompts"
         )
+    decoding_rule(config)
     prompts = read_prompts(config, tokenizer)
     # Lengths and steps are checked without parameters.
     unloaded = LM(build(model_config), model_config, {}, tokenizer)
@@ -231,9 +248,7 @@ def _decode(
         lm,
         # With one shape for all batches there is one compilation.
         rows + rows[-1:] * (config.batch_size - len(rows)),
-        MaskPrediction(
-            temperature=config.temperature, confidence_eos_eot_inf=config.confidence_eos_eot_inf
-        ),
+        decoding_rule(config),
         gen_length=config.gen_length,
         steps=config.steps or config.gen_length,
         block_length=config.block_length or None,
@@ -290,6 +305,8 @@ def _resume(out: Path, config: SelfGenerateConfig, prompts: Mapping[int, list[in
         write_atomic(out, "")
         return set()
     before = read_json(about) if about.exists() else None
+    if isinstance(before, dict):  # earlier versions had no rules
+        before = {"rule": SelfGenerateConfig.rule} | before
     if not isinstance(before, dict) or {k: before[k] for k in before if k != WEIGHTS} != made_by:
         raise UserError(
             f"{out} was made with another configuration, see {about}. Choose another out, or "

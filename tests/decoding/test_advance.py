@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -64,3 +66,17 @@ def test_the_division_of_the_velocity_cancels():
     )
     np.testing.assert_allclose(x, 2 + (30 - 2) / (1 - t) * 0.5 * (1 - t), rtol=1e-6)
     assert (new >= t).all() and (new <= 1).all()
+
+
+def test_a_rescaled_mixture_has_the_mean_length():
+    x_pred, m = jnp.asarray([[[3.0, 4.0]]]), jnp.asarray([[[0.0, -2.0]]])
+    state = dataclasses.replace(state_of([0.0]), x=m)
+    yes, no = jnp.ones((1, 1), bool), jnp.zeros((1, 1), bool)
+    action = Action(jnp.zeros((1, 1)), yes, no)
+    plain, scaled = (
+        advance(state, belief_of([0.25]), a, yes, x_pred, m, 99).x[0, 0]
+        for a in (action, action.replace(rescale=True))
+    )
+    np.testing.assert_allclose(plain, [0.75, -0.5])
+    np.testing.assert_allclose(jnp.linalg.norm(scaled), 0.25 * 5 + 0.75 * 2, rtol=1e-5)
+    np.testing.assert_allclose(scaled[0] * plain[1], scaled[1] * plain[0], rtol=1e-5)

@@ -18,7 +18,8 @@ from xflow_jax.models.config import LLaDAConfig
 from xflow_jax.models.factory import build, init_params
 from xflow_jax.parallel.mesh import make_mesh
 from xflow_jax.training import alignment, alignment_loss, losses, pretraining
-from xflow_jax.training.alignment import AlignmentConfig, make_align_step, make_alignment_loss
+from xflow_jax.training.alignment import AlignmentConfig, make_alignment_loss
+from xflow_jax.training.alignment_step import make_align_step
 from xflow_jax.training.state import TrainState
 
 CONFIG = LLaDAConfig(
@@ -157,7 +158,7 @@ def test_the_cross_entropy_of_clean_positions_is_added_where_asked(setting):
         make_alignment_loss(model, config)(params, batch, key)[0]
         for config in (ALIGNMENT, weighted)
     )
-    masked, _ = alignment._draw_noise(key, batch, 0)
+    masked, _ = alignment.draw_noise(key, batch, 0)
     tokens = jnp.concatenate([batch["prompt"], jnp.where(masked, 50, batch["response"])], axis=1)
     mask = jnp.concatenate([batch["prompt_mask"], jnp.ones_like(masked)], axis=1)
     nll = losses.cross_entropy(

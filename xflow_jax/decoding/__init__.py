@@ -1,6 +1,6 @@
 """Decoding as a flow. Start with decode.py: it is the paper."""
 
-from xflow_jax.decoding.belief import Belief, BeliefOptions, compute_belief
+from xflow_jax.decoding.belief import TOP, Belief, BeliefOptions, compute_belief
 from xflow_jax.decoding.blocks import (
     block_layout,
     branch_shares,
@@ -9,7 +9,7 @@ from xflow_jax.decoding.blocks import (
     resolve_steps,
 )
 from xflow_jax.decoding.cache_options import CacheOptions
-from xflow_jax.decoding.decode import decode
+from xflow_jax.decoding.decode import commit_tokens, decode, embed, move_positions
 from xflow_jax.decoding.forward import make_forward
 from xflow_jax.decoding.generate import (
     PROMPT_MULTIPLE,
@@ -35,7 +35,13 @@ from xflow_jax.decoding.rules.baselines import Threshold
 from xflow_jax.decoding.rules.external import source_hash
 from xflow_jax.decoding.rules.flow import Flow
 from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
-from xflow_jax.decoding.rules.parsing import parse_budget, parse_budgets, parse_rule, parse_rules
+from xflow_jax.decoding.rules.parsing import (
+    parse_budget,
+    parse_budgets,
+    parse_rule,
+    parse_rule_ranges,
+    parse_rules,
+)
 from xflow_jax.decoding.state import SETTLED, DecodeConfig, DecodeState, Step, Trace, read_out
 
 __all__ = [
@@ -53,15 +59,18 @@ __all__ = [
     "Rule",
     "SETTLED",
     "Step",
+    "TOP",
     "Threshold",
     "TokenConstraints",
     "Trace",
     "block_layout",
     "branch_shares",
     "check_policy_ranges",
+    "commit_tokens",
     "compute_belief",
     "decode",
     "decode_batch",
+    "embed",
     "features",
     "fit_policy",
     "generate",
@@ -70,11 +79,13 @@ __all__ = [
     "make_decode_config",
     "make_forward",
     "make_schedule",
+    "move_positions",
     "order_score",
     "pad_prompts",
     "parse_budget",
     "parse_budgets",
     "parse_rule",
+    "parse_rule_ranges",
     "parse_rules",
     "pass_positions",
     "read_out",

@@ -45,7 +45,6 @@ class DecodeContext:
         keys: one random key per sequence, [B].
         block_of: block of each canvas position, int [B, N].
         on_canvas: True at positions that the row decodes, bool [B, N].
-        m: the mask embedding, float32 [1, 1, E].
         scan: jax.lax.scan, or a plain loop of its signature.
     """
 
@@ -58,7 +57,6 @@ class DecodeContext:
     keys: Key[Array, " B"]
     block_of: Int[Array, "B N"]
     on_canvas: Bool[Array, "B N"]
-    m: Float[Array, "1 1 E"]
     scan: Scan
 
     @property
@@ -68,10 +66,6 @@ class DecodeContext:
         Guidance adds one whose prompt is masked.
         """
         return 2 if self.options.guidance else 1
-
-    def embed(self, tokens: Int[Array, "*shape"]) -> Float[Array, "*shape E"]:
-        """Reads rows of the embedding table in float32."""
-        return self.params["wte"]["embedding"][tokens].astype(jnp.float32)
 
     def model_rows(self, x: Array) -> Array:
         """Repeats [B, ...] for the copies of each sequence: [copies B, ...]."""
@@ -106,7 +100,7 @@ def decode(
     """
     batch, canvas = prompt.shape[0], config.canvas
     block_of, on_canvas = block_layout(config, prompt_mask)
-    m = params["wte"]["embedding"][model.config.mask_id].astype(jnp.float32)[None, None, :]
+    m = embed(params, jnp.full((1, 1), model.config.mask_id))
     options = rule.belief_options(model.config, config.eot_id)
     prompt_x = model.apply({"params": params}, prompt, method="embed")
     masks = (prompt_mask, on_canvas)
@@ -116,7 +110,7 @@ def decode(
         masks = (jnp.tile(prompt_mask, (2, 1)), jnp.tile(on_canvas, (2, 1)))
     forward = make_forward(model, params, config, prompt_x, *masks)
     context = DecodeContext(
-        model, params, rule, config, forward, options, keys, block_of, on_canvas, m, scan
+        model, params, rule, config, forward, options, keys, block_of, on_canvas, scan
     )
     start = DecodeState(
         x=jnp.broadcast_to(m, (batch, canvas, m.shape[-1])),
@@ -153,12 +147,11 @@ def _begin_block(context: DecodeContext, state: DecodeState, block: Int[Array, "
     """Commits all tokens of the blocks before `block`."""
     config, model = context.config, context.model.config
     old = (context.block_of < block) & context.on_canvas
-    x = jnp.where((old & (state.t < 1))[..., None], context.embed(state.tokens), state.x)
     finished = state.finished
     if config.stop_at_eos:
         in_response = old & (jnp.arange(config.canvas)[None, :] < config.gen_length)
         finished |= jnp.any(in_response & (state.tokens == model.eos_id), axis=-1)
-    return dataclasses.replace(state, x=x, t=jnp.where(old, 1.0, state.t), finished=finished)
+    return dataclasses.replace(commit_tokens(context.params, state, old), finished=finished)
 
 
 def _decode_step(
@@ -198,7 +191,7 @@ def _active_step(
         progress=after.t,
         confidence=belief.confidence,
         step_fraction=jnp.where(candidates, action.a, 0.0),
-        reedited=action.reset & candidates,
+        reedited=action.reset & candidates & (state.t > 0),
         top=belief.top,
         top_tokens=belief.top_tokens,
         notes=action.notes if config.notes else None,
@@ -260,8 +253,9 @@ def _move(
     """
     config, candidates = context.config, step.candidates
     action = dataclasses.replace(action, notes=None, memory=None)
+    move = functools.partial(move_positions, context.params, context.model.config.mask_id)
     if config.block_causal or config.blocks == 1:
-        return _move_columns(context, candidates, state, belief, action)
+        return move(candidates, state, belief, action)
     first, size = step.block * config.block_length, config.block_length
 
     def cut(x: Array) -> Array:
@@ -269,29 +263,39 @@ def _move(
 
     moving = {name: getattr(state, name) for name in ("x", "t", "tokens")}
     part = dataclasses.replace(state, **{name: cut(x) for name, x in moving.items()})
-    part = _move_columns(
-        context, cut(candidates), part, jax.tree.map(cut, belief), jax.tree.map(cut, action)
-    )
+    part = move(cut(candidates), part, jax.tree.map(cut, belief), jax.tree.map(cut, action))
     update = jax.lax.dynamic_update_slice_in_dim
     moved = {name: update(x, getattr(part, name), first, axis=1) for name, x in moving.items()}
     return dataclasses.replace(state, **moved)
 
 
-def _move_columns(
-    context: DecodeContext,
+def move_positions(
+    params: Params,
+    mask_id: int,
     candidates: Bool[Array, "B n"],
     state: DecodeState,
     belief: Belief,
     action: Action,
 ) -> DecodeState:
-    """Moves the candidates among columns, and mixes the others' inputs."""
-    x_pred = context.embed(belief.tokens)
-    mask_id = context.model.config.mask_id
-    after = advance(state, belief, action, candidates, x_pred, context.m, mask_id)
+    """Moves the candidates, and mixes the inputs of those that stay below t = 1.
+
+    Args:
+        params: parameters of the model, of which the embedding table is read.
+        mask_id: id of the mask token.
+        candidates: positions that may move.
+        state: the state before the step.
+        belief: predictions and confidences.
+        action: the rule's action.
+
+    Returns:
+        The state with new x, t and tokens.
+    """
+    x_pred, m = embed(params, belief.tokens), embed(params, jnp.full((1, 1), mask_id))
+    after = advance(state, belief, action, candidates, x_pred, m, mask_id)
     if action.mixture is None:
         return after
-    mixed = jnp.einsum("bnk,bnke->bne", action.mixture, context.embed(belief.top_tokens))
-    mixed += (1 - action.mixture.sum(-1, keepdims=True)) * context.m
+    mixed = jnp.einsum("bnk,bnke->bne", action.mixture, embed(params, belief.top_tokens))
+    mixed += (1 - action.mixture.sum(-1, keepdims=True)) * m
     stays = (candidates & (after.t < 1))[..., None]
     return dataclasses.replace(after, x=jnp.where(stays, mixed, after.x))
 
@@ -331,11 +335,41 @@ def advance(
     back = action.reset & ~action.commit
     moving = real & (state.t < 1) | real & action.commit
     x = jnp.where(moving[..., None], ahead, state.x)
-    x = jnp.where((real & back)[..., None], c[..., None] * x_pred + (1 - c[..., None]) * m, x)
+    mixed = c[..., None] * x_pred + (1 - c[..., None]) * m
+    if action.rescale:
+        mean = c * _norm(x_pred) + (1 - c) * _norm(m)
+        mixed *= (mean / (_norm(mixed) + 1e-6))[..., None]
+    x = jnp.where((real & back)[..., None], mixed, x)
     t = jnp.where(real & back, c, jnp.where(moving, t_ahead, state.t))
     written = candidates & (state.t < 1) | real & action.reset
     tokens = jnp.where(written, belief.tokens, state.tokens)
     return dataclasses.replace(state, x=x, t=t, tokens=tokens)
+
+
+def _norm(x: Float[Array, "*shape E"]) -> Float[Array, "*shape"]:
+    """Returns the Euclidean norm of each vector."""
+    return jnp.sqrt(jnp.sum(x * x, axis=-1))
+
+
+def commit_tokens(params: Params, state: DecodeState, positions: Bool[Array, "B N"]) -> DecodeState:
+    """Commits the tokens that stand at some positions: x = W_in[token], t = 1.
+
+    Args:
+        params: parameters of the model, of which the embedding table is read.
+        state: the state.
+        positions: True at the positions to commit.
+
+    Returns:
+        The new state.
+    """
+    moving = (positions & (state.t < 1))[..., None]
+    x = jnp.where(moving, embed(params, state.tokens), state.x)
+    return dataclasses.replace(state, x=x, t=jnp.where(positions, 1.0, state.t))
+
+
+def embed(params: Params, tokens: Int[Array, "*shape"]) -> Float[Array, "*shape E"]:
+    """Reads rows of the embedding table in float32."""
+    return params["wte"]["embedding"][tokens].astype(jnp.float32)
 
 
 def _find_finished(

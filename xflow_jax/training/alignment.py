@@ -1,4 +1,4 @@
-"""Configuration, loss and step of x-prediction alignment."""
+"""Configuration of an alignment, and the loss of x-prediction alignment."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from xflow_jax.errors import require
 from xflow_jax.models import LoraConfig, abstract_params, make_head
 from xflow_jax.training import alignment_loss, losses
 from xflow_jax.training.optimizers import OptimizerConfig, Storage
-from xflow_jax.training.state import Batch, TrainState
+from xflow_jax.training.state import Batch
+from xflow_jax.training.trajectory import TrajectoryConfig
 from xflow_jax.types import Array, Backbone, Bool, Float, Key, Metrics, Params
 
-# Both also take the frozen parameters `base` last, and do not need them without LoRA.
+# It also takes the frozen parameters `base` last, and does not need them without LoRA.
 LossFn: TypeAlias = Callable[..., tuple[Float[Array, ""], Metrics]]
-GradFn: TypeAlias = Callable[[Params, Batch, jax.Array, Params | None], tuple[Params, Metrics]]
-AlignStep: TypeAlias = Callable[..., tuple[TrainState, Metrics]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +32,9 @@ class AlignmentConfig:
         batch_size: B, rows of a batch.
         accumulate: equal parts of a batch that are processed one after the other.
         steps: updates of the run.
+        states: states to train on: "masked" (Eq. 11, the paper's), or "trajectory", those of live
+            decodes (training/trajectory.py).
+        trajectory: makers of the states of live decodes.
         tune: train all parameters, or LoRA adapters, which are float32.
         lora: rank, strength and targets of the adapters.
         optimizer: the optimiser and its rate.
@@ -57,6 +58,8 @@ class AlignmentConfig:
     batch_size: int = 64
     accumulate: int = 1
     steps: int = 200
+    states: Literal["masked", "trajectory"] = "masked"
+    trajectory: TrajectoryConfig = TrajectoryConfig()
     tune: Literal["all", "lora"] = "all"
     lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -80,10 +83,20 @@ class AlignmentConfig:
             f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}",
         )
         require(
+            self.batch_size // self.accumulate % self.groups == 0,
+            f"the {self.groups} rules of the trajectories do not divide batch_size "
+            f"{self.batch_size} in {self.accumulate} parts",
+        )
+        require(
             self.storage == "float32" or (self.dtype == "bfloat16" and self.tune == "all"),
             f'storage is "{self.storage}", which is for dtype = "bfloat16" and tune = "all". '
             'Use "float32".',
         )
+
+    @property
+    def groups(self) -> int:
+        """Groups of rows in each part of a batch that have states of their own."""
+        return len(self.trajectory.rules) if self.states == "trajectory" else 1
 
     @property
     def param_dtype(self) -> Literal["float32", "bfloat16"]:
@@ -112,9 +125,9 @@ def make_alignment_loss(model: Backbone, config: AlignmentConfig) -> LossFn:
     def loss_fn(
         params: Params, batch: Batch, key: jax.Array, base: Params | None = None
     ) -> tuple[Float[Array, ""], Metrics]:
-        variables = _model_variables(model, config, params, base)
+        variables = model_variables(model, config, params, base)
         prompt, response = batch["prompt"], batch["response"]
-        masked, counted = _draw_noise(key, batch, config.block_length)
+        masked, counted = draw_noise(key, batch, config.block_length)
         tokens = jnp.concatenate(
             [prompt, jnp.where(masked, model.config.mask_id, response)], axis=1
         )
@@ -140,10 +153,20 @@ def make_alignment_loss(model: Backbone, config: AlignmentConfig) -> LossFn:
     return loss_fn
 
 
-def _model_variables(
+def model_variables(
     model: Backbone, config: AlignmentConfig, params: Params, base: Params | None
 ) -> dict[str, Params]:
-    """Returns the variables of the model, with the adapters of LoRA."""
+    """Returns the variables of the model, with the adapters of LoRA.
+
+    Args:
+        model: the model.
+        config: the configuration.
+        params: the trained parameters, or the adapters with LoRA.
+        base: the frozen parameters, with LoRA.
+
+    Returns:
+        The collections "params", in the dtypes of the computation, and with LoRA "lora".
+    """
     full = compute_copy(model, params) if config.tune == "all" else base
     if full is None:
         raise ValueError("LoRA needs the frozen parameters `base`")
@@ -168,10 +191,19 @@ def compute_copy(model: Backbone, params: Params) -> Params:
     return jax.tree.map(lambda x, like: x.astype(like.dtype), params, compute)
 
 
-def _draw_noise(
+def draw_noise(
     key: Key[Array, ""], batch: Batch, block_length: int
 ) -> tuple[Bool[Array, "B N"], Bool[Array, "B N"]]:
-    """Returns (masked, counted): mask tokens, and positions that count in the loss."""
+    """Draws masked states (Eq. 11).
+
+    Args:
+        key: a random key.
+        batch: requests and responses.
+        block_length: positions of a block of which one is masked in each row, or 0.
+
+    Returns:
+        (masked, counted): mask tokens, and positions that count in the loss.
+    """
     b, n = batch["response"].shape
     ratio_key, mask_key, block_key = jax.random.split(key, 3)
     masked = losses.draw_masks(mask_key, losses.mask_ratios(ratio_key, b), n)
@@ -184,60 +216,3 @@ def _draw_noise(
     offset = jnp.floor(jax.random.uniform(block_key, (b, 1)) * (last - first + 1))
     counted = block == first + offset.astype(block.dtype)
     return masked & counted, counted
-
-
-def make_align_step(
-    model: Backbone, optimizer: optax.GradientTransformation, config: AlignmentConfig
-) -> AlignStep:
-    """Builds the step of x-prediction alignment.
-
-    Args:
-        model: the model.
-        optimizer: the optimiser of the trained parameters.
-        config: the configuration.
-
-    Returns:
-        step(state, batch, key, base=None) -> (state, metrics), with `base` as in
-        `make_alignment_loss`. The gradients of the `accumulate` parts are averaged in float32
-        before the one update.
-    """
-    grad_fn = jax.grad(make_alignment_loss(model, config), has_aux=True)
-
-    def step(
-        state: TrainState, batch: Batch, key: jax.Array, base: Params | None = None
-    ) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(key, state.step)
-        if config.accumulate == 1:
-            grads, metrics = grad_fn(state.params, batch, key, base)
-        else:
-            grads, metrics = _mean_gradients(
-                grad_fn, state.params, batch, key, base, config.accumulate
-            )
-        return state.update(grads, optimizer), metrics | {"grad_norm": optax.tree.norm(grads)}
-
-    return step
-
-
-def _mean_gradients(
-    grad_fn: GradFn,
-    params: Params,
-    batch: Batch,
-    key: Key[Array, ""],
-    base: Params | None,
-    count: int,
-) -> tuple[Params, Metrics]:
-    """Averages gradients and metrics over equal parts of a batch.
-
-    Sums are float32. optax.microbatching.microbatch would add bfloat16 gradients in bfloat16, and
-    it has no random key for each part.
-    """
-    # Part i has the rows i, i + count, ..., so each part is sharded as the batch is.
-    parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
-
-    def visit(total: Params, part: tuple[Batch, jax.Array]) -> tuple[Params, Metrics]:
-        grads, metrics = grad_fn(params, *part, base)
-        return jax.tree.map(lambda t, g: t + g / count, total, grads), metrics
-
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-    grads, metrics = jax.lax.scan(visit, zero, (parts, jax.random.split(key, count)))
-    return grads, jax.tree.map(jnp.mean, metrics)

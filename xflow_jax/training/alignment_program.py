@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -18,14 +19,16 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, Sharding
 from xflow_jax.errors import require
 from xflow_jax.models import abstract_params, build, lora_init, shardings, state_shardings
 from xflow_jax.parallel import batch_sharding, computation_scope, replicated
-from xflow_jax.training.alignment import (
-    AlignmentConfig,
-    AlignStep,
-    make_align_step,
-    make_alignment_loss,
-)
+from xflow_jax.training.alignment import AlignmentConfig, make_alignment_loss
+from xflow_jax.training.alignment_step import AlignStep, make_align_step
 from xflow_jax.training.optimizers import make_optimizer
-from xflow_jax.training.state import TrainState
+from xflow_jax.training.state import Batch, TrainState
+from xflow_jax.training.trajectory import (
+    LiveDecodes,
+    TrajectoryState,
+    begin_decodes,
+    parse_makers,
+)
 from xflow_jax.types import Metrics, ModelConfig, Params
 
 # The arguments of the step (state, batch, key, base), as jax.ShapeDtypeStruct with shardings.
@@ -96,11 +99,15 @@ def align_program(model_config: ModelConfig, config: AlignmentConfig, mesh: Mesh
         trained, base = (
             (lora_init(key, params, config.lora), params) if use_lora else (params, None)
         )
-        return TrainState.create(trained, optimizer), base
+        state = TrainState.create(trained, optimizer)
+        return begin_trajectories(model_config, config, state, params), base
 
     state, base = jax.eval_shape(begin, abstract_params(model))
     family, everywhere = model_config.family, replicated(mesh)
     state_sharding = state_shardings(state, mesh, family)
+    if isinstance(state, TrajectoryState):  # the live decodes are rows, as a batch is
+        live = jax.tree.map(lambda _: batch_sharding(mesh), state.live)
+        state_sharding = dataclasses.replace(state_sharding, live=live)
     base_sharding = shardings(base, mesh, family) if use_lora else None
     loss_fn = make_alignment_loss(model, config)
     arguments = (
@@ -123,8 +130,44 @@ def align_program(model_config: ModelConfig, config: AlignmentConfig, mesh: Mesh
     )
 
 
+def begin_trajectories(
+    model_config: ModelConfig, config: AlignmentConfig, state: TrainState, params: Params
+) -> TrainState:
+    """Adds live decodes to the state of a run, if it has any.
+
+    Args:
+        model_config: configuration of the model.
+        config: configuration of the alignment.
+        state: the state before the first step.
+        params: parameters of the model.
+
+    Returns:
+        A TrajectoryState whose decodes are all over, so that the first batch takes their places.
+        The state as it is with states = "masked".
+    """
+    if config.states == "masked":
+        return state
+    rows = config.batch_size // config.groups
+    shapes = (rows, config.prompt_length), (rows, config.gen_length)
+    empty: Batch = {
+        "prompt": jnp.zeros(shapes[0], jnp.int32),
+        "prompt_mask": jnp.zeros(shapes[0], bool),
+        "response": jnp.zeros(shapes[1], jnp.int32),
+    }
+    live: list[LiveDecodes | None] = []
+    for maker in parse_makers(config.trajectory.rules, model_config):
+        if maker is None:
+            live.append(None)
+            continue
+        decodes = begin_decodes(
+            maker, empty, jax.random.key(config.seed), params, model_config.mask_id
+        )
+        live.append(dataclasses.replace(decodes, over=jnp.ones(rows, bool)))
+    return TrajectoryState(state.step, state.params, state.opt_state, tuple(live))
+
+
 def check_lengths(model_config: ModelConfig, config: AlignmentConfig) -> None:
-    """Checks that prompt and response fit the model's positions.
+    """Checks that prompt, response and blocks fit the model.
 
     Args:
         model_config: configuration of the model.
@@ -138,6 +181,26 @@ def check_lengths(model_config: ModelConfig, config: AlignmentConfig) -> None:
         f"prompt_length {config.prompt_length} and gen_length {config.gen_length} exceed the "
         f"model's {model_config.max_length} positions. Lower one of them.",
     )
+    if config.states == "masked":
+        return
+    size = config.trajectory.block_length
+    if model_config.is_block_causal:
+        require(
+            config.block_length > 0 and size in (0, config.block_length),
+            f"block_length is {config.block_length} and trajectory.block_length {size}, but the "
+            "model is block-causal: set block_length, and leave trajectory.block_length at 0",
+        )
+    else:
+        require(
+            not config.block_length,
+            f"block_length is {config.block_length}, but the model attends to all positions: set "
+            "trajectory.block_length instead",
+        )
+        require(
+            config.gen_length % (size or config.gen_length) == 0,
+            f"trajectory.block_length {size} does not divide gen_length {config.gen_length}",
+        )
+    parse_makers(config.trajectory.rules, model_config)
 
 
 def check_batch(config: AlignmentConfig, mesh: Mesh | AbstractMesh) -> None:
@@ -151,10 +214,11 @@ def check_batch(config: AlignmentConfig, mesh: Mesh | AbstractMesh) -> None:
         UserError: if it does not.
     """
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = config.accumulate * config.groups
     require(
-        config.batch_size // config.accumulate % devices == 0,
-        f"batch_size {config.batch_size} in {config.accumulate} parts does not divide over the "
-        f"{devices} devices of data and fsdp. Use a multiple of {config.accumulate * devices}.",
+        config.batch_size // parts % devices == 0,
+        f"batch_size {config.batch_size} in {parts} parts does not divide over the "
+        f"{devices} devices of data and fsdp. Use a multiple of {parts * devices}.",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TypeAlias, no_type_check
 
@@ -38,7 +39,8 @@ class TrainState:
     def update(self, grads: Params, optimizer: optax.GradientTransformation) -> TrainState:
         """Returns the state after one update with the gradients."""
         updates, opt_state = optimizer.update(grads, self.opt_state, self.params)
-        return TrainState(self.step + 1, optax.apply_updates(self.params, updates), opt_state)
+        params = optax.apply_updates(self.params, updates)
+        return dataclasses.replace(self, step=self.step + 1, params=params, opt_state=opt_state)
 
 
 TrainStep: TypeAlias = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]

@@ -18,6 +18,7 @@ from xflow_jax.decoding.rules.baselines import Editing, Threshold
 from xflow_jax.decoding.rules.flow import Flow
 from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
 from xflow_jax.decoding.rules.parsing import RULES
+from xflow_jax.decoding.rules.revision import DMax
 from xflow_jax.errors import UserError
 
 
@@ -83,8 +84,11 @@ def test_a_class_without_all_members_is_no_rule():
         (Flow(reedit_margin=None), False),
         (Flow(revise_committed=False), False),
         (Flow(reedit_margin=None, revise_committed=False), False),
+        (Flow(reedit="always"), True),
+        (Flow(reedit="disagreement", revise_committed=False), False),
         (Editing(), True),
-        *((cls(), False) for cls in RULES.values() if cls not in (Flow, Editing)),
+        (DMax(), True),
+        *((cls(), False) for cls in RULES.values() if cls not in (Flow, Editing, DMax)),
     ],
     ids=repr,
 )

@@ -93,6 +93,8 @@ class Action:
         mixture: float32 [B, N, 4]. Positions below t = 1 after the step get as x the embeddings of
             the four likeliest tokens with these weights, and m with the rest. t stays.
         memory: the new DecodeState.memory, or None to keep it.
+        rescale: give the x of re-edited positions the length c |x_pred| + (1 - c) |m|, since a
+            mixture of two vectors is shorter than the mean of their lengths.
     """
 
     a: jax.Array
@@ -101,6 +103,7 @@ class Action:
     notes: Any = None
     mixture: jax.Array | None = None
     memory: Any = None
+    rescale: bool = static_field(False)
 
     @classmethod
     def unmask(cls, chosen: Bool[Array, "B N"]) -> Action:
@@ -186,11 +189,11 @@ def select_highest(
 
 
 def quota_or_confident(
-    scheduled: Bool[Array, "B N"], confident: Bool[Array, "B N"], quota: Int[Array, ""]
+    scheduled: Bool[Array, "B N"], confident: Bool[Array, "B N"], quota: Int[Array, ...]
 ) -> Bool[Array, "B N"]:
     """Selects confident positions if they fill the quota, else the scheduled ones.
 
-    This is the choice of LLaDA2.0's decoder.
+    This is the choice of LLaDA2.0's decoder. The quota is a scalar or [B, 1].
     """
     enough = jnp.sum(confident, axis=-1, keepdims=True) >= quota
     return jnp.where(enough, confident, scheduled)

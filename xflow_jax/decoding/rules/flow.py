@@ -12,6 +12,7 @@ from flax import struct
 
 from xflow_jax.decoding.belief import Belief
 from xflow_jax.decoding.policy import Policy, features
+from xflow_jax.decoding.rules import revision
 from xflow_jax.decoding.rules.base import (
     Action,
     TokenConstraints,
@@ -21,14 +22,26 @@ from xflow_jax.decoding.rules.base import (
 )
 from xflow_jax.decoding.state import SETTLED, DecodeState, Step
 from xflow_jax.errors import describe, require
-from xflow_jax.types import Array, Float
+from xflow_jax.types import Array, Bool, Float
 
 A_MIN = 1 / 256
+ENTRY = 0.9  # confidence above which a mask enters, without `jump`
+REEDITS = ("confidence", "disagreement", "always")
 
 
 @struct.dataclass
 class Flow(TokenConstraints):
     """x-prediction flow decoding (Eqs. 4-10).
+
+    Re-editing (Eq. 10) sets x = c x_pred + (1 - c) m and t = c. `reedit` selects the positions:
+
+    - "confidence": those with c - t < -reedit_margin, as the paper has it. c is the confidence of
+      the present argmax, so a token that the model surely contradicts is not re-edited.
+    - "disagreement": those whose argmax is not the token that stands there, with
+      c > reedit_above. A token stands there if t >= reedit_above.
+    - "always": all that have entered, in every step. A mask enters at c > jump (0.9 without
+      `jump`), and at least the surest one. The block is over if all c are at least `sure`, or if
+      nothing changed. `power`, `creep`, `commit` and a policy have no effect.
 
     Attributes:
         policy: trained step-size policy. Without one, a = c ** power, or with `jump`, a = 1 at
@@ -39,11 +52,17 @@ class Flow(TokenConstraints):
         revise_committed: re-edit positions at t = 1 too.
         reedit_margin: how far confidence may fall behind progress before a position is re-edited
             (Eq. 10), or None for no re-editing.
+        reedit: "confidence", "disagreement" or "always".
+        reedit_above: confidence above which a disagreement counts.
+        rescale: give a re-edited x the length c |x_pred| + (1 - c) |m|, as DMax does.
+        sure: confidence at which a prediction needs no further step, for "always".
+        least_passes: passes of a block before it can be over. Above 1, a block is only over after a
+            pass in which no token changed.
         commit: commit one position per sequence and step, whatever its step fraction.
         synchronous: one shared step a = 1 / (steps left), as in image diffusion.
         suppress_mask: predict neither the mask token nor a row without a token.
-        early_exit: skip the steps left in a block once all its positions reach `settled`. The last
-            predictions then stand.
+        early_exit: skip the steps left in a block once all its positions reach `settled`, or once
+            it is over. The last predictions then stand.
         settled: progress from which a position is no longer open.
         sample: draw steps from the policy instead of taking their expectation. The draws are in
             the trace's notes (training/rollout.py).
@@ -64,6 +83,11 @@ class Flow(TokenConstraints):
     early_exit: bool = static_field(False)
     settled: float = static_field(SETTLED)
     sample: bool = static_field(False)
+    reedit: str = static_field("confidence")
+    reedit_above: float = static_field(0.5)
+    rescale: bool = static_field(False)
+    sure: float = static_field(0.9)
+    least_passes: int = static_field(1)
 
     def __post_init__(self) -> None:
         # JAX builds trees with other leaves than policies, so only known mistakes are refused.
@@ -75,7 +99,15 @@ class Flow(TokenConstraints):
             self.policy is not None or not self.sample,
             "sample needs a policy, so name its file",
         )
+        known = f"{', '.join(REEDITS[:-1])} or {REEDITS[-1]}"
+        require(self.reedit in REEDITS, f"reedit must be {known}, not {self.reedit!r}")
+        require(
+            self.reedit != "always" or (self.policy is None and not self.synchronous),
+            'reedit "always" takes no steps, so it needs neither a policy nor synchronous',
+        )
+        require(self.least_passes >= 1, f"least_passes must be at least 1, not {self.least_passes}")
         check_ranges(self, power=math.inf, jump=1.0, creep=1.0, reedit_margin=math.inf, settled=1.0)
+        check_ranges(self, reedit_above=1.0, sure=1.0)
 
     @property
     def needs_keys(self) -> bool:
@@ -85,7 +117,21 @@ class Flow(TokenConstraints):
     @property
     def revises(self) -> bool:
         """True if positions at t = 1 can be re-edited."""
-        return self.reedit_margin is not None and self.revise_committed
+        if self.reedit == "confidence":
+            return self.reedit_margin is not None and self.revise_committed
+        return self.reedit == "always" or self.revise_committed
+
+    def init_memory(self, batch: int, canvas: int) -> revision.Revision | None:
+        """Returns the memory before the first step, if the rule counts passes."""
+        counts = self.reedit == "always" or self.least_passes > 1
+        return revision.Revision.first(batch) if counts else None
+
+    def is_open(self, state: DecodeState) -> Bool[Array, "B N"]:
+        """Returns True at positions that another step could still change."""
+        if self.reedit == "always":
+            return revision.is_open(state)
+        below = state.t < self.settled
+        return below if state.memory is None else below | ~state.memory.over[:, None]
 
     def fixed_step(self, c: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Returns the step fraction without a policy, from the confidence alone."""
@@ -95,6 +141,8 @@ class Flow(TokenConstraints):
 
     def __call__(self, belief: Belief, state: DecodeState, step: Step) -> Action:
         """Returns step fractions, resets and the hard commitment (Eqs. 5-10)."""
+        if self.reedit == "always":
+            return self._reedit_all(belief, state, step)
         c, t, notes = belief.confidence, state.t, None
         if self.synchronous:
             a = jnp.broadcast_to(1.0 / step.steps_left, t.shape)
@@ -107,15 +155,37 @@ class Flow(TokenConstraints):
                 a = self.policy.expected_step(s)
         else:
             a = self.fixed_step(c)
-        reset = jnp.zeros_like(step.candidates)
-        if self.reedit_margin is not None:
-            reset = step.candidates & (c - t < -self.reedit_margin)
-            if not self.revise_committed:
-                reset &= t < 1
+        reset = self._resets(belief, state, step)
         commit = jnp.zeros_like(step.candidates)
         if self.commit:
             after = jnp.where(reset, c, t + a * (1 - t))
             commit = select_highest(c, step.candidates & (after < SETTLED), 1)
         if notes is not None:
             notes["acted"] = step.candidates & (t < 1) & ~reset
-        return Action(a, reset, commit, notes)
+        memory = None
+        if state.memory is not None:
+            moves = step.candidates & ((t < 1) | reset) & (belief.tokens != state.tokens)
+            passes = state.memory.count_pass(step)
+            over = (passes >= self.least_passes) & ~jnp.any(moves, axis=-1)
+            memory = revision.Revision(over, passes)
+        return Action(a, reset, commit, notes, memory=memory, rescale=self.rescale)
+
+    def _resets(self, belief: Belief, state: DecodeState, step: Step) -> Bool[Array, "B N"]:
+        """Selects the positions to re-edit by confidence or by disagreement."""
+        c, t = belief.confidence, state.t
+        if self.reedit == "disagreement":
+            differs = (t >= self.reedit_above) & (belief.tokens != state.tokens)
+            reset = step.candidates & differs & (c > self.reedit_above)
+        elif self.reedit_margin is not None:
+            reset = step.candidates & (c - t < -self.reedit_margin)
+        else:
+            return jnp.zeros_like(step.candidates)
+        return reset if self.revise_committed else reset & (t < 1)
+
+    def _reedit_all(self, belief: Belief, state: DecodeState, step: Step) -> Action:
+        """Re-edits all that has entered, and lets further masks enter."""
+        c, masked = belief.confidence, step.candidates & (state.t == 0)
+        enters = masked & (c > (ENTRY if self.jump is None else self.jump))
+        enters |= select_highest(c, masked, 1)
+        options = (self.sure, self.least_passes, self.rescale)
+        return revision.reedit_all(belief, state, step, enters, *options)

@@ -23,7 +23,8 @@ from xflow_jax.decoding.rules.baselines import (
 from xflow_jax.decoding.rules.external import load_rule_class
 from xflow_jax.decoding.rules.flow import Flow
 from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
-from xflow_jax.errors import UserError, describe
+from xflow_jax.decoding.rules.revision import DMax
+from xflow_jax.errors import UserError, describe, require
 from xflow_jax.toml_config import coerce, format_value
 
 RULES: dict[str, type] = {
@@ -34,9 +35,11 @@ RULES: dict[str, type] = {
     "klass": Klass,
     "softmask": SoftMask,
     "edit": Editing,
+    "dmax": DMax,
     "flow": Flow,
 }
 _BUDGET = re.compile(r"[+-]?(\d{1,15}/\d{1,15}|\d{0,15}(\.\d{0,15})?(?<=[\d.])(e-?\d)?)", re.ASCII)
+_RANGE = re.compile(r"(\w+)=([-+\d.eE]+?)\.\.([-+\d.eE]+)", re.ASCII)
 # path/to/file.py:Class or package.module:Class, with options in parentheses if there are any.
 _EXTERNAL = re.compile(r"([^:()]+\.py|[\w.]+):([A-Za-z_]\w*)(?:\((.*)\))?")
 
@@ -88,6 +91,33 @@ def parse_rule(text: str, defaults: Iterable[tuple[str, object]] = ()) -> tuple[
         return text, cls(**given)
     except (UserError, TypeError, ValueError) as error:
         raise UserError(f"the rule {text}: {error}") from None
+
+
+def parse_rule_ranges(text: str) -> tuple[Rule, Rule, tuple[str, ...]]:
+    """Parses a rule whose numbers may be ranges: "threshold:tau=0.5..0.9".
+
+    Args:
+        text: as for `parse_rule`, with LOW..HIGH in the place of numbers.
+
+    Returns:
+        The rule with the lower ends, the rule with the upper ends, and the options with a range.
+
+    Raises:
+        UserError: as `parse_rule`, for either end, and for an option that is no decimal number.
+    """
+    lower = parse_rule(_RANGE.sub(r"\1=\2", text))[1]
+    upper = parse_rule(_RANGE.sub(r"\1=\3", text))[1]
+    names = []
+    for match in _RANGE.finditer(text):
+        name = match.group(1)
+        low, high = getattr(lower, name), getattr(upper, name)
+        require(
+            isinstance(low, float) and isinstance(high, float) and low <= high,
+            f"the rule {text}: {match.group()} must be LOW..HIGH of a decimal number, with the "
+            "smaller one first",
+        )
+        names.append(name)
+    return lower, upper, tuple(names)
 
 
 def _options(name: str, text: str, known: dict[str, object]) -> dict[str, Any]:

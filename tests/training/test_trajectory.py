@@ -1,0 +1,216 @@
+"""Live decodes: they are the decoder's, and the loss is taken at their states."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.helpers import toy
+from xflow_jax.decoding.decode import decode
+from xflow_jax.decoding.rules.parsing import parse_rule_ranges
+from xflow_jax.decoding.state import DecodeConfig
+from xflow_jax.errors import UserError
+from xflow_jax.training import losses, trajectory
+from xflow_jax.training.alignment import AlignmentConfig
+from xflow_jax.training.alignment_program import begin_trajectories
+from xflow_jax.training.alignment_step import make_align_step
+from xflow_jax.training.trajectory import TrajectoryConfig, parse_makers
+from xflow_jax.training.trajectory_loss import make_trajectory_loss
+
+B, P, N, PASSES = 4, 5, 8, 3
+ZERO = optax.set_to_zero()
+FLOW, DRAWN = "flow:reedit=always,jump=0.2", "flow:jump=0.1..0.9,creep=0.1..0.4"
+
+
+def config_of(*rules, **more):
+    block_length = more.pop("block_length", 0)
+    options = TrajectoryConfig(
+        rules=rules, block_length=block_length, passes=PASSES, error=more.pop("error", 0.0)
+    )
+    return AlignmentConfig(
+        prompt_length=P, gen_length=N, batch_size=B, states="trajectory", trajectory=options,
+        steps=9, chunk=16, **more,
+    )  # fmt: skip
+
+
+def batch_of(seed: int = 0) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(seed)
+    mask = np.ones((B, P), bool)
+    mask[1, :3] = False
+    return {
+        "prompt": jnp.asarray(rng.integers(0, 20, (B, P)), jnp.int32),
+        "prompt_mask": jnp.asarray(mask),
+        "response": jnp.asarray(rng.integers(0, 20, (B, N)), jnp.int32),
+    }
+
+
+def start(lm, config, optimizer=ZERO):
+    state = trajectory.TrainState.create(lm.params, optimizer)
+    return begin_trajectories(lm.config, config, state, lm.params)
+
+
+@pytest.mark.parametrize(
+    "rule, block_length",
+    [(FLOW, 0), ("flow:jump=0.3,creep=0.2,early_exit=true", 4), ("softmask", 4), ("dmax", 0)],
+)
+def test_a_live_decode_is_a_decode(rule, block_length):
+    """With constant parameters each pass of a row is a step of the decoder, in any block."""
+    lm, config = toy(), config_of(rule, block_length=block_length)
+    size = block_length or N
+    decode_config = DecodeConfig(N, size, PASSES, early_exit=True, trace=True)
+    batch, keys = batch_of(), jax.random.split(jax.random.key(0), B)
+    parsed = parse_rule_ranges(rule)[0]
+    final, trace = jax.jit(
+        lambda: decode(
+            lm.model, lm.params, parsed, decode_config, batch["prompt"], batch["prompt_mask"], keys
+        )
+    )()
+    loss = jax.jit(make_trajectory_loss(lm.model, config))
+    live = start(lm, config).live
+    ended = np.zeros(B, bool)
+    for step in range(decode_config.blocks * PASSES):
+        _, (_, live) = loss(lm.params, batch, live, jax.random.key(step))
+        for row in np.flatnonzero(~ended):
+            # The row's own step of the schedule. Blocks that end early skip the steps left.
+            taken = np.flatnonzero(np.asarray(trace.confidence)[:, row].max(-1) > 0)[step]
+            wanted = np.asarray(trace.tokens[taken, row])
+            block = np.arange(N) // size == taken // PASSES
+            now = np.asarray(live[0].state.tokens[row])
+            settled = np.asarray(trace.progress[taken - 1, row]) >= 1 if taken else ~block
+            fresh = block & ~settled
+            np.testing.assert_array_equal(now[fresh], wanted[fresh])
+        for row in np.flatnonzero(~ended & np.asarray(live[0].over)):
+            np.testing.assert_array_equal(live[0].state.tokens[row], final.tokens[row])
+            assert step + 1 == int(final.forward_passes[row])
+        ended |= np.asarray(live[0].over)
+    assert ended.all()
+
+
+def test_the_loss_is_the_cross_entropy_at_the_states_as_they_are():
+    lm, config = toy(), config_of(FLOW, error=0.5, freeze_embedding=False)
+    batch, loss = batch_of(), make_trajectory_loss(lm.model, config)
+    state = start(lm, config)
+    _, (_, live) = jax.jit(loss)(lm.params, batch, state.live, jax.random.key(0))
+    live = (dataclasses.replace(live[0], over=jnp.zeros(B, bool)),)
+    x = live[0].state.x
+    assert float(jnp.abs(x - x[:1, :1]).max()) > 0.1  # the first pass has moved them
+
+    def plain(params):
+        variables = {"params": params}
+        prompt = lm.model.apply(variables, batch["prompt"], method="embed")
+        mask = jnp.concatenate([batch["prompt_mask"], jnp.ones((B, N), bool)], axis=1)
+        hidden = lm.model.apply(variables, jnp.concatenate([prompt, x], 1), mask, method="hidden")[
+            :, P:
+        ]
+        logits = lm.model.apply(variables, hidden, method="head")
+        table = jax.lax.stop_gradient(params["wte"]["embedding"])
+        x_pred = jax.nn.softmax(logits) @ table
+        error = jnp.sum((x_pred - table[batch["response"]]) ** 2, axis=-1)
+        return jnp.mean(losses.cross_entropy(logits, batch["response"]) + 0.5 * error)
+
+    ours, grads = jax.jit(jax.value_and_grad(lambda p: loss(p, batch, live, jax.random.key(1))[0]))(
+        lm.params
+    )
+    wanted, wanted_grads = jax.jit(jax.value_and_grad(plain))(lm.params)
+    np.testing.assert_allclose(ours, wanted, rtol=1e-5)
+    chex.assert_trees_all_close(grads, wanted_grads, rtol=1e-3, atol=1e-5)
+
+
+def test_a_new_request_takes_the_place_of_a_decode_that_is_over():
+    lm, config = toy(), config_of(DRAWN)
+    loss = jax.jit(make_trajectory_loss(lm.model, config))
+    first, second = batch_of(0), batch_of(1)
+    _, (_, live) = loss(lm.params, first, start(lm, config).live, jax.random.key(0))
+    over = jnp.asarray([True, False, True, False])
+    live = (dataclasses.replace(live[0], over=over),)
+    _, (metrics, after) = loss(lm.params, second, live, jax.random.key(1))
+    for name in first:
+        wanted = jnp.where(over[:, None], second[name], first[name])
+        np.testing.assert_array_equal(after[0].batch[name], wanted)
+    index = jnp.where(after[0].over, 0, jnp.where(over, 1, 2))  # 0: the block has ended
+    np.testing.assert_array_equal(after[0].index[:, 0], index)
+    for name, low, high in (("jump", 0.1, 0.9), ("creep", 0.1, 0.4)):
+        old, new = np.asarray(live[0].numbers[name]), np.asarray(after[0].numbers[name])
+        np.testing.assert_array_equal(old[~over], new[~over])  # a decode keeps its numbers
+        assert np.all(old[over] != new[over]) and len(np.unique(new)) == B
+        assert new.min() >= low and new.max() <= high
+    assert {"loss", "state_nll", "right", "ended"} <= metrics.keys()
+
+
+def test_groups_have_states_of_their_own_and_parts_change_no_row():
+    lm, rules = toy(), (FLOW, "masked")
+    batch = batch_of()
+    states = []
+    for accumulate in (1, 2):
+        config = config_of(*rules, accumulate=accumulate)
+        step = jax.jit(make_align_step(lm.model, optax.set_to_zero(), config))
+        state, metrics = step(start(lm, config), batch, jax.random.key(0))
+        assert {"state_nll", "masked_nll", "grad_norm"} <= metrics.keys()
+        assert state.live[1] is None
+        states.append(state.live[0])
+    # Rows 0 and 2 belong to the rule. In two parts of two rows, rows 0 and 1 do.
+    np.testing.assert_array_equal(states[0].batch["prompt"], batch["prompt"][::2])
+    np.testing.assert_array_equal(states[1].batch["prompt"], batch["prompt"][:2])
+    np.testing.assert_allclose(states[0].state.x[0], states[1].state.x[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rules, sentence",
+    [
+        (("flwo",), "there is no rule 'flwo', did you mean flow?"),
+        (("mask:cfg_scale=1",), "has guidance, which needs a second pass"),
+        (("flow:jump=0.9..0.1",), "must be LOW..HIGH of a decimal number"),
+        (("klass:history=1..3",), "must be LOW..HIGH of a decimal number"),
+        (("flow:jump=0.5..1.5",), "jump must be between 0 and 1, not 1.5"),
+        (("mask:temperature=0.1..0.9",), "has a range for a number that all rows share"),
+    ],
+)
+def test_rules_that_make_no_states(rules, sentence):
+    with pytest.raises(UserError) as error:
+        parse_makers(rules, toy().config)
+    assert sentence in str(error.value)
+
+
+def test_a_rule_that_branches_by_its_number(tmp_path):
+    source = """
+import dataclasses
+from xflow_jax.decoding import Action, TokenConstraints, static_field
+
+@dataclasses.dataclass(frozen=True)
+class Branching(TokenConstraints):
+    tau: float = 0.5
+
+    def __call__(self, belief, state, step):
+        if self.tau > 0.7:
+            return Action.unmask(step.candidates)
+        return Action.unmask(step.candidates & (belief.confidence > self.tau))
+"""
+    file = tmp_path / "branching.py"
+    file.write_text(source)
+    parse_makers([f"{file}:Branching(tau=0.8)"], toy().config)
+    with pytest.raises(UserError, match="decides by tau which program runs, so it takes no range"):
+        parse_makers([f"{file}:Branching(tau=0.3..0.8)"], toy().config)
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"rules": ()}, "trajectory.rules is empty"),
+        ({"passes": 0}, "trajectory.passes is 0, but it must be at least 1"),
+        ({"error": -1.0}, "trajectory.error is -1.0, but it must not be negative"),
+    ],
+)
+def test_impossible_options(options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        TrajectoryConfig(**options)
+
+
+def test_rules_that_do_not_divide_the_batch():
+    with pytest.raises(UserError, match="the 3 rules of the trajectories do not divide batch_size"):
+        config_of(FLOW, DRAWN, "masked")

@@ -1,0 +1,351 @@
+"""Trajectory alignment: the states of live decodes as training inputs.
+
+The paper's alignment trains on masked states alone, which no fast decoder visits. Here a batch
+holds decodes that are under way. Each update takes the loss at their states as they are, then moves
+the states by the same forward pass. A decode that is over is replaced by a new request.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar, no_type_check
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from xflow_jax.decoding import (
+    TOP,
+    Belief,
+    BeliefOptions,
+    DecodeState,
+    Rule,
+    Step,
+    commit_tokens,
+    embed,
+    move_positions,
+    parse_rule_ranges,
+)
+from xflow_jax.errors import UserError, require
+from xflow_jax.training.state import Batch, TrainState
+from xflow_jax.types import Array, Bool, Float, Int, Key, ModelConfig, Params
+
+T = TypeVar("T")
+
+MASKED = "masked"  # a group of rows whose states are those of Eq. 11
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrajectoryConfig:
+    """Makers of the states, and what is trained at them.
+
+    Attributes:
+        rules: one rule for each equal group of the batch's rows, as text. Instead of a number it
+            may have a range, "flow:reedit=always,jump=0.3..0.9". Each decode draws its own number
+            from it. "masked" stands for the states of Eq. 11.
+        block_length: positions of a block of the decodes, 0 for that of the alignment, or for one
+            block.
+        passes: most passes of a block.
+        error: weight of the squared error of Eq. 12 beside the cross-entropy.
+
+    Raises:
+        UserError: if a value is out of range.
+    """
+
+    rules: tuple[str, ...] = ("flow:reedit=always,jump=0.3..0.95", MASKED)
+    block_length: int = 0
+    passes: int = 8
+    error: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(bool(self.rules), "trajectory.rules is empty, but it must name a rule")
+        require(self.passes >= 1, f"trajectory.passes is {self.passes}, but it must be at least 1")
+        for name in ("block_length", "error"):
+            value = getattr(self, name)
+            require(value >= 0, f"trajectory.{name} is {value}, but it must not be negative")
+
+
+@dataclass(frozen=True)
+class StateMaker:
+    """A rule with the ranges of its numbers.
+
+    Attributes:
+        rule: the rule.
+        ranges: (option, smallest, largest) of the numbers that each decode draws.
+        options: the rule's constraints of the belief.
+    """
+
+    rule: Rule
+    ranges: tuple[tuple[str, float, float], ...]
+    options: BeliefOptions
+
+    def rule_of(self, numbers: dict[str, Float[Array, "B 1"]]) -> Rule:
+        """Returns the rule with the numbers of each decode."""
+        return _with_numbers(self.rule, numbers)
+
+    def draw(self, key: Key[Array, ""], batch: int) -> dict[str, Float[Array, "B 1"]]:
+        """Draws the numbers of new decodes."""
+        keys = jax.random.split(key, max(len(self.ranges), 1))
+        return {
+            name: jax.random.uniform(k, (batch, 1), minval=low, maxval=high)
+            for k, (name, low, high) in zip(keys, self.ranges, strict=False)
+        }
+
+
+def _with_numbers(rule: T, numbers: dict[str, jax.Array]) -> T:
+    """Returns a rule with arrays in the place of numbers."""
+    rule = copy.copy(rule)
+    for name, number in numbers.items():  # the constructor takes one number for all rows
+        object.__setattr__(rule, name, number)
+    return rule
+
+
+def parse_makers(texts: Sequence[str], model: ModelConfig) -> list[StateMaker | None]:
+    """Parses the rules of a TrajectoryConfig.
+
+    Args:
+        texts: the rules.
+        model: configuration of the model.
+
+    Returns:
+        A maker for each, or None for masked states.
+
+    Raises:
+        UserError: for an unknown rule, an impossible range, or a rule with guidance.
+    """
+    makers: list[StateMaker | None] = []
+    for text in texts:
+        if text.strip() == MASKED:
+            makers.append(None)
+            continue
+        rule, upper, names = parse_rule_ranges(text)
+        options = rule.belief_options(model, None)
+        require(
+            upper.belief_options(model, None) == options,
+            f"the rule {text} has a range for a number that all rows share. Write one number.",
+        )
+        require(
+            not options.guidance,
+            f"the rule {text} has guidance, which needs a second pass. Leave it out.",
+        )
+        ranges = tuple((name, getattr(rule, name), getattr(upper, name)) for name in names)
+        maker = StateMaker(rule, ranges, options)
+        _check_numbers(text, maker)
+        makers.append(maker)
+    return makers
+
+
+def _check_numbers(text: str, maker: StateMaker) -> None:
+    """Raises UserError if the rule cannot compute with arrays in the place of its numbers."""
+    no, zero, grid = jnp.zeros((1, 1), bool), jnp.zeros((1, 1)), jnp.zeros((1, 1), jnp.int32)
+    four = jnp.zeros((1, 1, TOP))
+
+    def run(numbers: dict[str, jax.Array], keys: jax.Array) -> None:
+        rule = _with_numbers(maker.rule, numbers)
+        state = DecodeState(four, zero, grid, grid[0], no[0], memory=rule.init_memory(1, 1))
+        step = Step(grid, grid, zero, grid, zero, None, no, keys)
+        rule(Belief(grid, zero, four, four.astype(jnp.int32), zero), state, step)
+
+    numbers = {name: jax.ShapeDtypeStruct((1, 1), jnp.float32) for name, _, _ in maker.ranges}
+    try:
+        jax.eval_shape(run, numbers, jax.random.split(jax.random.key(0), 1))
+    except (jax.errors.ConcretizationTypeError, UserError) as error:
+        if isinstance(error, UserError):  # a rule from a file reports its own errors
+            if not isinstance(error.__cause__, jax.errors.ConcretizationTypeError):
+                raise
+        names = " and ".join(name for name, _, _ in maker.ranges)
+        raise UserError(
+            f"the rule {text} decides by {names} which program runs, so it takes no range there"
+        ) from None
+
+
+@no_type_check  # of the fields, since transforms of trees put other leaves there
+@struct.dataclass
+class LiveDecodes:
+    """Decodes under way, one a row.
+
+    Attributes:
+        batch: their requests and targets, "prompt", "prompt_mask" and "response".
+        state: their states.
+        block: the active block, int [B, 1].
+        index: steps in it so far, int [B, 1].
+        numbers: option of the rule -> number of each decode, float32 [B, 1].
+        over: True if a new request replaces the decode, bool [B].
+    """
+
+    batch: Batch
+    state: DecodeState
+    block: jax.Array
+    index: jax.Array
+    numbers: dict[str, jax.Array]
+    over: jax.Array
+
+
+@no_type_check  # of the fields, since transforms of trees put other leaves there
+@struct.dataclass
+class TrajectoryState(TrainState):
+    """State of a run of trajectory alignment.
+
+    Attributes:
+        live: the live decodes of each group, or None for masked states.
+    """
+
+    live: tuple[LiveDecodes | None, ...] = ()
+
+
+def begin_decodes(
+    maker: StateMaker, batch: Batch, key: Key[Array, ""], params: Params, mask_id: int
+) -> LiveDecodes:
+    """Begins a decode for each request of a batch.
+
+    Args:
+        maker: the rule.
+        batch: requests and targets.
+        key: a random key.
+        params: parameters of the model, of which the embedding table is read.
+        mask_id: id of the mask token.
+
+    Returns:
+        The decodes before their first pass.
+    """
+    b, n = batch["response"].shape
+    m = embed(params, jnp.full((1, 1), mask_id))
+    zero = jnp.zeros((b, 1), jnp.int32)
+    state = DecodeState(
+        x=jnp.broadcast_to(m, (b, n, m.shape[-1])),
+        t=jnp.zeros((b, n)),
+        tokens=jnp.full((b, n), mask_id, jnp.int32),
+        forward_passes=jnp.zeros(b, jnp.int32),
+        finished=jnp.zeros(b, bool),
+        memory=maker.rule.init_memory(b, n),
+    )
+    return LiveDecodes(batch, state, zero, zero, maker.draw(key, b), jnp.zeros(b, bool))
+
+
+def replace_finished(live: LiveDecodes, fresh: LiveDecodes) -> LiveDecodes:
+    """Replaces the decodes that are over by new ones."""
+
+    def choose(new: Array, old: Array) -> Array:
+        return jnp.where(live.over.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+    return jax.tree.map(choose, fresh, live)
+
+
+def block_of(
+    prompt_mask: Bool[Array, "B P"], positions: int, block_length: int, block_causal: bool
+) -> Int[Array, "B N"]:
+    """Returns the block of each response position.
+
+    Under block-causal attention blocks count from each row's first token.
+    """
+    index = jnp.arange(positions)[None]
+    if not block_causal:
+        return jnp.broadcast_to(index // block_length, (prompt_mask.shape[0], positions))
+    length = jnp.sum(prompt_mask, axis=1, keepdims=True)
+    return (length + index) // block_length - length // block_length
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Blocks and passes of the live decodes.
+
+    Attributes:
+        block_length: positions of a block.
+        passes: most passes of a block.
+        block_causal: True if a block attends to earlier blocks only.
+        eos_id: id of EOS. Under block-causal attention a decode ends with the block that holds it.
+        mask_id: id of the mask token.
+    """
+
+    block_length: int
+    passes: int
+    block_causal: bool
+    eos_id: int
+    mask_id: int
+
+    def blocks(self, live: LiveDecodes) -> Int[Array, "B N"]:
+        """Returns the block of each response position."""
+        mask, positions = live.batch["prompt_mask"], live.state.t.shape[1]
+        return block_of(mask, positions, self.block_length, self.block_causal)
+
+    def step(self, live: LiveDecodes, keys: Key[Array, " B"] | None) -> Step:
+        """Returns the step of each row, with arrays [B, 1]."""
+        size, passes, index = self.block_length, self.passes, live.index
+        return Step(
+            index=live.block * passes + index,
+            block=live.block,
+            rho=index.astype(jnp.float32) / max(passes - 1, 1),
+            quota=size // passes + (index < size % passes),
+            steps_left=(passes - index).astype(jnp.float32),
+            candidates=self.blocks(live) == live.block,
+            keys=keys,
+        )
+
+
+def advance_decodes(
+    maker: StateMaker,
+    schedule: Schedule,
+    live: LiveDecodes,
+    belief: Belief,
+    params: Params,
+    keys: Key[Array, " B"] | None,
+) -> LiveDecodes:
+    """Moves each decode by one pass.
+
+    A block ends if the rule leaves no position open, or after its last pass. Its tokens are
+    committed then, as in a decode.
+
+    Args:
+        maker: the rule.
+        schedule: blocks and passes.
+        live: the decodes.
+        belief: predictions at their states.
+        params: parameters of the model, of which the embedding table is read.
+        keys: one random key per row, if the rule draws.
+
+    Returns:
+        The decodes after the pass.
+    """
+    rule, step, blocks = (
+        maker.rule_of(live.numbers),
+        schedule.step(live, keys),
+        schedule.blocks(live),
+    )
+    action = rule(belief, live.state, step)
+    state = move_positions(params, schedule.mask_id, step.candidates, live.state, belief, action)
+    if action.memory is not None:
+        state = dataclasses.replace(state, memory=action.memory)
+    open_here = jnp.any(step.candidates & rule.is_open(state), axis=1, keepdims=True)
+    ends = ~open_here | (live.index + 1 >= schedule.passes)
+    last = live.block >= blocks[:, -1:]
+    if schedule.block_causal:
+        is_eos = step.candidates & (state.tokens == schedule.eos_id)
+        last |= jnp.any(is_eos, axis=1, keepdims=True)
+    state = commit_tokens(params, state, ends & (blocks <= live.block))
+    return dataclasses.replace(
+        live,
+        state=state,
+        block=live.block + ends,
+        index=jnp.where(ends, 0, live.index + 1),
+        over=(ends & last)[:, 0],
+    )
+
+
+def split_groups(batch: Batch, count: int) -> list[Batch]:
+    """Splits the rows of a batch into groups: row i belongs to group i % count.
+
+    So each group is sharded as the batch is.
+    """
+    return [
+        jax.tree.map(lambda x, g=group: x.reshape(-1, count, *x.shape[1:])[:, g], batch)
+        for group in range(count)
+    ]
+
+
+def join_groups(groups: Sequence[Array]) -> Array:
+    """Joins arrays of groups, the inverse of `split_groups`."""
+    joined = jnp.stack(groups, axis=1)
+    return joined.reshape(-1, *joined.shape[2:])

@@ -1,0 +1,203 @@
+"""The loss of trajectory alignment, which also moves the live decodes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from xflow_jax.decoding import compute_belief, embed
+from xflow_jax.models import Head, make_head
+from xflow_jax.training import alignment_loss, losses
+from xflow_jax.training.alignment import AlignmentConfig, draw_noise, model_variables
+from xflow_jax.training.state import Batch
+from xflow_jax.training.trajectory import (
+    LiveDecodes,
+    Schedule,
+    StateMaker,
+    advance_decodes,
+    begin_decodes,
+    join_groups,
+    parse_makers,
+    replace_finished,
+    split_groups,
+)
+from xflow_jax.types import Array, Backbone, Bool, Float, Metrics, ModelConfig, Params
+
+Live: TypeAlias = tuple[LiveDecodes | None, ...]
+# (params, batch, live decodes, key, base) -> (loss, (metrics, live decodes))
+TrajectoryLoss: TypeAlias = Callable[..., tuple[Float[Array, ""], tuple[Metrics, Live]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _States:
+    """Inputs of one group of rows.
+
+    Attributes:
+        batch: requests and targets.
+        x: states, float32 [B, N, E].
+        counted: positions that count in the loss, bool [B, N].
+        masked: mask tokens of a group of masked states, or None.
+        live: the decodes of a group with a rule, or None.
+    """
+
+    batch: Batch
+    x: Float[Array, "B N E"]
+    counted: Bool[Array, "B N"]
+    masked: Bool[Array, "B N"] | None = None
+    live: LiveDecodes | None = None
+
+
+def make_schedule(model: ModelConfig, config: AlignmentConfig) -> Schedule:
+    """Returns blocks and passes of the live decodes of an alignment."""
+    size = config.trajectory.block_length or config.block_length or config.gen_length
+    causal = bool(config.block_length)
+    return Schedule(size, config.trajectory.passes, causal, model.eos_id, model.mask_id)
+
+
+def make_trajectory_loss(model: Backbone, config: AlignmentConfig) -> TrajectoryLoss:
+    """Builds the loss at the states of live decodes.
+
+    It is the mean cross-entropy to the target, plus `trajectory.error` times the squared error of
+    Eq. 12, over all response positions. Under block-causal attention only the active block counts,
+    since no other position depends on it. The states are constants of the loss.
+
+    Args:
+        model: the model.
+        config: the configuration, with states = "trajectory".
+
+    Returns:
+        loss(params, batch, live, key, base=None) -> (loss, (metrics, live)). Rows of the batch take
+        the places of decodes that are over. The metrics are the cross-entropy at the states of
+        decodes (state_nll) and at the masks of masked states (masked_nll), the share of
+        predictions that are the target, and the share of decodes that a pass ends.
+    """
+    schedule = make_schedule(model.config, config)
+    makers = parse_makers(config.trajectory.rules, model.config)
+
+    def loss_fn(
+        params: Params, batch: Batch, live: Live, key: jax.Array, base: Params | None = None
+    ) -> tuple[Float[Array, ""], tuple[Metrics, Live]]:
+        variables = model_variables(model, config, params, base)
+        constant = jax.lax.stop_gradient(variables["params"])
+        keys, draw_keys = jax.random.split(key, (2, len(makers)))
+        groups = [
+            _group_states(config, schedule, maker, rows, decodes, k, constant)
+            for maker, rows, decodes, k in zip(
+                makers, split_groups(batch, len(makers)), live, keys, strict=True
+            )
+        ]
+        joined = jax.tree.map(lambda *x: join_groups(x), *(g.batch for g in groups))
+        counted = join_groups([g.counted for g in groups])
+        hidden = _hidden(model, variables, config, joined, join_groups([g.x for g in groups]))
+        head, table = make_head(variables["params"]), variables["params"]["wte"]["embedding"]
+        error, nll = alignment_loss.alignment_errors(
+            hidden, head.kernel, table, joined["response"], head.bias, config.chunk
+        )
+        loss = losses.masked_mean(nll + config.trajectory.error * error, counted)
+        after, right = _advance(
+            model, schedule, makers, groups, make_head(constant), hidden, constant, draw_keys
+        )
+        metrics = {"loss": loss} | _metrics(groups, split_groups({"nll": nll}, len(makers)), right)
+        return loss, (metrics | _ended(after), after)
+
+    return loss_fn
+
+
+def _group_states(
+    config: AlignmentConfig,
+    schedule: Schedule,
+    maker: StateMaker | None,
+    batch: Batch,
+    live: LiveDecodes | None,
+    key: jax.Array,
+    params: Params,
+) -> _States:
+    """Returns the states of one group, with new requests where decodes are over."""
+    if maker is None or live is None:
+        masked, counted = draw_noise(key, batch, config.block_length)
+        tokens = jnp.where(masked, schedule.mask_id, batch["response"])
+        return _States(batch, embed(params, tokens), counted, masked)
+    live = replace_finished(live, begin_decodes(maker, batch, key, params, schedule.mask_id))
+    counted = jnp.ones_like(live.state.t, bool)
+    if schedule.block_causal:
+        counted = schedule.blocks(live) == live.block
+    return _States(live.batch, live.state.x, counted, live=live)
+
+
+def _hidden(
+    model: Backbone,
+    variables: dict[str, Params],
+    config: AlignmentConfig,
+    batch: Batch,
+    x: Float[Array, "B N E"],
+) -> Float[Array, "B N E"]:
+    """Computes the hidden states of the response."""
+    prompt_x = model.apply(variables, batch["prompt"], method="embed")
+    both = jnp.concatenate([prompt_x, x.astype(prompt_x.dtype)], axis=1)
+    mask = jnp.concatenate([batch["prompt_mask"], jnp.ones(x.shape[:2], bool)], axis=1)
+    hidden = model.apply(variables, both, mask, config.block_length or None, method="hidden")
+    return hidden[:, prompt_x.shape[1] :]
+
+
+def _advance(
+    model: Backbone,
+    schedule: Schedule,
+    makers: Sequence[StateMaker | None],
+    groups: Sequence[_States],
+    head: Head,
+    hidden: Float[Array, "B N E"],
+    params: Params,
+    keys: jax.Array,
+) -> tuple[Live, list[Bool[Array, "rows N"]]]:
+    """Moves the decodes by the pass that the loss used.
+
+    Returns:
+        The decodes of each group, and where its predictions are the target.
+    """
+    after: list[LiveDecodes | None] = []
+    right = []
+    parts = split_groups({"hidden": jax.lax.stop_gradient(hidden)}, len(makers))
+    for maker, group, part, key in zip(makers, groups, parts, keys, strict=True):
+        if maker is None or group.live is None:
+            after.append(None)
+            right.append(jnp.zeros_like(group.counted))
+            continue
+        row_keys = None
+        if maker.rule.needs_keys:
+            row_keys = jax.random.split(key, group.x.shape[0])
+        belief = compute_belief(
+            head, part["hidden"], model.config.vocab_rows, maker.options, row_keys
+        )
+        right.append(belief.tokens == group.batch["response"])
+        after.append(advance_decodes(maker, schedule, group.live, belief, params, row_keys))
+    return tuple(after), right
+
+
+def _metrics(
+    groups: Sequence[_States], nlls: Sequence[Batch], right: Sequence[Bool[Array, "rows N"]]
+) -> Metrics:
+    """Computes the means over the groups with a rule, and over the masked ones."""
+    rules = [i for i, group in enumerate(groups) if group.live is not None]
+    masked = [i for i, group in enumerate(groups) if group.live is None]
+    metrics = {}
+    if rules:
+        counted = jnp.stack([groups[i].counted for i in rules])
+        nll = jnp.stack([nlls[i]["nll"] for i in rules])
+        metrics["state_nll"] = losses.masked_mean(nll, counted)
+        metrics["right"] = losses.masked_mean(jnp.stack([right[i] for i in rules]), counted)
+    if masked:
+        where = jnp.stack([jnp.asarray(groups[i].masked) for i in masked])
+        metrics["masked_nll"] = losses.masked_mean(
+            jnp.stack([nlls[i]["nll"] for i in masked]), where
+        )
+    return metrics
+
+
+def _ended(live: Live) -> Metrics:
+    """Returns the share of decodes that are over."""
+    over = [decodes.over for decodes in live if decodes is not None]
+    return {"ended": jnp.mean(jnp.stack(over))} if over else {}
