@@ -226,6 +226,40 @@ def test_a_mesh_changes_nothing_and_may_change_on_the_way(base, straight, tmp_pa
     assert_close(straight, run(base, tmp_path / "parts", "mesh=1,1,1"))
 
 
+TRAJECTORY = [
+    "states=trajectory",
+    'trajectory.rules=["flow:reedit=always,jump=0.2..0.9","masked"]',
+    "trajectory.passes=3",
+]
+
+
+@pytest.fixture(scope="module")
+def live(base, tmp_path_factory) -> Path:
+    """A run on the states of live decodes."""
+    return run(base, tmp_path_factory.mktemp("live") / "run", *TRAJECTORY)
+
+
+def test_live_decodes_continue_where_a_run_stopped(base, live, tmp_path):
+    rows = metrics(live)
+    assert {"state_nll", "masked_nll", "right", "ended"} <= rows[1].keys()
+    assert rows[-1]["held_out_masked_nll"] != rows[0]["held_out_masked_nll"]
+    with fate(3, die), pytest.raises(KeyboardInterrupt):
+        run(base, tmp_path / "run", *TRAJECTORY)
+    assert_same(live, run(base, tmp_path / "run", *TRAJECTORY))
+    with pytest.raises(UserError, match="of another model or optimiser"):
+        run(base, tmp_path / "run", "steps=8")  # it has no live decodes
+
+
+@eight
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["1,4,1", "2,2,2"])
+def test_live_decodes_on_a_mesh(base, live, tmp_path, mesh):
+    assert_close(live, run(base, tmp_path / "whole", *TRAJECTORY, f"mesh={mesh}"))
+    with fate(2, terminate):
+        run(base, tmp_path / "parts", *TRAJECTORY, f"mesh={mesh}")
+    assert_close(live, run(base, tmp_path / "parts", *TRAJECTORY, "mesh=1,1,1"))
+
+
 @pytest.mark.slow
 def test_adapters_learn_by_the_same_program(base, tmp_path):
     lora = [
@@ -247,10 +281,20 @@ def test_adapters_learn_by_the_same_program(base, tmp_path):
 
 
 @eight
-@pytest.mark.parametrize("tune", ["all", pytest.param("lora", marks=pytest.mark.slow)])
-def test_the_abstract_arguments_are_those_that_run(tune):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in ({"tune": "lora"}, {"states": "trajectory"})
+        ),
+    ],
+    ids=str,
+)
+def test_the_abstract_arguments_are_those_that_run(options):
     """The planner lowers the program that trains: same shapes, dtypes and shardings."""
-    config = AlignmentConfig(prompt_length=6, gen_length=8, batch_size=8, tune=tune)
+    config = AlignmentConfig(prompt_length=6, gen_length=8, batch_size=8, **options)
     program = align_program(TOY, config, make_mesh("1,4,2"))
     with program.scope():
         state, base = program.begin(jax.tree.map(jnp.copy, toy("1,4,2").params))
@@ -311,6 +355,13 @@ def test_only_the_first_lines_are_read_where_asked(base):
         ("save_every=0", "save_every is 0, but it must be at least 1"),
         ("limit=-1", "limit is -1, but it must not be negative"),
         ("clean_nll=-0.1", "clean_nll is -0.1, but it must not be negative"),
+        ('trajectory.rules=["flwo"]', "there is no rule 'flwo', did you mean flow?"),
+        (
+            "trajectory.block_lengths=[0,3]",
+            "the 3 of trajectory.block_lengths does not divide gen_length 8",
+        ),
+        ("block_length=4", "the model attends to all positions: set trajectory.block_lengths"),
+        ("mesh=1,8,1", "batch_size 8 in 2 parts does not divide over the 8 devices"),
     ],
 )
 def test_a_bad_configuration_is_one_sentence_before_any_device_work(
@@ -318,7 +369,8 @@ def test_a_bad_configuration_is_one_sentence_before_any_device_work(
 ):
     monkeypatch.setattr(align, "load", lambda *_, **__: pytest.fail("the parameters were read"))
     with pytest.raises(UserError) as error:
-        run(base, tmp_path / "out", override, 'lora.targets=["wte"]')
+        live = ["states=trajectory"] if "trajectory" in sentence + override else []
+        run(base, tmp_path / "out", *live, override, 'lora.targets=["wte"]')
     assert sentence in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 

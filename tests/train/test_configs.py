@@ -38,7 +38,13 @@ def test_it_parses(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "preset", "chips"), [("llada_8b", "llada-8b", 64), ("llada2_mini", "llada2-mini", 16)]
+    ("name", "preset", "chips"),
+    [
+        ("llada_8b", "llada-8b", 64),
+        ("llada2_mini", "llada2-mini", 16),
+        ("trajectory_llada_8b", "llada-8b", 64),
+        ("trajectory_llada2_mini", "llada2-mini", 16),
+    ],
 )
 def test_large_runs_fit_their_model_and_their_pod(name, preset, chips):
     config = load_toml(ROOT / f"configs/align_{name}.toml", AlignRunConfig)

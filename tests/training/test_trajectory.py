@@ -31,7 +31,7 @@ FLOW, DRAWN = "flow:reedit=always,jump=0.2", "flow:jump=0.1..0.9,creep=0.1..0.4"
 def config_of(*rules, **more):
     block_length = more.pop("block_length", 0)
     options = TrajectoryConfig(
-        rules=rules, block_length=block_length, passes=PASSES, error=more.pop("error", 0.0)
+        rules=rules, block_lengths=(block_length,), passes=PASSES, error=more.pop("error", 0.0)
     )
     return AlignmentConfig(
         prompt_length=P, gen_length=N, batch_size=B, states="trajectory", trajectory=options,
@@ -203,6 +203,7 @@ class Branching(TokenConstraints):
     [
         ({"rules": ()}, "trajectory.rules is empty"),
         ({"passes": 0}, "trajectory.passes is 0, but it must be at least 1"),
+        ({"block_lengths": (4, 8, 16)}, "must be one length or 2, none of them negative"),
         ({"error": -1.0}, "trajectory.error is -1.0, but it must not be negative"),
     ],
 )

@@ -277,7 +277,7 @@ def move_positions(
     belief: Belief,
     action: Action,
 ) -> DecodeState:
-    """Moves the candidates, and mixes the inputs of those that stay below t = 1.
+    """Moves the candidates, and mixes inputs below t = 1.
 
     Args:
         params: parameters of the model, of which the embedding table is read.
@@ -352,7 +352,9 @@ def _norm(x: Float[Array, "*shape E"]) -> Float[Array, "*shape"]:
 
 
 def commit_tokens(params: Params, state: DecodeState, positions: Bool[Array, "B N"]) -> DecodeState:
-    """Commits the tokens that stand at some positions: x = W_in[token], t = 1.
+    """Commits the tokens that stand at some positions.
+
+    They get x = W_in[token] and t = 1.
 
     Args:
         params: parameters of the model, of which the embedding table is read.

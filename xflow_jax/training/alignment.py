@@ -95,7 +95,7 @@ class AlignmentConfig:
 
     @property
     def groups(self) -> int:
-        """Groups of rows in each part of a batch that have states of their own."""
+        """Groups of rows that have states of their own."""
         return len(self.trajectory.rules) if self.states == "trajectory" else 1
 
     @property

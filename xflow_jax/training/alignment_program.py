@@ -104,10 +104,7 @@ def align_program(model_config: ModelConfig, config: AlignmentConfig, mesh: Mesh
 
     state, base = jax.eval_shape(begin, abstract_params(model))
     family, everywhere = model_config.family, replicated(mesh)
-    state_sharding = state_shardings(state, mesh, family)
-    if isinstance(state, TrajectoryState):  # the live decodes are rows, as a batch is
-        live = jax.tree.map(lambda _: batch_sharding(mesh), state.live)
-        state_sharding = dataclasses.replace(state_sharding, live=live)
+    state_sharding = _state_sharding(state, mesh, family)
     base_sharding = shardings(base, mesh, family) if use_lora else None
     loss_fn = make_alignment_loss(model, config)
     arguments = (
@@ -130,10 +127,19 @@ def align_program(model_config: ModelConfig, config: AlignmentConfig, mesh: Mesh
     )
 
 
+def _state_sharding(state: TrainState, mesh: Mesh, family: str) -> TrainState:
+    """Places the state of a run on a mesh."""
+    placed = state_shardings(state, mesh, family)
+    if isinstance(state, TrajectoryState):  # live decodes are rows, as those of a batch
+        live = jax.tree.map(lambda _: batch_sharding(mesh), state.live)
+        placed = dataclasses.replace(placed, live=live)
+    return placed
+
+
 def begin_trajectories(
     model_config: ModelConfig, config: AlignmentConfig, state: TrainState, params: Params
 ) -> TrainState:
-    """Adds live decodes to the state of a run, if it has any.
+    """Adds live decodes to the state of a run.
 
     Args:
         model_config: configuration of the model.
@@ -183,23 +189,25 @@ def check_lengths(model_config: ModelConfig, config: AlignmentConfig) -> None:
     )
     if config.states == "masked":
         return
-    size = config.trajectory.block_length
+    sizes = set(config.trajectory.block_lengths)
     if model_config.is_block_causal:
         require(
-            config.block_length > 0 and size in (0, config.block_length),
-            f"block_length is {config.block_length} and trajectory.block_length {size}, but the "
-            "model is block-causal: set block_length, and leave trajectory.block_length at 0",
+            config.block_length > 0 and sizes <= {0, config.block_length},
+            f"block_length is {config.block_length} and trajectory.block_lengths {sorted(sizes)}, "
+            "but the model is block-causal: set block_length, and leave out the other one",
         )
     else:
         require(
             not config.block_length,
             f"block_length is {config.block_length}, but the model attends to all positions: set "
-            "trajectory.block_length instead",
+            "trajectory.block_lengths instead",
         )
-        require(
-            config.gen_length % (size or config.gen_length) == 0,
-            f"trajectory.block_length {size} does not divide gen_length {config.gen_length}",
-        )
+        for size in filter(None, sizes):
+            require(
+                config.gen_length % size == 0,
+                f"the {size} of trajectory.block_lengths does not divide gen_length "
+                f"{config.gen_length}",
+            )
     parse_makers(config.trajectory.rules, model_config)
 
 

@@ -1,4 +1,4 @@
-"""The step of an alignment, on masked states or on those of live decodes."""
+"""The step of an alignment, on either kind of states."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def make_align_step(
 
 
 def _grad_fn(model: Backbone, config: AlignmentConfig) -> GradFn:
-    """Returns the gradient of the loss, with metrics and the live decodes after it."""
+    """Returns the gradient of the loss that the states need."""
     if config.states == "trajectory":
         return jax.grad(make_trajectory_loss(model, config), has_aux=True)
     masked = jax.grad(make_alignment_loss(model, config), has_aux=True)

@@ -46,8 +46,8 @@ class TrajectoryConfig:
         rules: one rule for each equal group of the batch's rows, as text. Instead of a number it
             may have a range, "flow:reedit=always,jump=0.3..0.9". Each decode draws its own number
             from it. "masked" stands for the states of Eq. 11.
-        block_length: positions of a block of the decodes, 0 for that of the alignment, or for one
-            block.
+        block_lengths: positions of a block of the decodes, one number for all rules or one for
+            each. 0 stands for that of the alignment, or for one block.
         passes: most passes of a block.
         error: weight of the squared error of Eq. 12 beside the cross-entropy.
 
@@ -56,16 +56,19 @@ class TrajectoryConfig:
     """
 
     rules: tuple[str, ...] = ("flow:reedit=always,jump=0.3..0.95", MASKED)
-    block_length: int = 0
+    block_lengths: tuple[int, ...] = (0,)
     passes: int = 8
     error: float = 0.0
 
     def __post_init__(self) -> None:
         require(bool(self.rules), "trajectory.rules is empty, but it must name a rule")
         require(self.passes >= 1, f"trajectory.passes is {self.passes}, but it must be at least 1")
-        for name in ("block_length", "error"):
-            value = getattr(self, name)
-            require(value >= 0, f"trajectory.{name} is {value}, but it must not be negative")
+        require(self.error >= 0, f"trajectory.error is {self.error}, but it must not be negative")
+        require(
+            len(self.block_lengths) in (1, len(self.rules)) and min(self.block_lengths) >= 0,
+            f"trajectory.block_lengths is {list(self.block_lengths)}, but it must be one length or "
+            f"{len(self.rules)}, none of them negative",
+        )
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def parse_makers(texts: Sequence[str], model: ModelConfig) -> list[StateMaker | 
 
 
 def _check_numbers(text: str, maker: StateMaker) -> None:
-    """Raises UserError if the rule cannot compute with arrays in the place of its numbers."""
+    """Raises UserError for a rule that cannot compute with arrays."""
     no, zero, grid = jnp.zeros((1, 1), bool), jnp.zeros((1, 1)), jnp.zeros((1, 1), jnp.int32)
     four = jnp.zeros((1, 1, TOP))
 
@@ -153,9 +156,9 @@ def _check_numbers(text: str, maker: StateMaker) -> None:
     try:
         jax.eval_shape(run, numbers, jax.random.split(jax.random.key(0), 1))
     except (jax.errors.ConcretizationTypeError, UserError) as error:
-        if isinstance(error, UserError):  # a rule from a file reports its own errors
-            if not isinstance(error.__cause__, jax.errors.ConcretizationTypeError):
-                raise
+        cause = error.__cause__ if isinstance(error, UserError) else error  # of a rule from a file
+        if not isinstance(cause, jax.errors.ConcretizationTypeError):
+            raise
         names = " and ".join(name for name, _, _ in maker.ranges)
         raise UserError(
             f"the rule {text} decides by {names} which program runs, so it takes no range there"
@@ -335,9 +338,9 @@ def advance_decodes(
 
 
 def split_groups(batch: Batch, count: int) -> list[Batch]:
-    """Splits the rows of a batch into groups: row i belongs to group i % count.
+    """Splits the rows of a batch into groups.
 
-    So each group is sharded as the batch is.
+    Row i belongs to group i % count, so each group is sharded as the batch is.
     """
     return [
         jax.tree.map(lambda x, g=group: x.reshape(-1, count, *x.shape[1:])[:, g], batch)

@@ -51,11 +51,20 @@ class _States:
     live: LiveDecodes | None = None
 
 
-def make_schedule(model: ModelConfig, config: AlignmentConfig) -> Schedule:
-    """Returns blocks and passes of the live decodes of an alignment."""
-    size = config.trajectory.block_length or config.block_length or config.gen_length
-    causal = bool(config.block_length)
-    return Schedule(size, config.trajectory.passes, causal, model.eos_id, model.mask_id)
+def make_schedules(model: ModelConfig, config: AlignmentConfig) -> list[Schedule]:
+    """Returns blocks and passes of the live decodes of each rule."""
+    options, causal = config.trajectory, bool(config.block_length)
+    sizes = options.block_lengths * (len(options.rules) // len(options.block_lengths))
+    return [
+        Schedule(
+            size or config.block_length or config.gen_length,
+            options.passes,
+            causal,
+            model.eos_id,
+            model.mask_id,
+        )
+        for size in sizes
+    ]
 
 
 def make_trajectory_loss(model: Backbone, config: AlignmentConfig) -> TrajectoryLoss:
@@ -75,7 +84,7 @@ def make_trajectory_loss(model: Backbone, config: AlignmentConfig) -> Trajectory
         decodes (state_nll) and at the masks of masked states (masked_nll), the share of
         predictions that are the target, and the share of decodes that a pass ends.
     """
-    schedule = make_schedule(model.config, config)
+    schedules = make_schedules(model.config, config)
     makers = parse_makers(config.trajectory.rules, model.config)
 
     def loss_fn(
@@ -85,9 +94,9 @@ def make_trajectory_loss(model: Backbone, config: AlignmentConfig) -> Trajectory
         constant = jax.lax.stop_gradient(variables["params"])
         keys, draw_keys = jax.random.split(key, (2, len(makers)))
         groups = [
-            _group_states(config, schedule, maker, rows, decodes, k, constant)
-            for maker, rows, decodes, k in zip(
-                makers, split_groups(batch, len(makers)), live, keys, strict=True
+            _group_states(config, *parts, constant)
+            for parts in zip(
+                schedules, makers, split_groups(batch, len(makers)), live, keys, strict=True
             )
         ]
         joined = jax.tree.map(lambda *x: join_groups(x), *(g.batch for g in groups))
@@ -99,7 +108,7 @@ def make_trajectory_loss(model: Backbone, config: AlignmentConfig) -> Trajectory
         )
         loss = losses.masked_mean(nll + config.trajectory.error * error, counted)
         after, right = _advance(
-            model, schedule, makers, groups, make_head(constant), hidden, constant, draw_keys
+            model, schedules, makers, groups, make_head(constant), hidden, constant, draw_keys
         )
         metrics = {"loss": loss} | _metrics(groups, split_groups({"nll": nll}, len(makers)), right)
         return loss, (metrics | _ended(after), after)
@@ -116,7 +125,7 @@ def _group_states(
     key: jax.Array,
     params: Params,
 ) -> _States:
-    """Returns the states of one group, with new requests where decodes are over."""
+    """Returns the states of one group, after new requests came in."""
     if maker is None or live is None:
         masked, counted = draw_noise(key, batch, config.block_length)
         tokens = jnp.where(masked, schedule.mask_id, batch["response"])
@@ -145,7 +154,7 @@ def _hidden(
 
 def _advance(
     model: Backbone,
-    schedule: Schedule,
+    schedules: Sequence[Schedule],
     makers: Sequence[StateMaker | None],
     groups: Sequence[_States],
     head: Head,
@@ -161,7 +170,9 @@ def _advance(
     after: list[LiveDecodes | None] = []
     right = []
     parts = split_groups({"hidden": jax.lax.stop_gradient(hidden)}, len(makers))
-    for maker, group, part, key in zip(makers, groups, parts, keys, strict=True):
+    for schedule, maker, group, part, key in zip(
+        schedules, makers, groups, parts, keys, strict=True
+    ):
         if maker is None or group.live is None:
             after.append(None)
             right.append(jnp.zeros_like(group.counted))
@@ -180,7 +191,7 @@ def _advance(
 def _metrics(
     groups: Sequence[_States], nlls: Sequence[Batch], right: Sequence[Bool[Array, "rows N"]]
 ) -> Metrics:
-    """Computes the means over the groups with a rule, and over the masked ones."""
+    """Computes means over groups with a rule, and masked ones."""
     rules = [i for i, group in enumerate(groups) if group.live is not None]
     masked = [i for i, group in enumerate(groups) if group.live is None]
     metrics = {}

@@ -1,4 +1,4 @@
-"""Re-editing of everything that has entered, in every step, and the end of such a block."""
+"""Re-editing in every step, and the end of such a block."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Revision:
         return cls(jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32))
 
     def count_pass(self, step: Step) -> Int[Array, " B"]:
-        """Returns the passes of each row in its block, with the present one."""
+        """Returns the passes of each block, with the present one."""
         begins = jnp.reshape(jnp.broadcast_to(step.rho == 0, (*self.passes.shape, 1)), (-1,))
         return jnp.where(begins, 0, self.passes) + 1
 
@@ -85,7 +85,7 @@ def reedit_all(
 
 
 def is_open(state: DecodeState) -> Bool[Array, "B N"]:
-    """Returns True at masks, and everywhere in rows whose block is not over."""
+    """Returns True at masks, and in blocks that are not over."""
     # A block begins with masks only, so the memory of the block before it does no harm.
     return (state.t == 0) | ((state.t < 1) & ~state.memory.over[:, None])
 
@@ -122,7 +122,7 @@ class DMax(TokenConstraints):
 
     @property
     def revises(self) -> bool:
-        """Returns True: all tokens of a block can change until it is over."""
+        """Returns True: tokens change until their block is over."""
         return True
 
     def init_memory(self, batch: int, canvas: int) -> Revision:
