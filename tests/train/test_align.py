@@ -355,13 +355,22 @@ def test_only_the_first_lines_are_read_where_asked(base):
         ("save_every=0", "save_every is 0, but it must be at least 1"),
         ("limit=-1", "limit is -1, but it must not be negative"),
         ("clean_nll=-0.1", "clean_nll is -0.1, but it must not be negative"),
-        ('trajectory.rules=["flwo"]', "there is no rule 'flwo', did you mean flow?"),
         (
-            "trajectory.block_lengths=[0,3]",
+            'states=trajectory trajectory.rules=["flwo"]',
+            "there is no rule 'flwo', did you mean flow?",
+        ),
+        (
+            "states=trajectory trajectory.block_lengths=[0,3]",
             "the 3 of trajectory.block_lengths does not divide gen_length 8",
         ),
-        ("block_length=4", "the model attends to all positions: set trajectory.block_lengths"),
-        ("mesh=1,8,1", "batch_size 8 in 2 parts does not divide over the 8 devices"),
+        (
+            "states=trajectory block_length=4",
+            "the model attends to all positions: set trajectory.block_lengths",
+        ),
+        (
+            "states=trajectory mesh=1,8,1",
+            "batch_size 8 in 2 parts does not divide over the 8 devices",
+        ),
     ],
 )
 def test_a_bad_configuration_is_one_sentence_before_any_device_work(
@@ -369,8 +378,7 @@ def test_a_bad_configuration_is_one_sentence_before_any_device_work(
 ):
     monkeypatch.setattr(align, "load", lambda *_, **__: pytest.fail("the parameters were read"))
     with pytest.raises(UserError) as error:
-        live = ["states=trajectory"] if "trajectory" in sentence + override else []
-        run(base, tmp_path / "out", *live, override, 'lora.targets=["wte"]')
+        run(base, tmp_path / "out", *override.split(), 'lora.targets=["wte"]')
     assert sentence in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 

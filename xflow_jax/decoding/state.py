@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +81,7 @@ class DecodeConfig:
         return self.block_causal or self.cache in ("prefix", "dual")
 
 
+@no_type_check  # of the fields, since transforms of trees put other leaves there
 @struct.dataclass
 class DecodeState:
     """Carry of the scan.
