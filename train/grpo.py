@@ -91,6 +91,7 @@ def main(path: str, overrides: list[str]) -> None:
     measure = partial(evaluate_policy, config, lm, task, held_out, cell)
     begin = TrainState.create(policy.params, optimizer)
     with Run(config.out, config.seed) as run:
+        run.frozen = fingerprint(lm.params)
         state = train(run, config, sampler, policy, begin, step_fn, measure)
         if int(state.step) == config.steps and multihost.is_first_process():
             trained = dataclasses.replace(policy, params=jax.device_get(state.params))

@@ -49,6 +49,8 @@ class Run:
 
     Attributes:
         latest: step of the last checkpoint, or None.
+        frozen: fingerprint of the weights that the run does not change, or None. Once it is set,
+            only a run of the same ones is continued.
         stopped: True after SIGTERM.
         bar: the progress bar, while `steps` runs.
 
@@ -64,11 +66,11 @@ class Run:
         self.first_process = multihost.is_first_process()
         self.metrics_file = self.folder / "metrics.jsonl"
         self.stopped = False
+        self.frozen: str | None = None
         self._events: EventFile | None = None
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked_by_first_process(folder_lock(self.folder)))
-            self.store = StateStore(self.folder / "checkpoints", keep)
-            stack.callback(self.store.close)
+            self.store = stack.enter_context(StateStore(self.folder / "checkpoints", keep))
             self._drop_metrics()
             if self.first_process:
                 first = 0 if self.latest is None else self.latest + 1
@@ -85,7 +87,7 @@ class Run:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._stack.close()
+        self._stack.__exit__(kind, error, traceback)
 
     @property
     def latest(self) -> int | None:
@@ -107,10 +109,10 @@ class Run:
             (state, notes).
 
         Raises:
-            UserError: if the checkpoint is of another model, optimiser or seed. No array is read
-                then.
+            UserError: if the checkpoint is of another model, optimiser, seed or frozen weights. No
+                array is read then.
         """
-        restored, beside = self.store.restore(state, self.seed)
+        restored, beside = self.store.restore(state, self.seed, self.frozen)
         self._drop_metrics()  # an earlier checkpoint may have taken the place of the last one
         if data is not None:
             data.set_state(beside["position"])
@@ -137,9 +139,8 @@ class Run:
             UserError: for errors of the disk, also of the checkpoint before.
         """
         position = None if data is None else data.get_state()
-        self.store.save(
-            step, state, {"position": position, "notes": notes or {}, "seed": self.seed}
-        )
+        beside = {"position": position, "notes": notes or {}, "seed": self.seed}
+        self.store.save(step, state, beside | {"frozen": self.frozen})
 
     def log(self, step: int, metrics: Mapping[str, ArrayLike]) -> None:
         """Appends a line to metrics.jsonl, and writes the metrics for TensorBoard.

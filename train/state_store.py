@@ -7,20 +7,26 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
-from xflow_jax.checkpoints import find_damage, quiet_orbax, write_checksums
+from xflow_jax.checkpoints import (
+    CHECKSUM_FILE,
+    ORBAX_METADATA,
+    find_damage,
+    quiet_orbax,
+    release_tasks,
+    write_checksums,
+)
 from xflow_jax.errors import UserError, disk_errors
 from xflow_jax.parallel import multihost, path_name
 from xflow_jax.types import PyTree
 
 State = TypeVar("State")
 
-FILES = "files.json"
-METADATA = "_CHECKPOINT_METADATA"  # Orbax writes the time of the commit into it at last
 ANEW = "To start anew, choose another out or remove the folder."
 NOTE = ". The same command continues from the last checkpoint."
 
@@ -29,7 +35,8 @@ class StateStore:
     """Checkpoints in a folder, numbered by steps.
 
     A damaged one is moved to damaged/ beside the folder, and the one before it is restored. With
-    several processes, each writes its shards. All of them make the same calls.
+    several processes, each writes its shards. All of them make the same calls. It is a context
+    manager.
 
     Args:
         folder: the folder, which is made.
@@ -64,32 +71,38 @@ class StateStore:
             self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
         self.latest = self._manager.latest_step()
 
-    def restore(self, state: State, seed: int) -> tuple[State, dict[str, Any]]:
+    def restore(
+        self, state: State, seed: int, frozen: str | None = None
+    ) -> tuple[State, dict[str, Any]]:
         """Restores the last checkpoint (`latest`).
 
         Args:
             state: tree of arrays or jax.ShapeDtypeStruct with the shardings to restore to. They
                 may differ from those of the checkpoint.
             seed: seed of the run.
+            frozen: fingerprint of the weights that the run does not change, or None.
 
         Returns:
             (state, the JSON values that were saved with it).
 
         Raises:
-            UserError: if the checkpoint is of another model, optimiser or seed. No array is read
-                then. Also if neither it nor an earlier one can be read.
+            UserError: if the checkpoint is of another model, optimiser, seed or frozen weights. No
+                array is read then. Also if neither it nor an earlier one can be read.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         while True:
             try:
                 self._check_shapes(abstract)
                 beside = self._read(data=ocp.args.JsonRestore())["data"]
-                self._check_seed(beside.get("seed", seed), seed)
+                self._check_same("seed. It", beside.get("seed", seed), seed)
+                if frozen is not None:
+                    saved = beside.get("frozen") or frozen  # older checkpoints have none
+                    self._check_same("model. The fingerprint of its weights", saved, frozen)
                 return self._read(state=ocp.args.StandardRestore(abstract))["state"], beside
             except UserError:
                 raise
             except Exception as error:  # Orbax and tensorstore raise bare Exceptions
-                if (self.folder / str(self.latest) / FILES).exists():  # it is whole
+                if (self.folder / str(self.latest) / CHECKSUM_FILE).exists():  # it is whole
                     raise
                 self._fall_back(f"it cannot be read ({type(error).__name__})")
 
@@ -123,10 +136,21 @@ class StateStore:
         with disk_errors(self.folder, NOTE):
             self._manager.wait_until_finished()
 
-    def close(self) -> None:
+    def __enter__(self) -> StateStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         """Ends all writing. `save` and `wait` raise the errors, not this."""
-        with self._stack, contextlib.suppress(Exception):
-            self._manager.close()
+        with self._stack:
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            if isinstance(error, UserError):
+                release_tasks(error)
 
     def _read(self, **items: ocp.args.CheckpointArgs) -> dict[str, Any]:
         return self._manager.restore(self.latest, args=ocp.args.Composite(**items))
@@ -135,14 +159,14 @@ class StateStore:
         """Writes the checksums into a checkpoint before it gets its name."""
         if multihost.is_first_process():
             for directory in self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
-                write_checksums(directory, FILES, [METADATA])
+                write_checksums(directory, CHECKSUM_FILE, [ORBAX_METADATA])
 
     def _remove_damaged(self) -> None:
         """Moves damaged checkpoints away that are newer than the newest whole one."""
         steps = [int(d.name) for d in self.folder.glob("*") if d.name.isdigit()]
         damages = {}
         for step in sorted(steps, reverse=True):
-            damage = find_damage(self.folder / str(step), FILES)
+            damage = find_damage(self.folder / str(step), CHECKSUM_FILE)
             if damage is None:
                 break
             damages[step] = damage
@@ -191,11 +215,11 @@ class StateStore:
                     f"{name} is {there} there and {here} here. {ANEW}"
                 )
 
-    def _check_seed(self, saved: int, wanted: int) -> None:
-        """Raises UserError unless the checkpoint has the same seed."""
+    def _check_same(self, what: str, saved: object, wanted: object) -> None:
+        """Raises UserError unless two values of a run are equal."""
         if saved != wanted:
             raise UserError(
-                f"{self.folder.parent}: its checkpoint is of another seed. It is {saved} there and "
+                f"{self.folder.parent}: its checkpoint is of another {what} is {saved} there and "
                 f"{wanted} here. {ANEW}"
             )
 

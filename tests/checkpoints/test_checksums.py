@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import random
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.hf_helpers import GOLDEN, TOY, random_params
 from xflow_jax.checkpoints import checksums
-from xflow_jax.checkpoints.checksums import FILES, find_damage, first_damage, write_checksums
+from xflow_jax.checkpoints.checksums import (
+    CHECKSUM_FILE,
+    find_damage,
+    first_damage,
+    write_checksums,
+)
 from xflow_jax.checkpoints.hf_export import write_hf
-from xflow_jax.checkpoints.orbax_checkpoint import save_params
+from xflow_jax.checkpoints.orbax_writer import save_params
 from xflow_jax.errors import UserError
 from xflow_jax.lm import load, read_model_config
 
@@ -23,11 +27,8 @@ from xflow_jax.lm import load, read_model_config
 def directories(tmp_path_factory) -> dict[str, Path]:
     """The same model as a converted checkpoint, and in the Hugging Face format in several files."""
     folder, params = tmp_path_factory.mktemp("models"), random_params(TOY)
-    # Without the end token of another model.
-    other = shutil.ignore_patterns("generation_config.json", "*.safetensors*")
-    companions = shutil.copytree(GOLDEN, folder / "companions", ignore=other)
-    save_params(folder / "converted", params, TOY, companions)
-    write_hf(folder / "hf", params, TOY, companions, max_shard_size=40_000)
+    save_params(folder / "converted", params, TOY, GOLDEN)
+    write_hf(folder / "hf", params, TOY, GOLDEN, max_shard_size=40_000)
     return {name: folder / name for name in ("converted", "hf")}
 
 
@@ -42,7 +43,7 @@ def flip(file: Path, place: int) -> None:
 def test_flipped_bits_are_noticed(directories, kind):
     """20 of 20, in any file of the weights."""
     folder, rng = directories[kind], random.Random(0)
-    files = sorted(folder / name for name in json.loads((folder / FILES).read_text()))
+    files = sorted(folder / name for name in json.loads((folder / CHECKSUM_FILE).read_text()))
     assert len(files) > (10 if kind == "converted" else 1)
     # In proportion to the sizes, as a bad disk would.
     for file in rng.choices(files, [file.stat().st_size for file in files], k=20):
@@ -94,7 +95,7 @@ def test_large_files_can_be_left_out(directories, monkeypatch):
 
 
 def test_sizes_alone_are_those_of_an_older_checkpoint(directories):
-    file = directories["converted"] / FILES
+    file = directories["converted"] / CHECKSUM_FILE
     whole = file.read_text()
     sizes = {name: size for name, (size, _) in json.loads(whole).items()}
     file.write_text(json.dumps(sizes))
@@ -104,7 +105,7 @@ def test_sizes_alone_are_those_of_an_older_checkpoint(directories):
 
 @pytest.mark.parametrize("content", ["[1]", '{"NAME": {"a": 1}}', "{}"])
 def test_a_file_of_this_name_by_another_program(directories, content):
-    file = directories["hf"] / FILES
+    file = directories["hf"] / CHECKSUM_FILE
     whole = file.read_text()
     file.write_text(content.replace("NAME", min(directories["hf"].glob("*.safetensors")).name))
     load(directories["hf"])
@@ -115,19 +116,22 @@ def test_any_directory(tmp_path):
     (tmp_path / "part").mkdir()
     for name in ("a", "b", "part/c"):
         (tmp_path / name).write_text(name * 100)
-    assert find_damage(tmp_path, FILES) is None  # there is nothing to compare
-    write_checksums(tmp_path, FILES, without=["b"])
-    assert json.loads((tmp_path / FILES).read_text()).keys() == {"a", "part/c"}
+    assert find_damage(tmp_path, CHECKSUM_FILE) is None  # there is nothing to compare
+    write_checksums(tmp_path, CHECKSUM_FILE, without=["b"])
+    assert json.loads((tmp_path / CHECKSUM_FILE).read_text()).keys() == {"a", "part/c"}
     (tmp_path / "b").write_text("changed")
-    assert find_damage(tmp_path, FILES) is None
+    assert find_damage(tmp_path, CHECKSUM_FILE) is None
     flip(tmp_path / "part" / "c", 7)
-    assert find_damage(tmp_path, FILES) == "part/c has another checksum than when it was written"
+    assert (
+        find_damage(tmp_path, CHECKSUM_FILE)
+        == "part/c has another checksum than when it was written"
+    )
     (tmp_path / "a").write_text("a")
-    assert find_damage(tmp_path, FILES) == "a has 1 bytes, not 100"
+    assert find_damage(tmp_path, CHECKSUM_FILE) == "a has 1 bytes, not 100"
     (tmp_path / "a").unlink()
-    assert find_damage(tmp_path, FILES) == "a is missing"
-    (tmp_path / FILES).write_text("{")
-    assert find_damage(tmp_path, FILES) == "files.json is damaged"
+    assert find_damage(tmp_path, CHECKSUM_FILE) == "a is missing"
+    (tmp_path / CHECKSUM_FILE).write_text("{")
+    assert find_damage(tmp_path, CHECKSUM_FILE) == "files.json is damaged"
 
 
 def test_several_processes_share_large_files(tmp_path, monkeypatch):
@@ -136,8 +140,8 @@ def test_several_processes_share_large_files(tmp_path, monkeypatch):
         (tmp_path / name).write_text(name)
     (tmp_path / "large").write_text("large")
     (tmp_path / "larger").write_text("larger")
-    write_checksums(tmp_path, FILES)
-    listed = json.loads((tmp_path / FILES).read_text())
+    write_checksums(tmp_path, CHECKSUM_FILE)
+    listed = json.loads((tmp_path / CHECKSUM_FILE).read_text())
     read = []
     plain = checksums.file_checksum
     monkeypatch.setattr(
@@ -150,4 +154,4 @@ def test_several_processes_share_large_files(tmp_path, monkeypatch):
         assert first_damage(tmp_path, listed, large=True, shared=True) is None
         assert sorted(read) == ["a", "b", "c", "d", mine]
     read.clear()
-    assert find_damage(tmp_path, FILES) is None and len(read) == 6  # of one process alone
+    assert find_damage(tmp_path, CHECKSUM_FILE) is None and len(read) == 6  # of one process alone

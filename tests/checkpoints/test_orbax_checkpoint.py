@@ -19,9 +19,11 @@ import pytest
 
 from tests.helpers import eight
 from tests.hf_helpers import GOLDEN, TOY, random_params
-from xflow_jax.checkpoints import atomic_write, orbax_checkpoint
+from xflow_jax.checkpoints import atomic_write, orbax_writer
+from xflow_jax.checkpoints.checksums import CHECKSUM_FILE
 from xflow_jax.checkpoints.hf_export import write_hf
-from xflow_jax.checkpoints.orbax_checkpoint import load_params, read_record, save_params
+from xflow_jax.checkpoints.orbax_checkpoint import load_params, read_record
+from xflow_jax.checkpoints.orbax_writer import save_params
 from xflow_jax.errors import UserError
 from xflow_jax.lm import load
 from xflow_jax.models.logical_axes import shardings
@@ -86,7 +88,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path, params, mesh, value, m
             write(tmp_path / "saved", bad, TOY)
         assert not any("saved" in file.name for file in tmp_path.iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr(orbax_checkpoint, "is_finite", lambda _: True)
+        patch.setattr(orbax_writer, "is_finite", lambda _: True)
         save_params(tmp_path / "saved", bad, TOY)
     with pytest.raises(UserError) as error:
         load(tmp_path / "saved", "bfloat16" if mesh is None else "float32", mesh)
@@ -109,6 +111,30 @@ def test_what_is_not_the_configurations_is_not_saved(tmp_path, params):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("write", [save_params, write_hf])
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ('{"eos_token_id": 1}', True),
+        ('{"eos_token_id": [3, 1]}', True),
+        ('{"eos_token_id": 481}', False),
+        ('{"mask_token_id": 5}', False),
+        ("{", False),
+    ],
+)
+def test_options_of_another_models_generation_are_not_copied(
+    tmp_path, params, write, options, kept
+):
+    companions = tmp_path / "companions"
+    companions.mkdir()
+    (companions / "generation_config.json").write_text(options)
+    (companions / "merges.txt").touch()
+    write(tmp_path / "saved", params, TOY, companions)
+    chex.assert_trees_all_equal(load(tmp_path / "saved").params, params)
+    assert (tmp_path / "saved" / "generation_config.json").exists() == kept
+    assert (tmp_path / "saved" / "merges.txt").exists()
+
+
 def test_nothing_is_written_over(saved, params):
     before = {file: file.stat().st_mtime_ns for file in saved.rglob("*")}
     with pytest.raises(
@@ -122,7 +148,7 @@ def test_nothing_is_written_over(saved, params):
     "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()]
 )
 def test_a_save_that_fails_leaves_nothing(tmp_path, params, monkeypatch, error):
-    plain = orbax_checkpoint.PartialCheckpoint.write
+    plain = orbax_writer.PartialCheckpoint.write
 
     def write(self, path, leaf):
         with atomic_write.disk_errors(self.path):
@@ -130,7 +156,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, params, monkeypatch, error):
                 raise error
             plain(self, path, leaf)
 
-    monkeypatch.setattr(orbax_checkpoint.PartialCheckpoint, "write", write)
+    monkeypatch.setattr(orbax_writer.PartialCheckpoint, "write", write)
     kind, sentence = (
         (KeyboardInterrupt, None)
         if isinstance(error, KeyboardInterrupt)
@@ -144,7 +170,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, params, monkeypatch, error):
 def test_the_partial_checkpoint_of_a_killed_save_is_replaced(saved, params):
     half = saved.with_name("again.partial")
     shutil.copytree(saved, half)
-    (half / orbax_checkpoint.FILES).unlink()
+    (half / CHECKSUM_FILE).unlink()
     other = jax.tree.map(lambda x: x + 1, params)
     save_params(saved.with_name("again"), other, TOY)
     chex.assert_trees_all_equal(load(saved.with_name("again")).params, other)
@@ -186,9 +212,9 @@ def test_a_damaged_checkpoint_is_refused(saved):
     sentence = f"{file}: the file has another checksum than when it was written. "
     with pytest.raises(UserError, match=f"^{re.escape(sentence)}Copy or convert the checkpoint ag"):
         load(saved)
-    listed = json.loads((saved / orbax_checkpoint.FILES).read_text())
+    listed = json.loads((saved / CHECKSUM_FILE).read_text())
     sizes = {name: size for name, (size, _) in listed.items()}
-    (saved / orbax_checkpoint.FILES).write_text(json.dumps(sizes))  # of an older checkpoint
+    (saved / CHECKSUM_FILE).write_text(json.dumps(sizes))  # of an older checkpoint
     with pytest.raises(
         UserError, match=f"^{item}: cannot be read .*. Convert the checkpoint again.$"
     ):
@@ -196,7 +222,7 @@ def test_a_damaged_checkpoint_is_refused(saved):
 
 
 def test_an_incomplete_checkpoint_is_refused(saved):
-    (saved / orbax_checkpoint.FILES).unlink()
+    (saved / CHECKSUM_FILE).unlink()
     with pytest.raises(
         UserError,
         match=f"^{saved}: an incomplete checkpoint. Run the program that makes it to its end.$",
@@ -210,9 +236,9 @@ def changed(folder, **keys):
     metadata = json.loads(file.read_text())
     metadata["custom_metadata"] |= keys
     file.write_text(json.dumps(metadata))
-    sizes = json.loads((folder / orbax_checkpoint.FILES).read_text())
+    sizes = json.loads((folder / CHECKSUM_FILE).read_text())
     sizes["_CHECKPOINT_METADATA"] = file.stat().st_size
-    (folder / orbax_checkpoint.FILES).write_text(json.dumps(sizes))
+    (folder / CHECKSUM_FILE).write_text(json.dumps(sizes))
 
 
 def test_a_record_that_is_not_ours_is_refused(saved):
@@ -289,8 +315,8 @@ def test_two_processes_read_and_write_their_own_shards(tmp_path, saved, params):
 
 def test_a_leaf_has_to_be_the_recorded_one(tmp_path, params):
     leaves = {"ln_f/scale": jnp.ones(32)}
-    partial = orbax_checkpoint.PartialCheckpoint(
-        tmp_path / "saved", orbax_checkpoint.make_record(TOY, None, leaves)
+    partial = orbax_writer.PartialCheckpoint(
+        tmp_path / "saved", orbax_writer.make_record(TOY, None, leaves)
     )
     with pytest.raises(ValueError, match="ln_f/scale is .*, but the record says"):
         partial.write("ln_f/scale", jnp.ones(32, jnp.bfloat16))

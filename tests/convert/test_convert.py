@@ -22,7 +22,7 @@ from convert import from_hf, to_hf, verify
 from tests.helpers import eight
 from tests.hf_helpers import GOLDEN, PREFIX, Q2, TOY, edited, random_params, tensors_of
 from tests.kill_helpers import write_record
-from xflow_jax.checkpoints import destination_lock, orbax_checkpoint
+from xflow_jax.checkpoints import destination_lock, orbax_writer, read_record
 from xflow_jax.checkpoints.hf_export import parse_size, write_hf
 from xflow_jax.errors import UserError
 from xflow_jax.lm import load
@@ -56,7 +56,7 @@ def test_round_trip_of_mixed_dtypes(tmp_path):
 
     source = edited(tmp_path / "mixed", mix)
     from_hf.convert(source, tmp_path / "orbax")
-    record = orbax_checkpoint.read_record(tmp_path / "orbax")
+    record = read_record(tmp_path / "orbax")
     assert record.leaves["blocks/q_proj/kernel"][0] == "float32", "the widest of its layers"
     assert record.leaves["blocks/k_proj/kernel"][0] == "bfloat16"
     to_hf.convert(tmp_path / "orbax", tmp_path / "hf", max_shard_size=90_000)
@@ -124,7 +124,7 @@ def test_other_dtypes_on_request(tmp_path):
 
 def test_the_record_says_where_it_comes_from(tmp_path):
     from_hf.convert(GOLDEN, tmp_path / "orbax")
-    record = orbax_checkpoint.read_record(tmp_path / "orbax")
+    record = read_record(tmp_path / "orbax")
     assert record.config == json.loads((GOLDEN / "config.json").read_text())
     files = [*GOLDEN.glob("*.safetensors"), GOLDEN / "config.json"]
     assert record.provenance == {
@@ -160,7 +160,7 @@ class Stop(BaseException):
 def stop_at(monkeypatch, count, error=Stop):
     """Makes the write after `count` ones raise. Returns the list of the written paths."""
     written = []
-    plain = orbax_checkpoint.PartialCheckpoint.write
+    plain = orbax_writer.PartialCheckpoint.write
 
     def write(self, path, leaf):
         if len(written) == count:
@@ -170,7 +170,7 @@ def stop_at(monkeypatch, count, error=Stop):
         plain(self, path, leaf)
         written.append(path)
 
-    monkeypatch.setattr(orbax_checkpoint.PartialCheckpoint, "write", write)
+    monkeypatch.setattr(orbax_writer.PartialCheckpoint, "write", write)
     return written
 
 
@@ -197,7 +197,7 @@ def test_a_stopped_conversion_goes_on(tmp_path, monkeypatch):
         second = stop_at(patch, -1)
         from_hf.convert(GOLDEN, tmp_path / "orbax")
     assert len(first) == 4 and not set(first) & set(second)
-    assert set(first) | set(second) == set(orbax_checkpoint.read_record(tmp_path / "orbax").leaves)
+    assert set(first) | set(second) == set(read_record(tmp_path / "orbax").leaves)
     assert [file.name for file in tmp_path.iterdir()] == ["orbax"]
     assert not list((tmp_path / "orbax").glob("*tmp*"))
     to_hf.convert(tmp_path / "orbax", tmp_path / "hf")
@@ -240,9 +240,9 @@ def test_a_full_disk(tmp_path, monkeypatch, error):
                 raise error
             return plain(self, *args, **kw)
 
-    plain = orbax_checkpoint.ocp.Checkpointer.save
+    plain = orbax_writer.ocp.Checkpointer.save
     with monkeypatch.context() as patch:
-        patch.setattr(orbax_checkpoint.ocp.Checkpointer, "save", Full.save)
+        patch.setattr(orbax_writer.ocp.Checkpointer, "save", Full.save)
         note = (
             ". The parameters written so far are kept, and the same command continues from there."
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 
@@ -37,6 +39,10 @@ VALUES = [
     "", "text", "\0", "\ud800", "\U0001f600", b"", b"\xff\0", [], [1, [2, [3]]], (), (1, (2,)),
     {}, {"a": [1], 2: {"b": None}, (1, 2): {3}}, set(), {1, "a", None}, frozenset(),
     frozenset({frozenset({1}), ()}), [[], (), {}, set()],
+    Fraction(-1, 3), Fraction(1 << 200, 7), Decimal("-0.10"), Decimal("1e-400"),
+    Decimal("Infinity"),
+    range(3), range(9, -(1 << 70), -2), {"b": 1, "a": [2]}.keys(), {"b": 1, "a": [2]}.items(),
+    {}.keys(), {}.items(), [Fraction(1, 2), {"half": Decimal("0.5")}],
 ]  # fmt: skip
 
 
@@ -58,7 +64,9 @@ def test_aliases_and_cycles_keep_their_form():
         encode(value)
 
 
-@pytest.mark.parametrize("value", [object(), len, iter([]), range(3), bytearray(), type, (7).real])
+@pytest.mark.parametrize(
+    "value", [object(), len, iter([]), {}.values(), slice(3), bytearray(), type, (7).real]
+)
 def test_other_objects_need_a_handle(value):
     if type(value) is int:
         assert decode(encode(value)) == 7
@@ -97,6 +105,9 @@ BAD = [
     b"i\0\0", b"f1234567", b"c12345678", b"r\0\0\0\0",
     b"d\1\0\0\0l\0\0\0\0N", b"e\1\0\0\0l\0\0\0\0",
     b"d\2\0\0\0TNTN", b"e\2\0\0\0TT", b"z\2\0\0\0i\1\0\0\0\1T", b"o\1\0\0\0\2\0\0\0\xff\xfe",
+    b"q", b"qN", b"qt\0\0\0\0", b"qt\2\0\0\0i\1\0\0\0\1i\1\0\0\0\0", b"qt\2\0\0\0TT",
+    b"mt\1\0\0\0s\1\0\0\0x", b"mt\1\0\0\0T", b"gt\3\0\0\0" + b"i\1\0\0\0\0" * 3,
+    b"kt\2\0\0\0TT", b"kt\1\0\0\0l\0\0\0\0", b"pt\1\0\0\0T", b"pt\1\0\0\0t\1\0\0\0T",
     b"l\1\0\0\0" * 100_000 + b"N", b"i\0\0\2\0" + b"x" * (1 << 17),
 ]  # fmt: skip
 
@@ -115,7 +126,7 @@ def test_every_damaged_message_is_a_value_or_that_error():
         data = bytearray(whole if number % 2 else draw.randbytes(draw.randrange(60)))
         for _ in range(draw.randrange(1, 4)):
             if data:
-                data[draw.randrange(len(data))] = draw.choice(b"NTFifcsbltdezor\0\1\xff")
+                data[draw.randrange(len(data))] = draw.choice(b"NTFifcsbltdezorqmgkp\0\1\xff")
         data = data[: draw.randrange(len(data) + 1)] if number % 3 == 0 else data
         try:
             decode(bytes(data))

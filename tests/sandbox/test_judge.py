@@ -34,6 +34,27 @@ RIGHT = {
         assert type(f(frozenset({1}))) is frozenset
         """,
     ),
+    "numbers and views that equal plain values": (
+        """
+        from decimal import Decimal
+        from fractions import Fraction
+        def f(kind):
+            d = {'b': 1, 'a': 2}
+            return {'q': Fraction(1, 2), 'm': Decimal('0.5'), 'k': d.keys(), 'i': d.items(),
+                    'y': bytearray(b'ab'), 'r': range(3), 'n': [Fraction(3, 1)]}[kind]
+        def g(x): return x + x
+        """,
+        """
+        from decimal import Decimal
+        from fractions import Fraction
+        assert f('q') == 0.5 == f('m') and f('q') == Fraction(2, 4) and f('q') != 1
+        assert f('m') == Decimal('0.50') and f('m') > 0 and round(f('q') + 1, 1) == 1.5
+        assert f('k') == {'a', 'b'} and list(f('k')) == ['b', 'a'] and len(f('k')) == 2
+        assert f('i') == {('a', 2), ('b', 1)} and dict(f('i')) == {'b': 1, 'a': 2}
+        assert f('y') == b'ab' and f('r') == range(3) and f('n') == [3]
+        assert g(Fraction(1, 3)) == Fraction(2, 3) and g(Decimal('0.1')) == Decimal('0.2')
+        """,
+    ),
     "keywords": ("def f(a, *b, c=1, **d): return a, b, c, d", "assert f(1, 2, e=3) == "
                  "(1, (2,), 1, {'e': 3})"),
     "a sorted argument": (

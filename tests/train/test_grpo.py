@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import jax
@@ -18,15 +20,19 @@ from safetensors.numpy import load_file
 
 from tests.helpers import eight
 from train import grpo
-from train.grpo_sampler import make_score
+from train.grpo_sampler import Sampler, make_score, parse_flow
 from train.pretrain import ModelShape, PretrainConfig, make_model_config
 from xflow_jax.checkpoints.hf_export import write_hf
 from xflow_jax.decoding.policy import features, fit_policy, init_policy
 from xflow_jax.decoding.policy_io import load_policy
 from xflow_jax.errors import UserError
+from xflow_jax.evaluation import make_cells
+from xflow_jax.lm import load
 from xflow_jax.models.factory import build, init_params
 from xflow_jax.sandbox.pool import run_many
+from xflow_jax.tasks import get_task
 from xflow_jax.tokenizer import load_tokenizer
+from xflow_jax.toml_config import load_toml
 from xflow_jax.training.rollout import Rollout
 
 ROOT = Path(__file__).parents[2]
@@ -126,6 +132,36 @@ def test_a_run_stopped_and_resumed_equals_one_run(model, straight, tmp_path, mon
     )
     train(model, tmp_path / "run")
     assert_same_run(straight, tmp_path / "run")
+
+
+def test_a_run_of_other_weights_is_not_continued(model, straight, tmp_path):
+    other, run = tmp_path / "other", tmp_path / "run"
+    lm = load(model)
+    write_hf(other, jax.tree.map(lambda x: x * 1.5, lm.params), lm.config, TINY)
+    shutil.copytree(straight, run)
+    sentence = "its checkpoint is of another model. The fingerprint of its weights is .* there and"
+    with pytest.raises(UserError, match=sentence):
+        train(other, run, "steps=5")
+
+
+@pytest.mark.parametrize("after_eos", [False, True])
+def test_rewards_follow_the_protocols_end_of_an_answer(model, tmp_path, after_eos):
+    """As in evaluation, text after EOS counts only if the protocol keeps it."""
+    overrides = overrides_of(model, tmp_path / "run")
+    config = load_toml(ROOT / "configs/grpo_tiny.toml", grpo.GrpoConfig, overrides)
+    lm, task = load(model), get_task("microcode", [f"after_eos={str(after_eos).lower()}"])
+    problems = task.problems(None, 2)
+    cell = make_cells(lm, task, {"flow": parse_flow("", None)}, [Fraction(1)])[0]
+    sampler = Sampler(lm, task, config, problems, cell)
+    eos = lm.config.eos_id
+    rows = [
+        [eos, *lm.tokenizer.encode(task.canonical(problems[i]), add_special_tokens=False)]
+        for i in sampler.row_problems(0)
+    ]
+    longest = max(map(len, rows))
+    tokens = jnp.asarray([row + [eos] * (longest - len(row)) for row in rows])
+    with sampler.sandbox:
+        assert (sampler.judge(0, tokens) == float(after_eos)).all()
 
 
 @eight

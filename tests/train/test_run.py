@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import json
 import os
 import re
@@ -25,9 +26,12 @@ from xflow_jax.errors import UserError
 STATE = {"w": jnp.arange(2048.0) / 7, "step": jnp.int32(0)}
 
 
-def train(folder: Path, last: int, seed: int = 0, die_at: int = -1) -> dict[str, np.ndarray]:
+def train(
+    folder: Path, last: int, seed: int = 0, die_at: int = -1, frozen: str | None = None
+) -> dict[str, np.ndarray]:
     """Counts to `last`. With `die_at` it ends after the metrics of that step, before its save."""
     with Run(folder, seed) as run:
+        run.frozen = frozen
         state = STATE
         if run.latest is not None:
             state, notes = run.restore(STATE)
@@ -146,6 +150,16 @@ def test_another_seed_is_another_run(four):
     ]
 
 
+def test_another_frozen_model_is_another_run(four, tmp_path):
+    shutil.copytree(four, tmp_path / "run")
+    train(tmp_path / "run", 5, frozen="one")  # the checkpoint before it has no fingerprint
+    train(tmp_path / "run", 6, frozen="one")
+    sentence = "another model. The fingerprint of its weights is one there and two here. To start"
+    with pytest.raises(UserError, match=sentence):
+        train(tmp_path / "run", 7, frozen="two")
+    train(tmp_path / "run", 7, frozen="one")
+
+
 @pytest.mark.parametrize("loss", [np.nan, np.inf])
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, loss):
     with Run(tmp_path / "run", 0) as run:
@@ -167,10 +181,10 @@ def test_two_runs_never_share_a_folder(tmp_path):
 
 
 @contextlib.contextmanager
-def small_files() -> Iterator[None]:
-    """Lets no file grow above 4 KiB, which stands for a full disk."""
+def small_files(most: int = 4096) -> Iterator[None]:
+    """Lets no file grow above `most` bytes, which stands for a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
     try:
         yield
     finally:
@@ -187,6 +201,26 @@ def test_a_checkpoint_that_does_not_fit_is_one_sentence(four, straight, tmp_path
     )
     assert "Traceback" not in capfd.readouterr().err
     assert_same(tmp_path / "run", straight)
+
+
+def test_tasks_that_a_failed_save_forgot_report_nothing(tmp_path, caplog):
+    """Several parameters cannot be written, and only one of their errors is raised."""
+    draw = np.random.default_rng(0)
+    state = {str(n): jnp.asarray(draw.standard_normal(1000)) for n in range(80)}
+
+    def fail(folder: Path) -> None:
+        with (
+            pytest.raises(UserError, match="File too large"),
+            Run(folder, 0) as run,
+            small_files(16384),
+        ):
+            run.save(1, state)
+            run.wait()
+
+    for number in range(2):
+        fail(tmp_path / str(number))
+        gc.collect()  # tasks are deleted, and their errors reported
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])

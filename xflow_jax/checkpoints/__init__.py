@@ -7,7 +7,7 @@ from xflow_jax.checkpoints.atomic_write import (
     release_memory,
     write_atomic,
 )
-from xflow_jax.checkpoints.checksums import find_damage, write_checksums
+from xflow_jax.checkpoints.checksums import CHECKSUM_FILE, find_damage, write_checksums
 from xflow_jax.checkpoints.hf_export import MAX_SHARD, parse_size, write_hf, write_tensors
 from xflow_jax.checkpoints.huggingface import (
     check_companions,
@@ -18,16 +18,15 @@ from xflow_jax.checkpoints.huggingface import (
 )
 from xflow_jax.checkpoints.mask_token import resolve_mask_id
 from xflow_jax.checkpoints.orbax_checkpoint import (
-    PartialCheckpoint,
+    ORBAX_METADATA,
     abstract_model,
     is_checkpoint,
     load_params,
-    make_record,
-    quiet_orbax,
     read_leaf,
     read_record,
-    save_params,
 )
+from xflow_jax.checkpoints.orbax_logging import quiet_orbax, release_tasks
+from xflow_jax.checkpoints.orbax_writer import PartialCheckpoint, make_record, save_params
 from xflow_jax.checkpoints.run_lock import (
     destination_lock,
     folder_lock,
@@ -37,8 +36,10 @@ from xflow_jax.checkpoints.safetensors_reader import CONFIG_FILE, SafetensorsSou
 from xflow_jax.checkpoints.weight_map import WeightMapping, map_weights
 
 __all__ = [
+    "CHECKSUM_FILE",
     "CONFIG_FILE",
     "MAX_SHARD",
+    "ORBAX_METADATA",
     "PartialCheckpoint",
     "SafetensorsSource",
     "WeightMapping",
@@ -66,6 +67,7 @@ __all__ = [
     "refuse_existing",
     "resolve_mask_id",
     "release_memory",
+    "release_tasks",
     "save_params",
     "write_atomic",
     "write_checksums",

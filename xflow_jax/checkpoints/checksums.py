@@ -20,7 +20,7 @@ from xflow_jax.checkpoints.atomic_write import write_atomic
 from xflow_jax.errors import UserError
 from xflow_jax.input_files import open_regular, read_json
 
-FILES = "files.json"  # of a converted checkpoint and of an exported model
+CHECKSUM_FILE = "files.json"  # of a converted checkpoint and of an exported model
 BLOCK = 2**22  # bytes read at a time
 SMALL = 2**20  # bytes of a file that is always compared
 MOST_THREADS = 8

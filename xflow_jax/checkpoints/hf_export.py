@@ -16,10 +16,10 @@ from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from xflow_jax.checkpoints.atomic_write import atomic_directory, copy_files
-from xflow_jax.checkpoints.checksums import FILES, write_checksums
+from xflow_jax.checkpoints.atomic_write import atomic_directory
+from xflow_jax.checkpoints.checksums import CHECKSUM_FILE, write_checksums
 from xflow_jax.checkpoints.finite_values import is_finite
-from xflow_jax.checkpoints.huggingface import COMPANIONS
+from xflow_jax.checkpoints.huggingface import copy_companions
 from xflow_jax.checkpoints.safetensors_reader import CONFIG_FILE, DTYPES, INDEX, SINGLE, copy_cast
 from xflow_jax.checkpoints.weight_map import TensorSlice, WeightMapping, map_weights
 from xflow_jax.errors import UserError, describe, require
@@ -147,7 +147,7 @@ def write_tensors(
         }.items():
             (folder / name).write_text(text)
         if companions is not None:
-            copy_files(Path(companions), folder, COMPANIONS)
+            copy_companions(Path(companions), folder, config)
         for shard in shards:
             (folder / shard.name).write_bytes(shard.header)
         if len(shards) > 1:
@@ -173,7 +173,7 @@ def write_tensors(
                         f.write(data.reshape(-1).view(np.uint8).data)
                     bar.update()
         # The others may be edited by hand.
-        write_checksums(folder, FILES, only=[shard.name for shard in shards])
+        write_checksums(folder, CHECKSUM_FILE, only=[shard.name for shard in shards])
 
 
 def _tensors(

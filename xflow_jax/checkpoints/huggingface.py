@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +11,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from xflow_jax.checkpoints.atomic_write import matching_files, partial_path
-from xflow_jax.checkpoints.checksums import FILES
+from xflow_jax.checkpoints.atomic_write import copy_files, matching_files, partial_path
+from xflow_jax.checkpoints.checksums import CHECKSUM_FILE
 from xflow_jax.checkpoints.safetensors_reader import (
     CONFIG_FILE,
     INDEX,
@@ -85,6 +86,28 @@ def check_companions(directory: Path) -> None:
     matching_files(directory, COMPANIONS)
 
 
+def copy_companions(source: Path, target: Path, config: Mapping[str, object]) -> None:
+    """Copies the files that accompany the weights.
+
+    A generation_config.json that contradicts the configuration is left out, because it belongs to
+    another model and the copy would be refused.
+
+    Args:
+        source: directory with the files.
+        target: directory of the weights.
+        config: the dict of its config.json.
+
+    Raises:
+        UserError: if a file is a link that leaves the source.
+    """
+    copy_files(source, target, COMPANIONS)
+    copy = target / GENERATION_FILE
+    try:
+        _check_generation(copy, model_config(config, str(target / CONFIG_FILE)))
+    except UserError:
+        copy.unlink(missing_ok=True)
+
+
 def find_hf_directory(name: str | Path) -> Path:
     """Finds a model's directory, or downloads the model from the hub.
 
@@ -113,7 +136,10 @@ def find_hf_directory(name: str | Path) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
         raise UserError(f"{path}: there is no such directory")
     return download_from_hub(
-        str(name), "model", "directory", [CONFIG_FILE, "*.safetensors", INDEX, FILES, *COMPANIONS]
+        str(name),
+        "model",
+        "directory",
+        [CONFIG_FILE, "*.safetensors", INDEX, CHECKSUM_FILE, *COMPANIONS],
     )
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
-from xflow_jax.checkpoints.checksums import FILES, compares_large_files, first_damage
+from xflow_jax.checkpoints.checksums import CHECKSUM_FILE, compares_large_files, first_damage
 from xflow_jax.checkpoints.finite_values import is_finite
 from xflow_jax.checkpoints.weight_map import TensorSlice, WeightMapping
 from xflow_jax.errors import UserError, describe
@@ -98,7 +98,7 @@ class SafetensorsSource:
 
     def _compare_checksums(self) -> None:
         """Raises UserError if a file is not as files.json describes it."""
-        path = file_inside(self.directory, FILES)
+        path = file_inside(self.directory, CHECKSUM_FILE)
         listed = read_json(path) if path.exists() else {}
         # Another program may give this name to a file of another form.
         listed = listed if isinstance(listed, dict) else {}
@@ -111,7 +111,7 @@ class SafetensorsSource:
             name, state = damage
             raise UserError(
                 f"{self.directory / name}: the file {state}. Copy it again. "
-                f"If it was replaced on purpose, delete {FILES} beside it."
+                f"If it was replaced on purpose, delete {CHECKSUM_FILE} beside it."
             )
 
     def read(self, name: str) -> np.ndarray:

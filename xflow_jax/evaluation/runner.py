@@ -295,10 +295,8 @@ def _decode(
             **dataclasses.asdict(cache),
         )
         seconds = time.perf_counter() - began
-    assert out.texts is not None and lm.tokenizer is not None
-    texts = out.texts
-    if settings.after_eos:
-        texts = decode_responses(lm.tokenizer, out.tokens, None)
+    assert lm.tokenizer is not None
+    texts = decode_responses(lm.tokenizer, out.tokens, settings.end_id(lm.config.eos_id))
     return texts, out.forward_passes, max(seconds - covered_seconds(spans), 0.0)
 
 

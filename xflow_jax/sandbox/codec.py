@@ -1,7 +1,8 @@
 """Strict encoding of plain values, the one language between judge and program.
 
-Only exact builtin types cross: None, bool, int, float, complex, str, bytes, list, tuple, dict, set
-and frozenset. Any other object of the program stays there and crosses as a number, a handle. The
+Only exact types cross: None, bool, int, float, complex, str, bytes, list, tuple, dict, set,
+frozenset, and types that can equal one of these: Fraction, Decimal, range, and the keys and items
+of a dict. Any other object of the program stays there and crosses as a number, a handle. The
 decoder reads bytes of an untrusted process. It creates nothing but these types, within limits, and
 raises DecodeError for everything else.
 
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Collection
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 MAX_BYTES = 8 << 20  # of one message
@@ -24,6 +27,15 @@ _F64 = struct.Struct("<d")
 _CONTAINERS: dict[bytes, type] = {b"l": list, b"t": tuple, b"e": set, b"z": frozenset}
 _TAGS = {kind: tag for tag, kind in _CONTAINERS.items()}
 _MUTABLE = (list, dict, set)
+# Types without parts of their own -> tag, and the plain values that make an equal object.
+_MADE: dict[type, tuple[bytes, Callable[[Any], tuple[object, ...]]]] = {
+    Fraction: (b"q", lambda value: (value.numerator, value.denominator)),
+    Decimal: (b"m", lambda value: (Decimal.__str__(value),)),
+    range: (b"g", lambda value: (value.start, value.stop, value.step)),
+    type({}.keys()): (b"k", tuple),
+    type({}.items()): (b"p", tuple),
+}
+_MADE_TAGS = b"".join(tag for tag, _ in _MADE.values())
 
 
 class DecodeError(ValueError):
@@ -130,6 +142,10 @@ class Encoder:
             self.data += _TAGS[kind] + _U32.pack(len(value))
             for item in tuple(value):
                 self.encode(item, depth + 1)
+        elif kind in _MADE:
+            tag, parts_of = _MADE[kind]
+            self.data += tag
+            self._encode_parts(tuple, parts_of(value), depth)
         else:
             return False
         return True
@@ -160,7 +176,7 @@ class Decoder:
         """Returns the one value of the message."""
         try:
             value = self._value(0)
-        except (UnicodeError, TypeError, OverflowError, RecursionError) as error:
+        except (UnicodeError, TypeError, ArithmeticError, RecursionError) as error:
             raise DecodeError(type(error).__name__) from None
         if self._at != len(self._data):
             raise DecodeError("bytes after the end")
@@ -194,6 +210,8 @@ class Decoder:
         if tag == b"o":
             number = _U32.unpack(self._take(4))[0]
             return self._inside(Handle(number, self._take(self._count(400)).decode()))
+        if tag in _MADE_TAGS:
+            return self._made(tag, depth)
         return self._leaf(tag)
 
     def _leaf(self, tag: bytes) -> object:
@@ -237,6 +255,28 @@ class Decoder:
         if len(whole) != count:
             raise DecodeError("equal keys")
         return whole
+
+    def _made(self, tag: bytes, depth: int) -> object:
+        """Makes an object of its plain values."""
+        if self._take(1) != _TAGS[tuple]:
+            raise DecodeError("no parts")
+        parts: Any = self._parts(_TAGS[tuple], depth)
+        kinds = {type(part) for part in parts}
+        if tag == b"k":
+            keys = dict.fromkeys(parts)
+            if len(keys) == len(parts):
+                return keys.keys()
+        elif tag == b"p" and kinds <= {tuple} and all(len(part) == 2 for part in parts):
+            items = dict(parts)
+            if len(items) == len(parts):
+                return items.items()
+        elif tag == b"q" and kinds == {int} and len(parts) == 2:
+            return Fraction(*parts)
+        elif tag == b"g" and kinds == {int} and len(parts) == 3 and parts[2] != 0:
+            return range(*parts)
+        elif tag == b"m" and kinds == {str} and len(parts) == 1:
+            return Decimal(parts[0])
+        raise DecodeError("parts of another object")
 
     def _keep(self, container: object) -> None:
         if self._shared:

@@ -80,16 +80,25 @@ def write_id_maps(pid: int) -> None:
     """Maps the ids of a process's user namespace.
 
     Root keeps all ids, to read files of other users and to become nobody later. Others keep only
-    their own id.
+    their own id, as does the root of a container without an id for nobody.
     """
+    ids = {kind: read_id_map(kind) for kind in ("uid", "gid")}
+    keep = os.geteuid() == 0 and all(
+        any(first <= NOBODY < first + count for first, count in ranges) for ranges in ids.values()
+    )
     for kind, own in (("uid", os.geteuid()), ("gid", os.getegid())):
         lines = [f"{NOBODY} {own} 1"]
-        if os.geteuid() == 0:
-            with open(f"/proc/self/{kind}_map") as file:
-                lines = [f"{first} {first} {count}" for first, _, count in map(str.split, file)]
+        if keep:
+            lines = [f"{first} {first} {count}" for first, count in ids[kind]]
         elif kind == "gid":
             write_text(f"/proc/{pid}/setgroups", "deny")
         write_text(f"/proc/{pid}/{kind}_map", "\n".join(lines))
+
+
+def read_id_map(kind: str) -> list[tuple[int, int]]:
+    """Returns (first, count) of the ids that this process's user namespace has."""
+    with open(f"/proc/self/{kind}_map") as file:
+        return [(int(first), int(count)) for first, _, count in map(str.split, file)]
 
 
 def write_text(path: str, text: str) -> None:

@@ -55,7 +55,7 @@ _OPERATIONS: dict[str, Callable[..., object]] = {
     "contains": operator.contains,
     "text": str,
 }
-# Subclasses become these types.
+# Subclasses become these types. A bytearray becomes bytes, which it equals.
 _BASES: dict[type, Callable[..., object]] = {
     int: int.__int__,
     float: float.__float__,
@@ -67,6 +67,7 @@ _BASES: dict[type, Callable[..., object]] = {
     dict: lambda value: dict(dict.items(value)),
     set: lambda value: set(set.__iter__(value)),
     frozenset: lambda value: frozenset(frozenset.__iter__(value)),
+    bytearray: bytes,
 }
 
 
