@@ -32,16 +32,16 @@ from xflow_jax.checkpoints import (
     make_record,
     map_weights,
     read_hf_config,
-    read_hf_leaf,
+    read_stored,
     refuse_existing,
     release_memory,
     resolve_mask_id,
 )
 from xflow_jax.errors import UserError
-from xflow_jax.models import abstract_params, build, shardings
+from xflow_jax.models import SCALE, abstract_params, abstract_weights, build, shardings
 from xflow_jax.parallel import make_mesh
 
-DTYPES = ("keep", "bfloat16", "float32")
+DTYPES = ("keep", "bfloat16", "float32", "int8")
 HASH_BLOCK = 2**24  # bytes read at a time
 NOTE = ". The parameters written so far are kept, and the same command continues from there."
 
@@ -58,7 +58,8 @@ def convert(
     Args:
         src: directory with config.json and safetensors, or name of a model on the hub.
         dst: directory to make.
-        dtype: dtype of the parameters: bfloat16, float32, or keep for the dtypes of the source.
+        dtype: dtype of the parameters: bfloat16, float32, int8 as in `models.abstract_weights`, or
+            keep for the dtypes of the source.
         mesh: sizes of data, fsdp and tensor like "1,8,1". The parameters pass through the devices
             of this mesh, and their shards are the pieces of the files. None uses one device.
         mask_id: id of the mask token, to be kept with the parameters. None keeps that of the
@@ -83,7 +84,7 @@ def convert(
     mapping = map_weights(config, abstract, source.entries)
     source.check(mapping)
     if dtype != "keep":
-        abstract = abstract_params(build(config, param_dtype=np.dtype(jax.numpy.dtype(dtype))))
+        abstract = abstract_weights(config, jax.numpy.dtype(dtype))
     leaves = {
         path: jax.ShapeDtypeStruct(
             x.shape, source.dtype_of(mapping.slices[path]) if dtype == "keep" else x.dtype
@@ -113,19 +114,34 @@ def _write(
     with _progress_bar("converting", sum(map(_nbytes, leaves.values()))) as bar:
         for path, x in leaves.items():
             bar.set_postfix_str(path)
-            if not checkpoint.has(path):
-                try:
-                    with _on_cpu():
-                        leaf = read_hf_leaf(
-                            source, mapping.slices[path], x.shape, x.dtype, placement.get(path)
-                        )
-                except UserError:  # the source is bad, so the same command cannot continue
-                    checkpoint.discard()
-                    raise
-                checkpoint.write(path, leaf)
-                del leaf
-                release_memory(_nbytes(x))
+            if path in mapping.slices:  # scales come with their matrix
+                _write_stored(checkpoint, source, mapping, path, x, placement)
             bar.update(_nbytes(x))
+
+
+def _write_stored(
+    checkpoint: PartialCheckpoint,
+    source: SafetensorsSource,
+    mapping: WeightMapping,
+    path: str,
+    x: jax.ShapeDtypeStruct,
+    placement: Mapping[str, jax.sharding.Sharding],
+) -> None:
+    """Writes one parameter and its scales, unless the checkpoint has them."""
+    names = [name for name in (path, path + SCALE) if name in checkpoint.record.leaves]
+    if all(map(checkpoint.has, names)):
+        return
+    try:
+        with _on_cpu():
+            leaves = read_stored(source, mapping.slices[path], path, x, placement)
+    except UserError:  # the source is bad, so the same command cannot continue
+        checkpoint.discard()
+        raise
+    for name in names:
+        if not checkpoint.has(name):
+            checkpoint.write(name, leaves[name])
+    leaves.clear()
+    release_memory(_nbytes(x))
 
 
 def _on_cpu() -> contextlib.AbstractContextManager[Any]:

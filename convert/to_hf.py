@@ -22,7 +22,7 @@ from xflow_jax.checkpoints import (
     release_memory,
     write_tensors,
 )
-from xflow_jax.errors import UserError
+from xflow_jax.errors import UserError, require
 
 DTYPES = ("source", "bfloat16", "float32")
 
@@ -42,7 +42,7 @@ def convert(
         max_shard_size: bytes of a file.
 
     Raises:
-        UserError: for unsuitable input and for errors of the disk.
+        UserError: for unsuitable input, such as int8, and for errors of the disk.
     """
     src, dst = Path(src).expanduser(), Path(dst)
     refuse_existing(dst)
@@ -50,6 +50,11 @@ def convert(
         state = "not a converted checkpoint" if src.is_dir() else "there is no such directory"
         raise UserError(f"{src}: {state}. Make one with python -m convert.from_hf.")
     record = read_record(src, large=True)
+    require(
+        not record.is_int8,
+        f"{src}: its matrices are int8, which the original code cannot read. "
+        "Convert back a float32 or bfloat16 checkpoint.",
+    )
     config, abstract = abstract_model(
         src, record, jax.numpy.dtype("float32" if dtype == "source" else dtype)
     )

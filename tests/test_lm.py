@@ -177,10 +177,10 @@ def test_bad_embeddings(lm):
         lm.logits_from_embeddings(np.ones((1, 2, 63)))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8", "fp8"])
+@pytest.mark.parametrize("dtype", ["float16", "int32", "fp8"])
 def test_bad_dtype(dtype):
     with pytest.raises(
-        UserError, match=f"^dtype is '{dtype}', but it must be float32 or bfloat16$"
+        UserError, match=f"^dtype is '{dtype}', but it must be float32, bfloat16 or int8$"
     ):
         load(GOLDEN, dtype)
 

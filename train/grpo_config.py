@@ -115,7 +115,7 @@ class GrpoConfig:
     log_every: int = 1
     save_every: int = 25
     batch_size: int = 64
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     mesh: str = ""
     seed: int = 0
 

@@ -27,7 +27,7 @@ from xflow_jax.checkpoints import (
 )
 from xflow_jax.errors import UserError, describe
 from xflow_jax.input_files import read_json_object
-from xflow_jax.models import build, check_heads
+from xflow_jax.models import INT8, build, check_heads, compute_dtype, is_quantized
 from xflow_jax.parallel import (
     batch_sharding,
     computation_scope,
@@ -43,7 +43,8 @@ BUNDLED = {
     "tiny": Path(__file__).parent / "tiny",
     "tiny-base": Path(__file__).parent / "tiny_base",
 }
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "int8")
+DTYPE_CHOICE = "float32, bfloat16 or int8"
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +81,13 @@ class LM:
 
     @property
     def dtype(self) -> np.dtype:
-        """Dtype of the computation and of the parameters."""
+        """Dtype of the computation."""
         return np.dtype(self.model.dtype)
+
+    @property
+    def weight_dtype(self) -> np.dtype:
+        """Dtype of the layers' matrices: int8 if they are quantised, otherwise `dtype`."""
+        return INT8 if is_quantized(self.params) else self.dtype
 
     def logits(
         self, tokens: ArrayLike, mask: ArrayLike | None = None, block_length: int | None = None
@@ -260,7 +266,8 @@ def load(
         path: a directory in the Hugging Face format, a directory made by `convert.from_hf`, the
             name of a bundled model ("tiny", or "tiny-base" before its alignment), or the name of a
             model on the hub.
-        dtype: float32 or bfloat16, for the computation and the parameters.
+        dtype: float32 or bfloat16, for the computation and the parameters. int8 rounds the matrices
+            of the layers to int8 with a scale for each output channel, and the rest is bfloat16.
         mesh: a mesh made by `make_mesh`, or its sizes like "1,8,1". Each process reads its own
             shards. None places everything on the default device.
         mask_id: id of the mask token, for a model whose config.json lacks it. None: that of
@@ -277,7 +284,7 @@ def load(
     except TypeError:
         name = str(dtype)
     if name not in DTYPES:
-        raise UserError(f"dtype is {name!r}, but it must be {' or '.join(DTYPES)}")
+        raise UserError(f"dtype is {name!r}, but it must be {DTYPE_CHOICE}")
     dtype = jnp.dtype(name)
     find_devices()  # before a large file is read
     mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
@@ -292,7 +299,8 @@ def load(
     read = load_params if is_checkpoint(directory) else read_hf_params
     config, params = read(directory, dtype, mesh)
     config = resolve_mask_id(config, Path(directory), mask_id)
-    model = build(config, dtype, param_dtype=dtype)
+    float_dtype = compute_dtype(dtype)
+    model = build(config, float_dtype, param_dtype=float_dtype)
     tokenizer = load_tokenizer(directory)
     return LM(model, config, params, tokenizer, mesh, _read_tasks(Path(directory)))
 

@@ -48,6 +48,8 @@ def test_bad_options_are_one_sentence(tmp_path):
         bench_device.run(arguments(f"--json={tmp_path / 'a'}", "--sections=speed"))
     with pytest.raises(UserError, match="--minutes must be at least 1"):
         bench_device.run(arguments(f"--json={tmp_path / 'a'}", "--minutes=0"))
+    with pytest.raises(UserError, match="int8 is a section of its own"):
+        bench_device.run(arguments(f"--json={tmp_path / 'a'}", "--dtype=int8"))
     (tmp_path / "a").write_text("{}")
     with pytest.raises(UserError, match="exists"):
         bench_device.run(arguments(f"--json={tmp_path / 'a'}"))
@@ -87,6 +89,20 @@ def test_every_section_runs_with_small_shapes():
     )
     assert not [name for name, each in numbers.items() if "error" in each]
     assert numbers["agreement"]["equal float32 einsum xla"] == 1.0
+    assert [row["batch"] for row in numbers["int8"]["decodes"]] == [1, 2]
+    assert [row["batch"] for row in numbers["int8"]["short_pass"]["batches"]] == [1, 2]
+
+
+def test_a_model_is_made_anew_for_another_dtype(monkeypatch):
+    made = []
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)  # the other tests need theirs
+    monkeypatch.setattr(
+        accelerator, "load_or_make", lambda name, dtype: made.append((name, dtype)) or toy()
+    )
+    bench = accelerator.Bench(accelerator.SHAPES["small"], 0.0, "bfloat16", lambda line: None)
+    for dtype in (None, "bfloat16", "int8", "int8", None):
+        bench.model("small", dtype)
+    assert [dtype for _, dtype in made] == ["bfloat16", "int8", "bfloat16"]
 
 
 def test_profile_counts_the_programs_own_events():

@@ -162,7 +162,10 @@ EVALUATE = ("evaluate", "--task", "microcode", "--model", "{model}")
             (*GENERATE, "--model", "{model}", "--prompt", "b", "--trace", "x.html"),
             "--trace shows one decode",
         ),
-        ((*GENERATE, "--model", "{model}", "--dtype", "float16"), "it must be float32 or bfloat16"),
+        (
+            (*GENERATE, "--model", "{model}", "--dtype", "float16"),
+            "it must be float32, bfloat16 or int8",
+        ),
         ((*GENERATE, "--model", "{model}", "--mesh", "1,2"), "three positive sizes"),
         (
             (*GENERATE, "--model", "{model}", "--refresh", "-1"),

@@ -31,6 +31,18 @@ def test_a_gpu_by_arithmetic_and_its_exit_status(capsys, tmp_path):
     assert "does not fit" in capsys.readouterr().out
 
 
+def test_int8_fits_where_bfloat16_does_not(capsys, tmp_path):
+    command = ("--preset=llada-8b", "--device=tpu:v5e", "--batch=8", f"--json={tmp_path / 'rows'}")
+    command += ("--block-length=32", "--cache=dual")
+    assert plan.run(arguments(*command)) == 1
+    page = tmp_path / "page.md"
+    assert plan.run(arguments(*command, "--dtype=int8", f"--markdown={page}")) == 0
+    assert "llada-8b decode, dual cache, int8 on tpu:v5e" in capsys.readouterr().out
+    assert "--dtype int8" in page.read_text() and "| decode, dual cache, int8 |" in page.read_text()
+    rows = json.loads((tmp_path / "rows").read_text())["rows"]
+    assert [row["dtype"] for row in rows] == ["int8", "bfloat16"]
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
@@ -65,6 +77,14 @@ def test_a_gpu_by_arithmetic_and_its_exit_status(capsys, tmp_path):
         (
             ("--preset=llada-8b", "--device=gpu:h200", f"--json={__file__}"),
             "test_plan.py: not valid JSON",
+        ),
+        (
+            ("--preset=llada-8b", "--device=gpu:h200", "--dtype=float32"),
+            "--dtype is 'float32', but it must be bfloat16 or int8",
+        ),
+        (
+            ("--preset=llada-8b", "--device=gpu:h200", "--dtype=int8", "--program=decode,align"),
+            "--dtype int8 is for decode, and the other programs train in bfloat16",
         ),
         (("--preset=llada-8b", "--topology=v5z-8"), "there is no topology 'v5z-8'"),
         (

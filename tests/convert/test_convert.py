@@ -442,9 +442,10 @@ def test_memory_of_a_gigabyte(tmp_path):
     write_hf(tmp_path / "hf", params, config, max_shard_size=4 * 10**8)
     used = {
         name: peak("from_hf", tmp_path / "hf", tmp_path / name, *rest) / max(sizes)
-        for name, *rest in (("one", "keep"), ("eight", "keep", "1,8,1"))
+        for name, *rest in (("one", "keep"), ("eight", "keep", "1,8,1"), ("int8", "int8"))
     }
     used["back"] = peak("to_hf", tmp_path / "one", tmp_path / "back") / max(sizes)
     assert tensors_of(tmp_path / "back") == tensors_of(tmp_path / "hf")
     print({name: round(times, 2) for name, times in used.items()})
     assert used["one"] < 3 and used["eight"] < 3 and used["back"] < 3.5
+    assert used["int8"] < 3

@@ -9,6 +9,7 @@ import signal
 import pytest
 
 from tests.helpers import TOY
+from xflow_jax.decoding.cache_options import CacheOptions
 from xflow_jax.errors import UserError
 from xflow_jax.models.presets import PRESETS
 from xflow_jax.planning import PlanRequest, plan_rows
@@ -42,6 +43,31 @@ def test_the_tpu_compiler_and_the_arithmetic_agree(monkeypatch):
     kinds = {c["kind"]: c for c in row["collectives"]}
     assert kinds["all-reduce"]["count"] >= 2 * config.n_layers
     assert kinds.get("all-gather", {"bytes": 0})["bytes"] < 1e6  # of the belief alone
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("preset", ["llada-8b", "llada2-mini"])
+def test_int8_is_read_without_a_converted_copy(monkeypatch, tmp_path, preset):
+    """Traffic near the arithmetic of int8, which is about half of that of bfloat16."""
+    layers = {"llada-8b": "n_layers", "llada2-mini": "num_hidden_layers"}[preset]
+    monkeypatch.setitem(PRESETS, preset, dataclasses.replace(PRESETS[preset], **{layers: 3}))
+    request = PlanRequest(
+        presets=(preset,),
+        topologies=("v5e-1",),
+        gen_length=64,
+        block_length=32,
+        steps=32,
+        cache=CacheOptions("dual" if preset == "llada-8b" else None),
+        dtype="int8",
+        hlo_folder=tmp_path,
+    )
+    (row,) = plan_rows(request, [])
+    assert row["fits"] and 0.9 < row["bytes"] / row["analytic_bytes"] < 1.25
+    (file,) = tmp_path.iterdir()
+    sizes = "4096,12288" if preset == "llada-8b" else "256,2048,512"
+    assert f"s8[3,{sizes}]" in file.read_text() or f"s8[2,{sizes}]" in file.read_text()
+    assert f"bf16[{sizes}]" not in file.read_text() and f"bf16[1,{sizes}]" not in file.read_text()
 
 
 @pytest.mark.slow

@@ -81,6 +81,19 @@ def test_a_cached_decode_by_hand():
     assert kept - estimate_cost(c, work("none"), (1, 1, 1)).memory == 2 * 2 * 32 * 640 * 4096
 
 
+def test_int8_halves_the_matrices_alone():
+    c = PRESETS["llada-8b"]
+    work = Workload("decode", 1, prompt_length=128, gen_length=512, cache=CacheOptions("none"))
+    wide, narrow = (
+        estimate_cost(c, dataclasses.replace(work, dtype=dtype), (1, 1, 1))
+        for dtype in ("bfloat16", "int8")
+    )
+    matrices = matrix_parameters(c)[1]
+    for name in ("weights", "bytes", "memory"):
+        assert getattr(wide, name) - getattr(narrow, name) == matrices, name
+    assert wide.flops == narrow.flops
+
+
 def test_a_compiled_cached_decode_counts_its_passes():
     """The branches of the program count as often as the schedule takes them."""
     lm, lengths = toy(), {"prompt_length": 16, "gen_length": 32, "steps": 16, "block_length": 8}

@@ -64,6 +64,36 @@ def test_traffic_of_a_sliced_stack_is_its_slices():
     assert weights <= found.bytes < 4 * weights
 
 
+# As the TPU compiler reads a layer of an int8 stack: through a change of tiles, in one fusion.
+TILED = """HloModule tiled, is_scheduled=true
+
+%copy_fusion (input: s8[6,64,128]) -> s8[6,64,128] {
+  %input = s8[6,64,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %copy = s8[6,64,128]{2,1,0:T(8,128)(4,1)} copy(%input)
+}
+
+%slice_fusion (stack.1: s8[6,64,128], layer.1: s32[]) -> s8[1,64,128] {
+  %stack.1 = s8[6,64,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %tiles = s8[6,64,128]{2,1,0:T(8,128)(4,1)} fusion(%stack.1), kind=kLoop, ALIAScalls=%copy_fusion
+  %layer.1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = s8[1,64,128]{2,1,0} dynamic-slice(%tiles, %layer.1, %zero, %zero)
+}
+
+ENTRY %main (stack: s8[6,64,128], layer: s32[]) -> s8[1,64,128] {
+  %stack = s8[6,64,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %layer = s32[] parameter(1)
+  ROOT %layers = s8[1,64,128]{2,1,0:S(1)} fusion(%stack, %layer), kind=kLoop, calls=%slice_fusion
+}
+"""
+
+
+def test_a_slice_behind_a_change_of_tiles_reads_the_slice():
+    in_place = TILED.replace("ALIAS", "output_to_operand_aliasing={{}: (0, {})}, ")
+    assert program_cost(in_place).bytes == pytest.approx(64 * 128, abs=8)
+    assert program_cost(TILED.replace("ALIAS", "")).bytes == pytest.approx(6 * 64 * 128, abs=8)
+
+
 @eight
 def test_collectives_by_kind_size_and_count():
     mesh = make_mesh("1,2,4")

@@ -86,24 +86,31 @@ class Bench:
     dtype: str
     report: Callable[[str], None]
     _lm: LM | None = None
-    _name: str = ""
+    _made: tuple[str, str] = ("", "")
     _rate: float = 0.0
     _bandwidth: float = 0.0
 
-    def model(self, name: str) -> LM:
-        """Makes a model with random weights, and frees the one before."""
-        if name != self._name:
+    def model(self, name: str, dtype: str | None = None) -> LM:
+        """Makes a model with random weights, and frees the one before.
+
+        Args:
+            name: key of RANDOM_MODELS.
+            dtype: dtype of its weights, or None for `self.dtype`.
+        """
+        wanted = name, dtype or self.dtype
+        if wanted != self._made:
             self.free()
             began = time.perf_counter()
-            self._lm, self._name = load_or_make(name, self.dtype), name
+            self._lm, self._made = load_or_make(*wanted), wanted
             jax.block_until_ready(self._lm.params)
-            self.report(f"{name}: weights made in {time.perf_counter() - began:.1f} s")
+            seconds = time.perf_counter() - began
+            self.report(f"{name}: weights in {wanted[1]} made in {seconds:.1f} s")
         assert self._lm is not None
         return self._lm
 
     def free(self) -> None:
         """Frees the model in memory and all compiled programs."""
-        self._lm, self._name = None, ""
+        self._lm, self._made = None, ("", "")
         jax.clear_caches()
         gc.collect()
 

@@ -13,6 +13,7 @@ from xflow_jax.benchmarks.accelerator import Bench, Numbers, Shapes
 from xflow_jax.benchmarks.accelerator_decode import (
     measure_caches,
     measure_experts,
+    measure_int8,
     measure_profile,
     measure_steps,
 )
@@ -37,6 +38,7 @@ SECTIONS: dict[str, Section] = {
     "belief": measure_belief,
     "attention": measure_attention,
     "experts": measure_experts,
+    "int8": measure_int8,
     "training": measure_training,
 }
 

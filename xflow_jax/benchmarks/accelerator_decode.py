@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from xflow_jax.benchmarks.accelerator import (
     Bench,
@@ -11,6 +12,7 @@ from xflow_jax.benchmarks.accelerator import (
     best_seconds,
     decode_program,
 )
+from xflow_jax.benchmarks.accelerator_parts import short_passes
 from xflow_jax.benchmarks.decode_bench import measure_decode
 from xflow_jax.benchmarks.kernel_profile import profile_kernels
 from xflow_jax.benchmarks.timer import (
@@ -51,13 +53,27 @@ def measure_steps(bench: Bench) -> Numbers:
 
 def measure_caches(bench: Bench) -> Numbers:
     """Measures whole decodes with the dual and the prefix cache."""
-    shapes, results = bench.shapes, []
-    lm = bench.model(shapes.llada)
-    rule = parse_rule("flow")[1]
+    shapes = bench.shapes
     runs = [("dual", batch) for batch in shapes.batches]
     runs.append(("prefix", shapes.batches[0]))
+    return _cached_decodes(bench, bench.model(shapes.llada), runs)
+
+
+def measure_int8(bench: Bench) -> Numbers:
+    """Measures decodes and passes over one block with int8 weights."""
+    shapes = bench.shapes
+    lm = bench.model(shapes.llada, "int8")
+    runs = [("dual", batch) for batch in shapes.batches]
+    return {"short_pass": short_passes(bench, lm)} | _cached_decodes(bench, lm, runs)
+
+
+def _cached_decodes(bench: Bench, lm: LM, runs: Sequence[tuple[str, int]]) -> Numbers:
+    """Measures whole decodes with (cache, batch)."""
+    shapes, results = bench.shapes, []
+    rule = parse_rule("flow")[1]
     for cache, batch in runs:
-        if not bench.has_time(f"decode with the {cache} cache at batch {batch}", 40.0):
+        label = f"decode in {lm.weight_dtype} with the {cache} cache at batch {batch}"
+        if not bench.has_time(label, 40.0):
             break
         config = _cached_config(lm, shapes, cache)
         decode = decode_program(lm, rule, config, batch, shapes.prompt)
@@ -103,7 +119,7 @@ def _decode_floor(
     """
     model, length = lm.config, prompt + config.canvas
     head = model.hidden_size * model.vocab_rows
-    read = lm.dtype.itemsize * (matrix_parameters(model)[1] + head)
+    read = lm.weight_dtype.itemsize * matrix_parameters(model)[1] + lm.dtype.itemsize * head
     products = 2.0 * batch * config.block_length * head
     return sum(
         max((forward_flops(model, batch, n, length) + products) / rate, read / bandwidth)

@@ -30,7 +30,7 @@ from xflow_jax.decoding import (
     generate,
     parse_rule,
 )
-from xflow_jax.lm import load
+from xflow_jax.lm import LM, load
 from xflow_jax.models import Head, attend, build, forward_flops, make_head, matrix_parameters
 from xflow_jax.parallel import make_mesh
 from xflow_jax.tasks import microcode
@@ -57,9 +57,13 @@ def measure_short_pass(bench: Bench) -> Numbers:
 
     Its floor is the time of reading the layers' matrices once at the measured rate of copies.
     """
+    return short_passes(bench, bench.model(bench.shapes.llada))
+
+
+def short_passes(bench: Bench, lm: LM) -> Numbers:
+    """Measures a model's pass over one block at each batch size."""
     shapes = bench.shapes
-    lm = bench.model(shapes.llada)
-    read = jnp.dtype(bench.dtype).itemsize * matrix_parameters(lm.config)[1]
+    read = lm.weight_dtype.itemsize * matrix_parameters(lm.config)[1]
     floor, results = read / bench.bandwidth, []
 
     @partial(jax.jit, static_argnames="model")
@@ -67,7 +71,8 @@ def measure_short_pass(bench: Bench) -> Numbers:
         return model.apply({"params": params}, x, method="hidden")
 
     for batch in shapes.batches:
-        if not bench.has_time(f"pass of {batch} x {shapes.block} positions", 10.0):
+        label = f"pass of {batch} x {shapes.block} positions in {lm.weight_dtype}"
+        if not bench.has_time(label, 10.0):
             break
         x = jnp.ones((batch, shapes.block, lm.config.hidden_size), lm.dtype)
         program = partial(one_pass, lm.model, lm.params, x)

@@ -19,7 +19,7 @@ from xflow_jax.benchmarks.workload import random_prompts
 from xflow_jax.decoding import DecodeConfig, MaskPrediction, decode_batch
 from xflow_jax.errors import UserError, require
 from xflow_jax.lm import LM
-from xflow_jax.models import LLaDAConfig
+from xflow_jax.models import LLaDAConfig, require_float
 from xflow_jax.types import ModelConfig, Params
 
 Tensor: TypeAlias = Any  # torch.Tensor, whose module is imported only inside functions
@@ -103,6 +103,7 @@ def torch_decoder(config: ModelConfig, params: Params, dtype: str) -> Decoder:
     Raises:
         UserError: without PyTorch, or for any other model.
     """
+    require_float(params, "the comparison with PyTorch")
     try:
         import torch
     except ImportError:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from xflow_jax.decoding import pad_prompts
 from xflow_jax.errors import UserError
-from xflow_jax.lm import DTYPES, LM, load
+from xflow_jax.lm import DTYPE_CHOICE, DTYPES, LM, load
 from xflow_jax.models import (
     PRESETS,
+    SCALE,
     LLaDAConfig,
-    abstract_params,
+    abstract_weights,
     build,
+    compute_dtype,
     init_params,
+    quantize_params,
     shardings,
 )
 from xflow_jax.parallel import make_mesh
-from xflow_jax.types import ModelConfig
+from xflow_jax.types import ModelConfig, Params
 
 # A vocabulary as large as LLaDA's behind a backbone that a CPU can run: 97 M parameters.
 MID = LLaDAConfig(
@@ -54,7 +56,7 @@ def load_or_make(name: str, dtype: str, mesh: str | None = None, mask_id: int | 
 
     Args:
         name: key of RANDOM_MODELS for random weights, or what `load` takes.
-        dtype: float32 or bfloat16.
+        dtype: float32, bfloat16 or int8, as in `load`.
         mesh: sizes of data, fsdp and tensor, like "1,8,1", or None for one device.
         mask_id: id of the mask token, as for `load`.
 
@@ -64,14 +66,20 @@ def load_or_make(name: str, dtype: str, mesh: str | None = None, mask_id: int | 
     if name not in RANDOM_MODELS:
         return load(name, dtype, mesh, mask_id)
     if dtype not in DTYPES:
-        raise UserError(f"dtype is {dtype!r}, but it must be {' or '.join(DTYPES)}")
+        raise UserError(f"dtype is {dtype!r}, but it must be {DTYPE_CHOICE}")
     config = RANDOM_MODELS[name]
-    model = build(config, jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
+    float_dtype = compute_dtype(dtype)
+    model = build(config, float_dtype, param_dtype=float_dtype)
     devices = make_mesh(mesh) if mesh else None
     placed = None
     if devices is not None:
-        placed = shardings(abstract_params(model), devices, config.family)
-    params = jax.jit(partial(init_params, model), out_shardings=placed)(jax.random.key(0))
+        placed = shardings(abstract_weights(config, dtype), devices, config.family)
+
+    def draw(key: jax.Array) -> Params:
+        params = init_params(model, key)
+        return quantize_params(params) if dtype == "int8" else params
+
+    params = jax.jit(draw, out_shardings=placed)(jax.random.key(0))
     return LM(model, config, params, None, devices)
 
 
@@ -90,5 +98,6 @@ def random_prompts(
 
 
 def count_parameters(lm: LM) -> int:
-    """Counts the parameters of a model."""
-    return sum(x.size for x in jax.tree.leaves(lm.params))
+    """Counts the parameters of a model, without the scales of int8."""
+    leaves = flatten_dict(lm.params, sep="/")
+    return sum(x.size for path, x in leaves.items() if not path.endswith(SCALE))

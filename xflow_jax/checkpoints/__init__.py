@@ -15,6 +15,7 @@ from xflow_jax.checkpoints.huggingface import (
     find_hf_directory,
     read_hf_config,
     read_hf_params,
+    read_stored,
 )
 from xflow_jax.checkpoints.mask_token import resolve_mask_id
 from xflow_jax.checkpoints.orbax_checkpoint import (
@@ -64,6 +65,7 @@ __all__ = [
     "read_hf_params",
     "read_leaf",
     "read_record",
+    "read_stored",
     "refuse_existing",
     "resolve_mask_id",
     "release_memory",

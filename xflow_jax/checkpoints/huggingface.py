@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from xflow_jax.checkpoints.atomic_write import copy_files, matching_files, partial_path
@@ -17,12 +18,21 @@ from xflow_jax.checkpoints.safetensors_reader import (
     CONFIG_FILE,
     INDEX,
     SafetensorsSource,
+    read_hf_int8,
     read_hf_leaf,
 )
-from xflow_jax.checkpoints.weight_map import map_weights
+from xflow_jax.checkpoints.weight_map import TensorSlice, map_weights
 from xflow_jax.errors import UserError, require
 from xflow_jax.input_files import file_inside, read_json
-from xflow_jax.models import abstract_params, build, model_config, shardings
+from xflow_jax.models import (
+    INT8,
+    SCALE,
+    abstract_params,
+    abstract_weights,
+    build,
+    model_config,
+    shardings,
+)
 from xflow_jax.toml_config import format_value
 from xflow_jax.types import ModelConfig
 
@@ -184,7 +194,7 @@ def read_hf_params(
 
     Args:
         directory: the directory.
-        dtype: dtype of the parameters.
+        dtype: dtype of the parameters, as in `models.abstract_weights`.
         mesh: mesh to shard them over, or None for the default device.
 
     Returns:
@@ -194,15 +204,45 @@ def read_hf_params(
         UserError: if the directory is damaged or not supported.
     """
     config = read_hf_config(directory)
-    abstract = abstract_params(build(config, dtype, param_dtype=dtype))
-    placement = {}
+    abstract = abstract_weights(config, dtype)
+    placement: dict[str, Sharding] = {}
     if mesh is not None:
         placement = flatten_dict(shardings(abstract, mesh, config.family), sep="/")
     source = SafetensorsSource(directory)
-    mapping = map_weights(config, abstract, source.entries)
+    mapping = map_weights(config, abstract_params(build(config)), source.entries)
     source.check(mapping)
-    leaves = {
-        path: read_hf_leaf(source, mapping.slices[path], x.shape, x.dtype, placement.get(path))
-        for path, x in flatten_dict(abstract, sep="/").items()
-    }
+    stored = flatten_dict(abstract, sep="/")
+    leaves: dict[str, jax.Array] = {}
+    for path, slices in mapping.slices.items():
+        leaves |= read_stored(source, slices, path, stored[path], placement)
     return config, unflatten_dict(leaves, sep="/")
+
+
+def read_stored(
+    source: SafetensorsSource,
+    slices: Collection[TensorSlice],
+    path: str,
+    stored: jax.ShapeDtypeStruct,
+    placement: Mapping[str, Sharding],
+) -> dict[str, jax.Array]:
+    """Reads one parameter in the form in which it is kept.
+
+    Args:
+        source: the tensors.
+        slices: the parts of the parameter.
+        path: its path.
+        stored: its shape and dtype.
+        placement: path -> sharding. An absent one is the default device.
+
+    Returns:
+        Path -> the parameter, and behind an int8 matrix its scales.
+
+    Raises:
+        UserError: if a value is NaN or infinite.
+    """
+    sharding = placement.get(path)
+    if stored.dtype != INT8:
+        return {path: read_hf_leaf(source, slices, stored.shape, stored.dtype, sharding)}
+    names = (path, path + SCALE)
+    leaves = read_hf_int8(source, slices, stored.shape, *map(placement.get, names))
+    return dict(zip(names, leaves, strict=True))

@@ -31,10 +31,11 @@ from xflow_jax.checkpoints.checksums import (
 )
 from xflow_jax.checkpoints.finite_values import is_finite
 from xflow_jax.checkpoints.hf_export import check_shapes
+from xflow_jax.checkpoints.leaf_shards import LeafShards
 from xflow_jax.checkpoints.orbax_logging import quiet_orbax
 from xflow_jax.errors import UserError, require
 from xflow_jax.input_files import file_inside, read_json
-from xflow_jax.models import abstract_params, build, model_config, shardings
+from xflow_jax.models import INT8, SCALE, abstract_weights, model_config, quantize, shardings
 from xflow_jax.types import ModelConfig
 
 FORMAT = "xflow-jax parameters, version 1"
@@ -61,6 +62,11 @@ class CheckpointRecord:
     leaves: dict[str, list[Any]]
     variant: str | None = None
     dtypes: dict[str, str] | None = None
+
+    @property
+    def is_int8(self) -> bool:
+        """True if the layers' matrices are int8, with scales."""
+        return any(np.dtype(dtype) == INT8 for dtype, *_ in self.leaves.values())
 
 
 def is_checkpoint(directory: str | Path) -> bool:
@@ -146,7 +152,7 @@ def load_params(
 
     Args:
         directory: the checkpoint.
-        dtype: dtype of the parameters.
+        dtype: dtype of the parameters, as in `models.abstract_weights`.
         mesh: mesh to shard them over, or None for the default device.
 
     Returns:
@@ -160,16 +166,43 @@ def load_params(
     placement = {}
     if mesh is not None:
         placement = flatten_dict(shardings(abstract, mesh, config.family), sep="/")
-    leaves = {}
+    require(
+        not record.is_int8 or np.dtype(dtype) == INT8,
+        f"{directory}: its matrices are int8, so its dtype must be int8, not {np.dtype(dtype)}",
+    )
+    leaves: dict[str, jax.Array] = {}
     for path, x in flatten_dict(abstract, sep="/").items():
-        leaf = read_leaf(directory, record, path, x.dtype, placement.get(path))
-        if not is_finite(leaf):
-            raise UserError(
-                f"{directory}: {path} holds NaN or infinity in {np.dtype(x.dtype).name}. "
-                "The weights are damaged, or too large for this dtype."
-            )
-        leaves[path] = jnp.asarray(leaf)
+        if path in leaves:  # scales, which came with their matrix
+            continue
+        read: dict[str, jax.Array | np.ndarray]
+        if x.dtype == INT8 and not record.is_int8:
+            read = {**_read_int8(directory, record, path, placement)}
+        else:
+            read = {path: read_leaf(directory, record, path, x.dtype, placement.get(path))}
+        for name, leaf in read.items():
+            if not is_finite(leaf):
+                raise UserError(
+                    f"{directory}: {path} holds NaN or infinity in {np.dtype(x.dtype).name}. "
+                    "The weights are damaged, or too large for this dtype."
+                )
+            leaves[name] = jnp.asarray(leaf)
     return config, unflatten_dict(leaves, sep="/")
+
+
+def _read_int8(
+    directory: str | Path, record: CheckpointRecord, path: str, placement: Mapping[str, Sharding]
+) -> dict[str, jax.Array]:
+    """Reads a matrix and rounds it to int8.
+
+    Each process reads the complete matrix, since the scales are those of complete columns.
+    """
+    values = np.asarray(read_leaf(directory, record, path, np.dtype(record.leaves[path][0])))
+    leaves = {}
+    for name, part in zip((path, path + SCALE), quantize(values), strict=True):
+        shards = LeafShards(part.shape, part.dtype, placement.get(name))
+        shards.copy((), part)
+        leaves[name] = shards.place()
+    return leaves
 
 
 def abstract_model(
@@ -180,7 +213,8 @@ def abstract_model(
     Args:
         directory: the checkpoint, for messages.
         record: its record.
-        dtype: dtype of the parameters.
+        dtype: dtype of the parameters, as in `models.abstract_weights`. It need not be that of
+            the record.
 
     Returns:
         (configuration, tree of jax.ShapeDtypeStruct).
@@ -189,9 +223,11 @@ def abstract_model(
         UserError: if the parameters in the record do not belong to its configuration.
     """
     config = model_config(record.config, str(directory))
-    abstract = abstract_params(build(config, dtype, param_dtype=dtype))
+    abstract = stored = abstract_weights(config, dtype)
+    if record.is_int8 != (np.dtype(dtype) == INT8):
+        stored = abstract_weights(config, INT8 if record.is_int8 else jnp.float32)
     try:
-        check_shapes(abstract, {path: tuple(shape) for path, (_, *shape) in record.leaves.items()})
+        check_shapes(stored, {path: tuple(shape) for path, (_, *shape) in record.leaves.items()})
     except ValueError as error:
         raise UserError(f"{directory}: {error}. Convert the checkpoint again.") from None
     return config, abstract

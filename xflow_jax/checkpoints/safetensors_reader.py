@@ -13,7 +13,6 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import EllipsisType
 from typing import Any, NoReturn
 
 import jax
@@ -25,9 +24,11 @@ from jax.typing import DTypeLike
 
 from xflow_jax.checkpoints.checksums import CHECKSUM_FILE, compares_large_files, first_damage
 from xflow_jax.checkpoints.finite_values import is_finite
+from xflow_jax.checkpoints.leaf_shards import LeafShards
 from xflow_jax.checkpoints.weight_map import TensorSlice, WeightMapping
 from xflow_jax.errors import UserError, describe
 from xflow_jax.input_files import file_inside, open_regular, parse_json, read_json
+from xflow_jax.models import INT8, quantize
 
 CONFIG_FILE, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
@@ -36,8 +37,6 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 MAX_HEADER = 100_000_000  # bytes, as in the library of the format
-
-Region = tuple[tuple[int, int], ...]  # (start, stop) in each dimension of an array
 
 
 @dataclass(frozen=True)
@@ -324,27 +323,49 @@ def read_hf_leaf(
     Raises:
         UserError: if a value is NaN or infinite.
     """
-    complete = tuple((0, size) for size in shape)
-    regions: dict[jax.Device | None, Region] = {None: complete}
-    if sharding is not None:
-        regions = {
-            device: tuple(
-                slice_.indices(size)[:2] for slice_, size in zip(index or (), shape, strict=True)
-            )
-            for device, index in sharding.addressable_devices_indices_map(shape).items()
-        }
-    shards = {
-        region: _empty_aligned([stop - start for start, stop in region], dtype)
-        for region in regions.values()
-    }
+    shards = LeafShards(shape, dtype, sharding)
     for part in slices:
-        _copy_part(source, part, shards)
-    if not all(map(is_finite, shards.values())):
+        if shards.holds(part.index):
+            shards.copy(part.index, part.view(source.read(part.tensor)))
+    if not shards.is_finite():
         _refuse_values(source, slices, dtype)
-    if sharding is None:
-        return jax.device_put(shards.pop(complete))
-    placed = [jax.device_put(shards[region], device) for device, region in regions.items()]
-    return jax.make_array_from_single_device_arrays(shape, sharding, placed)
+    return shards.place()
+
+
+def read_hf_int8(
+    source: SafetensorsSource,
+    slices: Collection[TensorSlice],
+    shape: tuple[int, ...],
+    sharding: Sharding | None = None,
+    scale_sharding: Sharding | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Reads one parameter from its tensors and rounds it to int8.
+
+    Memory holds one tensor and the shards of the result, and never the parameter itself.
+
+    Args:
+        source: the tensors.
+        slices: the parts of the parameter.
+        shape: its shape.
+        sharding: its sharding, or None for the default device.
+        scale_sharding: sharding of the scales.
+
+    Returns:
+        (int8 matrices, their scales), as `models.quantize` makes them.
+
+    Raises:
+        UserError: if a value is NaN or infinite.
+    """
+    rounded = LeafShards(shape, INT8, sharding)
+    scales = LeafShards((*shape[:-2], shape[-1]), np.float32, scale_sharding)
+    for part in slices:
+        if rounded.holds(part.index):
+            parts = quantize(part.view(source.read(part.tensor)))
+            for shards, values in zip((rounded, scales), parts, strict=True):
+                shards.copy(part.index, values)
+    if not scales.is_finite():
+        _refuse_values(source, slices, INT8)
+    return rounded.place(), scales.place()
 
 
 def _refuse_values(
@@ -361,57 +382,3 @@ def _refuse_values(
         f"{source.directory}: values of {next(iter(slices)).tensor} are too large for "
         f"{np.dtype(dtype).name}. Choose float32."
     )
-
-
-def _copy_part(
-    source: SafetensorsSource, part: TensorSlice, shards: Mapping[Region, np.ndarray]
-) -> None:
-    """Copies one part of a parameter into the shards that contain it."""
-    n = len(part.index)
-    targets = [
-        region
-        for region in shards
-        if all(start <= i < stop for i, (start, stop) in zip(part.index, region[:n], strict=True))
-    ]
-    if not targets:
-        return
-    values = part.view(source.read(part.tensor))
-    for region in targets:
-        position = tuple(i - start for i, (start, _) in zip(part.index, region[:n], strict=True))
-        cut = tuple(slice(*bounds) for bounds in region[n:])
-        # The ellipsis keeps a single number an array, which can be written to.
-        where: tuple[int | EllipsisType, ...] = (*position, ...)
-        copy_cast(values[cut], shards[region][where])
-
-
-def _empty_aligned(shape: list[int], dtype: DTypeLike) -> np.ndarray:
-    """Allocates an array that JAX on CPUs adopts without a copy."""
-    # JAX requires an address that is a multiple of 64.
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
-
-
-def copy_cast(source: np.ndarray, target: np.ndarray) -> None:
-    """Copies an array with a cast, in an order that suits memory.
-
-    A transposed matrix is copied in narrow strips: as a whole it takes five times as long. 16-bit
-    values are copied as integers, because NumPy is equally slow with bfloat16, an extension type.
-
-    Args:
-        source: array to read.
-        target: array of the same shape to write.
-    """
-    if target.strides[-1] != target.itemsize:
-        source, target = source.swapaxes(-1, -2), target.swapaxes(-1, -2)
-    transposed = source.ndim > 1 and source.strides[-1] != source.itemsize
-    width = 32 if transposed else source.shape[-1]
-    for start in range(0, source.shape[-1], width):
-        strip = (..., slice(start, start + width))
-        with np.errstate(over="ignore"):  # infinity is found behind the copy
-            values = source[strip].astype(target.dtype, copy=False)
-        if target.dtype.itemsize == 2:
-            target.view(np.uint16)[strip] = values.view(np.uint16)
-        else:
-            target[strip] = values

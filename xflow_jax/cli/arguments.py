@@ -120,7 +120,8 @@ def add_dtype_argument(parser: argparse.ArgumentParser, default: str = "float32"
         "--dtype",
         default=default,
         metavar="TYPE",
-        help="float32 or bfloat16, for parameters and computation (default: %(default)s)",
+        help="float32 or bfloat16, for parameters and computation, or int8 for the layers' "
+        "matrices with bfloat16 for the rest (default: %(default)s)",
     )
 
 

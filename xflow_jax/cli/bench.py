@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
         rate = matmul_rate(lm.dtype)
     parameters, device = count_parameters(lm), jax.devices()[0].device_kind
     print_text(
-        f"{args.model}: {parameters / 1e6:.2f} M parameters in {lm.dtype}, on {device}, "
+        f"{args.model}: {parameters / 1e6:.2f} M parameters in {lm.weight_dtype}, on {device}, "
         f"which multiplies matrices at {rate / 1e9:.0f} GFLOP/s\n"
         f"{label}: prompts of {args.prompt_length} tokens, responses of {args.gen_length} "
         f"in {steps} steps, none skipped, {args.rounds} rounds or more"

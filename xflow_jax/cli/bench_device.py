@@ -10,7 +10,7 @@ from pathlib import Path
 from xflow_jax.benchmarks import SECTIONS, SHAPES, Numbers, run_sections
 from xflow_jax.checkpoints import refuse_existing, write_atomic
 from xflow_jax.cli.arguments import add_dtype_argument, add_number, require_positive
-from xflow_jax.errors import UserError
+from xflow_jax.errors import UserError, require
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> None:
         UserError: for bad input.
     """
     require_positive(args, "minutes")
+    require(args.dtype != "int8", "--dtype is of all sections. int8 is a section of its own.")
     sections = args.sections.split(",")
     if unknown := [name for name in sections if name not in SECTIONS]:
         raise UserError(

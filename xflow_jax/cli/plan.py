@@ -89,6 +89,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_block_length_argument(parser)
     add_cache_arguments(parser)
     parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        metavar="TYPE",
+        help="dtype of a decode's weights: bfloat16, or int8 for the layers' matrices "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
@@ -171,6 +178,14 @@ def _request(args: argparse.Namespace) -> PlanRequest:
         not args.set or "align" in programs,
         "--set sets keys of the alignment, so it needs align among the programs of --program",
     )
+    require(
+        args.dtype in ("bfloat16", "int8"),
+        f"--dtype is {args.dtype!r}, but it must be bfloat16 or int8",
+    )
+    require(
+        args.dtype == "bfloat16" or set(programs) == {"decode"},
+        "--dtype int8 is for decode, and the other programs train in bfloat16",
+    )
     topologies = tuple(args.topology.split(",")) if args.topology else ()
     for text in topologies:
         parse_topology(text)
@@ -193,6 +208,7 @@ def _request(args: argparse.Namespace) -> PlanRequest:
         hlo_folder=Path(args.hlo) if args.hlo else None,
         block_length=args.block_length,
         cache=CacheOptions(**cache_arguments(args)),
+        dtype=args.dtype,
     )
 
 
@@ -227,5 +243,6 @@ def _command(args: argparse.Namespace) -> str:
         if getattr(args, name):
             parts.append(f"--{name.replace('_', '-')} {getattr(args, name)}")
     parts += [f"--prompt-every {args.prompt_every}"] if args.prompt_every > 1 else []
+    parts += ["--dtype int8"] if args.dtype == "int8" else []
     parts += ["--sweep"] if args.sweep else []
     return " ".join(parts + [f"--set {text}" for text in args.set])

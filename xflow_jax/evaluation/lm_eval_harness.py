@@ -79,7 +79,7 @@ class XFlow(LM):
         cfg_scale: classifier-free guidance of the likelihood.
         check_greedy: decode each continuation of loglikelihood, one token a step, and compare it
             with the given one. If False, is_greedy is always False.
-        dtype: float32 or bfloat16.
+        dtype: float32, bfloat16 or int8.
         mesh: sizes of the mesh, with semicolons between them, or None for the default.
         batch_size: sequences of a batch, or "auto" for 8.
         seed: of masks and of rules that draw.

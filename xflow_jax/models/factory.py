@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from xflow_jax.models.llada import LLaDA
 from xflow_jax.models.llada2 import LLaDA2
+from xflow_jax.models.quantization import INT8, compute_dtype, quantize_params
 from xflow_jax.models.size_limits import check_sizes
 from xflow_jax.types import Array, Backbone, Key, ModelConfig
 
@@ -61,3 +63,19 @@ def abstract_params(model: Backbone) -> dict[str, Any]:
     It is the contract for initialisation, restoring and conversion.
     """
     return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+
+def abstract_weights(config: ModelConfig, dtype: DTypeLike) -> dict[str, Any]:
+    """Returns the tree of parameters in a dtype of weights.
+
+    Args:
+        config: the configuration.
+        dtype: dtype of the parameters. With int8 the layers' matrices are quantised, and the other
+            parameters are bfloat16. The bias of a router is always float32.
+
+    Returns:
+        The tree, of jax.ShapeDtypeStruct.
+    """
+    float_dtype = compute_dtype(dtype)
+    abstract = abstract_params(build(config, float_dtype, param_dtype=float_dtype))
+    return jax.eval_shape(quantize_params, abstract) if np.dtype(dtype) == INT8 else abstract

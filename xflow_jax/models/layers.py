@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from xflow_jax.models.lora import adapted
+from xflow_jax.models.quantization import SCALE, rescale
 from xflow_jax.types import Array, Float
 
 # cos and sin, [L, rotary_dim / 2] or [B, L, rotary_dim / 2]
@@ -18,6 +19,8 @@ RopeTables: TypeAlias = tuple[jax.Array, jax.Array]
 
 class Linear(nn.Module):
     """Linear map with an optional bias and an optional adapter (lora.py).
+
+    The kernel may be int8 (quantization.py).
 
     Attributes:
         features: width of the output.
@@ -42,6 +45,8 @@ class Linear(nn.Module):
         )
         x = x.astype(self.dtype)
         y = x @ kernel.astype(self.dtype)
+        if self.has_variable("params", "kernel" + SCALE):
+            y = rescale(y, self.get_variable("params", "kernel" + SCALE))
         if self.has_variable("lora", "kernel"):
             y = y + adapted(x, self.get_variable("lora", "kernel"))
         if self.use_bias:

@@ -19,6 +19,7 @@ from xflow_jax.models.base import BackboneBase
 from xflow_jax.models.layers import Linear, RMSNorm, RopeTables, apply_rope
 from xflow_jax.models.llada2_config import LLaDA2Config
 from xflow_jax.models.moe import Experts, Matrices, Router, default_kernel, route
+from xflow_jax.models.quantization import INT8, SCALE
 from xflow_jax.parallel import LOGICAL, constrain_batch
 from xflow_jax.types import Array, Bool, Float, Int
 
@@ -170,4 +171,5 @@ class LLaDA2(BackboneBase):
         if (self.experts_kernel or default_kernel()) != "stacked" or is_gathered:
             return None
         stack = self.variables["params"]["blocks"]["experts"]
-        return dict(stack) if all(x.dtype == self.dtype for x in stack.values()) else None
+        matrices = [x for name, x in stack.items() if not name.endswith(SCALE)]
+        return dict(stack) if all(x.dtype in (self.dtype, INT8) for x in matrices) else None

@@ -12,6 +12,7 @@ from jax.tree_util import KeyPath
 from jax.typing import ArrayLike
 
 from xflow_jax.errors import UserError
+from xflow_jax.models.quantization import SCALE
 from xflow_jax.parallel import leaf_sharding, nearest_divisor, path_name, replicated
 from xflow_jax.types import ModelConfig, PyTree
 
@@ -81,7 +82,7 @@ def check_heads(config: ModelConfig, mesh: Mesh) -> None:
 def shardings(abstract: PyTree, mesh: Mesh, family: str) -> PyTree:
     """Places a tree of parameters or adapters on a mesh.
 
-    Adapters (lora.py) are sharded like their matrices.
+    Adapters (lora.py) and scales (quantization.py) are sharded like their matrices.
 
     Args:
         abstract: the tree, of arrays or jax.ShapeDtypeStruct.
@@ -107,8 +108,11 @@ def shardings(abstract: PyTree, mesh: Mesh, family: str) -> PyTree:
 
 
 def _axes(name: str, family: str) -> tuple[str, ...] | None:
-    """Returns the axes of a parameter or of its adapter."""
+    """Returns the axes of a parameter, an adapter or scales."""
     table = AXES[family]
+    if name.endswith(SCALE) and name.removesuffix(SCALE) in table:
+        *leading, _, fan_out = table[name.removesuffix(SCALE)]
+        return (*leading, fan_out)
     matrix, _, part = name.rpartition("/")
     if name in table or matrix not in table:
         return table.get(name)

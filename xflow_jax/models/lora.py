@@ -18,9 +18,8 @@ from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xflow_jax.errors import require
+from xflow_jax.models.quantization import is_layer_matrix, require_float
 from xflow_jax.types import Array, Float, Key, Params
-
-STACKS = ("dense", "blocks")
 
 
 @dataclass(frozen=True)
@@ -93,10 +92,11 @@ def lora_init(key: Key[Array, ""], params: Params, config: LoraConfig) -> dict[s
         The tree of adapters.
 
     Raises:
-        UserError: if a target names no matrix of the layers.
+        UserError: if a target names no matrix of the layers, or if these are int8.
     """
+    require_float(params, "LoRA")
     leaves = flatten_dict(params, sep="/")
-    matrices = {path: x for path, x in leaves.items() if _is_adaptable(path)}
+    matrices = {path: x for path, x in leaves.items() if is_layer_matrix(path)}
     names = {name for path in matrices for name in _target_names(path)}
     for target in config.targets:
         require(
@@ -128,7 +128,11 @@ def merge(params: Params, lora: Params) -> dict[str, Any]:
 
     Returns:
         Plain parameters in their own dtypes.
+
+    Raises:
+        UserError: if the matrices are int8.
     """
+    require_float(params, "LoRA")
     merged = flatten_dict(params, sep="/")
     for path, adapter in flatten_dict(lora, sep="/").items():
         merged[path] = _merge_matrix(merged[path], adapter)
@@ -142,15 +146,6 @@ def _merge_matrix(matrices: Float[Array, "*L E F"], adapter: Adapter) -> Float[A
         return (w.astype(jnp.float32) + update).astype(w.dtype)
 
     return jax.lax.map(add_update, (matrices, adapter.a, adapter.b))
-
-
-def _is_adaptable(path: str) -> bool:
-    parts = path.split("/")
-    return (
-        parts[0] in STACKS
-        and "router" not in parts
-        and (parts[-1] == "kernel" or "experts" in parts)
-    )
 
 
 def _target_names(path: str) -> set[str]:

@@ -14,12 +14,14 @@ from jax.typing import DTypeLike
 
 from xflow_jax.models.llada2_config import LLaDA2Config
 from xflow_jax.models.lora import Adapter
+from xflow_jax.models.quantization import SCALE, rescale
 from xflow_jax.parallel import BATCH, LOGICAL, MESH_AXES, divides, platform
 from xflow_jax.types import Array, Float, Int
 
 # (x [A, E], w [X, E, F], group sizes int [X]) -> [A, F], the rows of group i times w[i].
 Kernel: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-Matrices: TypeAlias = dict[str, jax.Array]  # "gate", "up", "down"
+# "gate", "up", "down", and the scales of each if they are int8 (quantization.py).
+Matrices: TypeAlias = dict[str, jax.Array]
 Adapters: TypeAlias = dict[str, Adapter]
 
 
@@ -131,7 +133,11 @@ class Experts(nn.Module):
             ("down", (self.experts, self.width, e), self.out_std),
         ):
             matrix = self.param(name, nn.initializers.normal(std), shape, self.param_dtype)
-            matrices[name] = jnp.asarray(matrix, self.dtype)
+            if self.has_variable("params", name + SCALE):
+                matrices[name] = jnp.asarray(matrix)
+                matrices[name + SCALE] = self.get_variable("params", name + SCALE)
+            else:
+                matrices[name] = jnp.asarray(matrix, self.dtype)
             if self.has_variable("lora", name):
                 adapters[name] = self.get_variable("lora", name)
         mlp = partial(apply_experts, kernel=KERNELS[self.kernel or default_kernel()])
@@ -209,6 +215,7 @@ def apply_experts(
     # Rows of experts that are held elsewhere come last, behind all groups.
     key = jnp.where(held, local, count)
     order = jnp.argsort(key, stable=True)
+    row_group = jnp.minimum(key[order], count - 1)
     inverse = jnp.argsort(order)
     # Another method of searchsorted would be a loop.
     ends = jnp.searchsorted(key[order], jnp.arange(count + 1), method="compare_all")
@@ -218,12 +225,15 @@ def apply_experts(
         # whereas a slice of the stack would be copied for it.
         groups = jnp.zeros(matrices["gate"].shape[0] * count, jnp.int32)
         groups = jax.lax.dynamic_update_slice_in_dim(groups, sizes, layer * count, 0)
+        row_group = row_group + layer * count
         matrices = {
             name: matrix.reshape(-1, *matrix.shape[2:]) for name, matrix in matrices.items()
         }
 
     def dot(name: str, x: jax.Array) -> jax.Array:
         y = kernel(x, matrices[name], groups)
+        if name + SCALE in matrices:
+            y = rescale(y, matrices[name + SCALE][row_group])
         if name in adapters:
             a, b = (m.astype(x.dtype) for m in (adapters[name].a, adapters[name].b))
             y = y + kernel(kernel(x, a, sizes), b, sizes) * adapters[name].scale
@@ -250,7 +260,12 @@ _take_rows.defvjp(
 
 
 def _ragged(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    return jax.lax.ragged_dot(x, w, sizes)
+    return jax.lax.ragged_dot(x, w.astype(x.dtype), sizes)
+
+
+def _stacked(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    # With a cast, TPUs would write a converted copy of int8 matrices.
+    return jax.lax.ragged_dot(x, w, sizes, preferred_element_type=x.dtype)
 
 
 @jax.custom_vjp
@@ -266,7 +281,8 @@ def _tiles(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
 
     def tile(i: jax.Array, y: jax.Array) -> jax.Array:
         # Rows of the next expert at the tile's end are overwritten by the next tile.
-        part = jax.lax.dynamic_slice_in_dim(x, start[i], size) @ jnp.asarray(w)[expert[i]]
+        matrix = jnp.asarray(w)[expert[i]].astype(x.dtype)
+        part = jax.lax.dynamic_slice_in_dim(x, start[i], size) @ matrix
         return jax.lax.dynamic_update_slice_in_dim(y, part, start[i], 0)
 
     y = jnp.zeros((x.shape[0], w.shape[2]), x.dtype)
@@ -322,7 +338,7 @@ def _tiling(
 # stacked: XLA's grouped product. Decoding with a cache passes it all layers' experts at once (see
 # `apply_experts`). On TPUs it visits only the tiles of groups that have rows. Other platforms
 # would multiply the whole stack.
-KERNELS: dict[str, Kernel] = {"ragged": _ragged, "stacked": _ragged, "tiles": _tiles}
+KERNELS: dict[str, Kernel] = {"ragged": _ragged, "stacked": _stacked, "tiles": _tiles}
 
 
 def default_kernel() -> str:

@@ -194,9 +194,11 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
     if topology.text not in _TOPOLOGY_DEVICES:
         from jax.experimental import topologies
 
+        # By default a host has four chips.
+        single = {"chips_per_host_bounds": (1, 1, 1)} if topology.chips == 1 else {}
         with _compiler_environment():
             try:
-                description = topologies.get_topology_desc(topology.text, "tpu")
+                description = topologies.get_topology_desc(topology.text, "tpu", **single)
             except jax.errors.JaxRuntimeError as error:
                 reason = str(error).partition(": ")[2].split("\n")[0] or str(error)
                 raise UserError(

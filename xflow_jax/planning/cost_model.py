@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from xflow_jax.decoding import (
     CacheOptions,
@@ -38,6 +40,7 @@ class Workload:
         overrides: overrides of the alignment's configuration, as "name=value".
         block_length: positions of a block, or None for the default of the model.
         cache: keys and values that a decode keeps.
+        dtype: dtype of a decode's weights, bfloat16 or int8.
     """
 
     program: str
@@ -48,6 +51,12 @@ class Workload:
     overrides: tuple[str, ...] = ()
     block_length: int | None = None
     cache: CacheOptions = field(default_factory=CacheOptions)
+    dtype: str = "bfloat16"
+
+    @property
+    def matrix_itemsize(self) -> int:
+        """Bytes of a parameter of the layers' matrices."""
+        return np.dtype(jnp.dtype(self.dtype)).itemsize
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ def estimate_cost(
         config: the model.
         work: the program.
         shape: the mesh.
-        itemsize: bytes of a parameter and of an activation.
+        itemsize: bytes of an activation, and of a parameter of embedding and head.
     """
     data, fsdp, tensor = shape
     shards = data * fsdp if work.batch % (data * fsdp) == 0 else 1
@@ -134,7 +143,7 @@ def _alignment_cost(
     forward = forward_flops(config, rows, length, length)
     head = 2 * rows * work.gen_length * _head_parameters(config)
     flops = forward * (3 if lora else 4) + head * (6 if lora else 7)
-    weights = _weight_bytes(config, fsdp, tensor, itemsize)
+    weights = _weight_bytes(config, fsdp, tensor, itemsize, itemsize)
     activations = _activation_bytes(config, tokens, itemsize)
     memory = (
         weights * (1 if lora else 2.2)
@@ -160,13 +169,14 @@ def _decode_cost(
     passes = []
     for count in queries:
         products = forward_flops(config, rows, count, keys) + head_flops
-        read = itemsize * (touched_parameters(config, rows * count) + head) / tensor
+        touched = touched_parameters(config, rows * count)
+        read = (work.matrix_itemsize * touched + itemsize * head) / tensor
         traffic = read + _activation_bytes(config, rows * count, itemsize) + cache
         passes.append((products / tensor + policy_flops, traffic))
     state = rows * work.gen_length * e * 8 + itemsize * rows * length * e * 4
     largest = rows * max(queries)
     temporary = itemsize * largest * 3 * config.mlp_dim + 6 * largest * keys * config.num_heads
-    weights = _weight_bytes(config, fsdp, tensor, itemsize)
+    weights = _weight_bytes(config, fsdp, tensor, itemsize, work.matrix_itemsize)
     return CostEstimate(
         flops=sum(flops for flops, _ in passes) / len(passes),
         weights=weights,
@@ -205,10 +215,12 @@ def _head_parameters(config: ModelConfig) -> int:
     return config.hidden_size * config.vocab_rows
 
 
-def _weight_bytes(config: ModelConfig, fsdp: int, tensor: int, itemsize: int) -> float:
+def _weight_bytes(
+    config: ModelConfig, fsdp: int, tensor: int, itemsize: int, matrix_itemsize: int
+) -> float:
     """Bytes of the parameters on a chip, embeddings and head included."""
-    every = matrix_parameters(config)[1]
-    return itemsize * (every + 2 * _head_parameters(config)) / (tensor * fsdp)
+    matrices = matrix_itemsize * matrix_parameters(config)[1]
+    return (matrices + itemsize * 2 * _head_parameters(config)) / (tensor * fsdp)
 
 
 def _activation_bytes(config: ModelConfig, tokens: float, itemsize: int) -> float:

@@ -102,13 +102,21 @@ def _bytes_read(module: HloModule, computation: str, number: int, whole: float) 
                 slices += sum(a.bytes for a in user.arrays)
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
                 slices += sum(a.bytes for a in arrays_of(body, user.operands[1]))
-            elif user.opcode in ("bitcast", "reshape"):
+            elif user.opcode in ("bitcast", "reshape") or _is_other_layout(user):
                 names.append(user.name)
             elif user.opcode == "fusion":
                 slices += _bytes_read(module, user.called[0], user.operands.index(name), whole)
             else:
                 return whole
     return min(slices, whole)
+
+
+def _is_other_layout(i: Instruction) -> bool:
+    """Returns True for an inner fusion that changes only the layout.
+
+    TPUs read the 8-bit matrices of a stack through such a change of their tiles.
+    """
+    return i.opcode == "fusion" and "output_to_operand_aliasing={{}: (0, {})}" in i.rest
 
 
 def _bytes_written(body: Computation, whole: float) -> float:

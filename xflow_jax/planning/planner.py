@@ -39,6 +39,7 @@ class PlanRequest:
         hlo_folder: folder for the text of the compiled programs, or None.
         block_length: positions of a block, or None for the default of the model.
         cache: keys and values that a decode keeps.
+        dtype: dtype of the weights of a decode, bfloat16 or int8.
     """
 
     presets: tuple[str, ...]
@@ -57,6 +58,7 @@ class PlanRequest:
     hlo_folder: Path | None = None
     block_length: int | None = None
     cache: CacheOptions = dataclasses.field(default_factory=CacheOptions)
+    dtype: str = "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,7 @@ class _Job:
             "overrides": list(work.overrides),
             "block_length": work.block_length,
             "cache": dataclasses.asdict(work.cache),
+            "dtype": work.dtype,
         }
 
     @property
@@ -100,6 +103,7 @@ class _Job:
             request.overrides,
             request.block_length,
             request.cache,
+            request.dtype,
         )
 
     @property
@@ -139,8 +143,8 @@ def plan_rows(request: PlanRequest, previous_rows: Sequence[PlanRow]) -> Iterato
 def _rows_of(job: _Job, previous_rows: Sequence[PlanRow]) -> Iterator[PlanRow]:
     """Yields the row of a job, or the rows of a sweep."""
     key = job.key
-    # Rows of older versions have no block length and no cache.
-    older = {"block_length": None, "cache": dataclasses.asdict(CacheOptions())}
+    # Rows of older versions lack these keys.
+    older = {"block_length": None, "cache": dataclasses.asdict(CacheOptions()), "dtype": "bfloat16"}
     previous = next((row for row in previous_rows if (older | row).items() >= key.items()), None)
     if previous is not None and not job.request.sweep:
         yield previous
@@ -196,6 +200,6 @@ def _plan_row(job: _Job, batch: int, shape: MeshShape) -> PlanRow:
     folder, hlo_file = job.request.hlo_folder, None
     if folder is not None:
         sizes = "x".join(map(str, shape))
-        name = f"{job.preset}-{job.hardware}-{job.program}-{batch}-{sizes}.hlo"
+        name = f"{job.preset}-{job.hardware}-{job.program}-{batch}-{sizes}-{work.dtype}.hlo"
         hlo_file = folder / name.replace(":", "-")
     return compile_row(config, work, topology, mesh, hlo_file)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, Sharding
 
 from xflow_jax.decoding import Flow, branch_shares, decode_batch
 from xflow_jax.lm import LM
-from xflow_jax.models import abstract_params, build, shardings
+from xflow_jax.models import abstract_weights, build, shardings
 from xflow_jax.parallel import BATCH, batch_sharding, divides, replicated
 from xflow_jax.planning.cost_model import (
     Workload,
@@ -66,7 +66,7 @@ def make_lowerable(config: ModelConfig, work: Workload, mesh: Mesh) -> Lowerable
         step = cast(jax.stages.Wrapped, program.step)
         return Lowerable(step, program.arguments, program.scope)
     model = build(config, jnp.bfloat16, param_dtype=jnp.bfloat16)
-    params = abstract_params(model)
+    params = abstract_weights(config, jnp.dtype(work.dtype))
     placed = jax.tree.map(_placed, params, shardings(params, mesh, config.family))
     lm = LM(model, config, placed, None, mesh)
     decode_config = work_decode_config(lm, work)

@@ -30,7 +30,7 @@ _COLUMNS = {
 _MOST_COLLECTIVES, _LEAST_BYTES = 3, 1e5
 
 _EXPLANATION = (
-    "Prompts of {prompt} tokens, responses of {response}, bfloat16. Each row is a program that the "
+    "Prompts of {prompt} tokens, responses of {response}, {dtype}. Each row is a program that the "
     "compiler has made. Nothing here was run. A step is one forward pass with all that the "
     "decoder does around it, or one update. Memory is what the compiler assigns on a chip, of what "
     "it leaves to programs there. FLOPs, memory traffic and collectives are counted in the "
@@ -87,7 +87,9 @@ def markdown_page(rows: Sequence[PlanRow], request: PlanRequest, command: str) -
         "",
         f"    {command}",
         "",
-        _EXPLANATION.format(prompt=request.prompt_length, response=request.gen_length),
+        _EXPLANATION.format(
+            prompt=request.prompt_length, response=request.gen_length, dtype=request.dtype
+        ),
         "",
     ]
     columns = {key: title for key, title in _COLUMNS.items() if key != "preset"}
@@ -109,6 +111,8 @@ def _cells(row: PlanRow) -> dict[str, str]:
     cells |= {key: str(row[key]) for key in ("preset", "topology", "program", "batch")}
     if name := row.get("cache", {}).get("cache"):
         cells["program"] += f", {name} cache"
+    if row.get("dtype") == "int8":
+        cells["program"] += ", int8"
     cells["mesh"] = ",".join(map(str, row["mesh"].values()))
     cells["fits"] = "yes" if row["fits"] else "no"
     cells["memory"] = f"{memory['total'] / GIB:.1f} / {memory['capacity'] / GIB:.1f}"

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from xflow_jax.models import require_float
 from xflow_jax.types import Metrics, Params
 
 Batch: TypeAlias = dict[str, jax.Array]
@@ -33,7 +34,12 @@ class TrainState:
 
     @classmethod
     def create(cls, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-        """Returns the state before the first step."""
+        """Returns the state before the first step.
+
+        Raises:
+            UserError: if the matrices of the parameters are int8.
+        """
+        require_float(params, "training")
         return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     def update(self, grads: Params, optimizer: optax.GradientTransformation) -> TrainState:
