@@ -18,7 +18,7 @@ from tests.family_helpers import family_config
 from tests.helpers import eight
 from tests.hf_helpers import GOLDEN, GOLDEN2, PREFIX, Q2, TOY, edited, tensors_of
 from tests.llada2_helpers import TINY2
-from xflow_jax.checkpoints import huggingface, safetensors_reader, weight_map
+from xflow_jax.checkpoints import huggingface, leaf_shards, safetensors_reader, weight_map
 from xflow_jax.errors import UserError
 from xflow_jax.lm import load
 from xflow_jax.models.factory import abstract_params, build
@@ -133,7 +133,7 @@ def test_fused_and_expert_tensors_split_and_stack(family, tmp_path):
             for path, pieces in mapping.slices.items():
                 for piece in pieces:
                     if piece.tensor == name:
-                        safetensors_reader.copy_cast(
+                        leaf_shards.copy_cast(
                             np.asarray(leaves[path])[piece.index], piece.view(again)
                         )
             np.testing.assert_array_equal(again, tensors[name])
