@@ -146,6 +146,27 @@ def test_namespaces_hold_without_any_hook(tmp_path, method, landlock):
     assert list((tmp_path / "scratch").iterdir()) == []  # its files are gone with its namespace
 
 
+CONTAINER = """
+from xflow_jax.sandbox.limits import Limits
+from xflow_jax.sandbox.pool import Pool
+with Pool(Limits(seconds=60), workers=1) as pool:
+    result = pool.run("import os\\nf = os.getuid", "assert f() == 65534, f()")
+print(result.passed, result.reason, result.isolation)
+"""
+
+
+@linux
+def test_root_of_a_container_with_one_id_becomes_nobody_too():
+    """A rootless container has no id for nobody, to which root could change."""
+    unshare = ["unshare", "--user", "--map-root-user"]
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"], check=False).returncode:
+        pytest.skip("no user namespaces here")
+    command = [*unshare, sys.executable, "-c", CONTAINER]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.startswith("True passed namespaces+"), done.stdout
+    assert not done.stderr
+
+
 @linux
 def test_landlock_holds_without_namespaces(tmp_path):
     done = probe(tmp_path, "plain", True)

@@ -273,7 +273,8 @@ def main() -> None:
         environment = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         os.execve(command[0], arguments, environment)
     except OSError as error:
-        os.write(spec["control"], json.dumps(error.strerror or str(error)).encode())
+        with contextlib.suppress(OSError):  # the parent may have seen the end of another process
+            os.write(spec["control"], json.dumps(error.strerror or str(error)).encode())
         os._exit(1)
 
 
