@@ -1,25 +1,43 @@
 """The decoders of the families' authors, and the flow around each model, against their goldens."""
 
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.family_helpers import decode_cases, golden_lm, unpadded
+from tests.decoding.helpers import belief_of, state_of, step_of
+from tests.family_helpers import decode_cases, directory, golden_lm, unpadded
+from xflow_jax.decoding.blocks import make_schedule
+from xflow_jax.decoding.forward import make_forward
 from xflow_jax.decoding.generate import generate
+from xflow_jax.decoding.rules.baselines import Editing
+from xflow_jax.decoding.rules.flow import Flow
 from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
+from xflow_jax.decoding.state import DecodeConfig
+from xflow_jax.models import shift_rows
+from xflow_jax.tokenizer import pad_left
 
-OFFICIAL = ["illada_tiny"]  # decoded by LLaDA's own loop
+# Masks in a prompt are context here, and compete with those of the response in the originals.
+MASKS_IN_PROMPT = ("mask_in_prompt",)
+OFFICIAL = ["illada_tiny", "lladamoe_tiny"]  # decoded by LLaDA's own loop
 
 
-def first_quick(kind, checkpoints):
+def first_quick(kind, checkpoints, left_out=()):
     """Lists (checkpoint, case). The first case of each checkpoint is quick."""
     return [
         pytest.param(checkpoint, name, marks=[pytest.mark.slow] if number else [])
         for checkpoint in checkpoints
         for number, name in enumerate(decode_cases(kind, checkpoint))
+        if name not in left_out
     ]
 
 
-@pytest.mark.parametrize("checkpoint, name", first_quick("llada_official_generate", OFFICIAL))
+@pytest.mark.parametrize(
+    "checkpoint, name", first_quick("llada_official_generate", OFFICIAL, MASKS_IN_PROMPT)
+)
 def test_mask_prediction_equals_the_official_decoder(checkpoint, name):
     case = decode_cases("llada_official_generate", checkpoint)[name]
     args = case["args"]
@@ -34,3 +52,239 @@ def test_mask_prediction_equals_the_official_decoder(checkpoint, name):
     )
     np.testing.assert_array_equal(out.tokens, np.asarray(case["output"])[:, -args["gen_length"] :])
     np.testing.assert_array_equal(out.forward_passes, case["n_forward"])
+
+
+# --- LLaDA2.1
+
+
+@pytest.mark.parametrize("checkpoint, name", first_quick("llada21_generate", ["llada21_tiny"]))
+def test_editing_equals_the_original_decoder(checkpoint, name):
+    case = decode_cases("llada21_generate", checkpoint)[name]
+    a, prompt = case["args"], len(case["prompt"][0])
+    rule = Editing(
+        tau=a["threshold"],
+        tau_edit=a["editing_threshold"],
+        max_post_steps=a["max_post_steps"],
+        num_to_transfer=a["num_to_transfer"],
+    )
+    out = generate(
+        golden_lm(checkpoint),
+        case["prompt"],
+        rule,
+        a["gen_length"],
+        steps_per_block=a["steps"],
+        block_length=a["block_length"],
+        eos_early_stop=a["eos_early_stop"],
+        trace=True,
+    )
+    wanted = np.ravel(case["output"])
+    np.testing.assert_array_equal(out.tokens[0, : len(wanted)], wanted)
+    np.testing.assert_array_equal(out.tokens[0, len(wanted) :], a["eos_id"])
+    assert out.forward_passes[0] == case["n_forward"]
+    steps = a["steps"] + a["max_post_steps"]
+    for step in case["trajectory"]:
+        at = (step["block"] - prompt // a["block_length"]) * steps + step["step_in_block"]
+        progress = out.trace.progress
+        before = progress[at - 1, 0] if at else np.zeros_like(progress[0, 0])
+        filled = np.flatnonzero((progress[at, 0] == 1) & (before < 1))
+        edited = np.flatnonzero(out.trace.reedited[at, 0])
+        for ours, theirs in ((filled, step["filled"]), (edited, step["edited"])):
+            # Positions after the response are left out.
+            kept = [i for i, p in enumerate(theirs["positions"]) if p < prompt + a["gen_length"]]
+            places = np.asarray(theirs["positions"], int)[kept] - prompt
+            assert sorted(places) == ours.tolist()
+            for part, name in ((out.trace.tokens, "tokens"), (out.trace.confidence, "confidence")):
+                np.testing.assert_allclose(
+                    part[at, 0, places], np.asarray(theirs[name])[kept], rtol=0, atol=1e-3
+                )
+
+
+@pytest.mark.slow
+def test_the_steps_of_the_budget_fill_the_block():
+    """With fewer steps than masks the schedule writes more of them, and editing follows."""
+    case = decode_cases("llada21_generate", "llada21_tiny")["quality_mode"]
+    lm, prompt = golden_lm("llada21_tiny"), case["prompt"]
+    out = generate(lm, prompt, Editing(tau=1.0), 16, steps_per_block=2, block_length=8, trace=True)
+    size = 2 + 16
+    progress = out.trace.progress.reshape(-1, size, 16)
+    for block, start in ((0, 0), (1, 5)):  # the prompt of 11 has three tokens of the first block
+        assert (progress[block, 1, start : start + 5] == 1).all()
+
+
+# --- Dream
+
+DREAM_ORDERS = {
+    "maskgit_plus": "confidence",
+    "topk_margin": "margin",
+    "entropy": "entropy",
+    "origin": "origin",
+}
+# Filters of the distribution are not implemented. Draws are recorded, and tested below.
+NOT_DREAM = (
+    *MASKS_IN_PROMPT,
+    "top_p",
+    "top_k_entropy",
+    "origin_recorded_draws",
+    "origin_batch_ragged",
+)
+
+
+def dream_rule(args):
+    return MaskPrediction(order=DREAM_ORDERS[args["alg"]], schedule="eps", eps=args["eps"])
+
+
+@pytest.mark.parametrize(
+    "checkpoint, name", first_quick("dream_generate", ["dream_tiny"], NOT_DREAM)
+)
+def test_the_schedule_of_dream_equals_the_original_decoder(checkpoint, name):
+    case = decode_cases("dream_generate", checkpoint)[name]
+    args, n = case["args"], case["args"]["gen_length"]
+    out = generate(golden_lm(checkpoint), unpadded(case), dream_rule(args), n, args["steps"])
+    np.testing.assert_array_equal(out.tokens, np.asarray(case["output"])[:, -n:])
+    np.testing.assert_array_equal(out.forward_passes, case["n_forward"])
+
+
+@pytest.mark.parametrize("name", decode_cases("dream_schedule", None))
+def test_the_times_of_dream(name):
+    case = decode_cases("dream_schedule", None)[name]
+    config = DecodeConfig(case["masks"], case["masks"], case["steps"], eps=case["eps"])
+    left, written = np.float32(case["masks"]), []
+    for share in np.asarray(make_schedule(config).share):
+        written.append(int(np.floor(left * share)))
+        left -= np.float32(written[-1])
+    assert written == case["transferred"] and left == 0
+
+
+def test_the_order_origin_writes_each_mask_by_chance():
+    """By the draws that the original's run recorded."""
+    case = decode_cases("dream_generate", "dream_tiny")["origin_recorded_draws"]
+    n, steps = case["args"]["gen_length"], case["args"]["steps"]
+    shares = make_schedule(DecodeConfig(n, n, steps, eps=case["args"]["eps"])).share
+    masked = np.ones(n, bool)
+    for number, step in enumerate(case["trajectory"]):
+        drawn = np.ones(n)
+        drawn[masked] = np.ravel(case["uniforms"][number])
+        chosen = masked & (drawn < float(shares[number]))
+        places = np.asarray(step["positions"][0], int) - len(case["prompt"][0])
+        assert np.flatnonzero(chosen).tolist() == sorted(places)
+        masked &= ~chosen
+    rule = MaskPrediction(order="origin", schedule="eps")
+    belief, state = belief_of(np.full(4000, 0.5)), state_of(np.zeros(4000))
+    for share in (0.0, 0.25, 1.0):
+        action = rule(belief, state, step_of(4000).replace(share=jnp.float32(share)))
+        assert abs(float(action.a.mean()) - share) < 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt_every", [1, 2])
+@pytest.mark.parametrize("cache", ["prompt", "prefix", "dual"])
+def test_the_cached_passes_of_dream_equal_the_full_one(cache, prompt_every):
+    """As long as nothing moves. The row before a block predicts its first position."""
+    lm = golden_lm("dream_tiny")
+    ids, mask = pad_left([[20, 21, 22, 23, 24], [30, 31]], lm.config.pad_id)
+    config = DecodeConfig(8, 4, 2, cache=cache, prompt_every=prompt_every)
+    steps = make_schedule(config)
+    x = jax.random.normal(jax.random.key(0), (2, 8, lm.config.hidden_size))
+    arrays = (lm.embed(ids), jnp.asarray(mask), jnp.ones((2, 8), bool))
+    plain = make_forward(lm.model, lm.params, dataclasses.replace(config, cache="none"), *arrays)
+    forward = make_forward(lm.model, lm.params, config, *arrays)
+    kept = forward.init_cache()
+    for number in range(4):
+        step = jax.tree.map(lambda part, at=number: part[at], steps)
+        step = dataclasses.replace(step, candidates=jnp.ones((2, 8), bool))
+        wanted = plain.hidden(None, x, step)[0]
+        if config.block_only:
+            wanted = wanted[:, number // 2 * 4 :][:, :4]
+        ours, kept = forward.hidden(kept, x, step)
+        np.testing.assert_allclose(ours, wanted, rtol=0, atol=3e-4)
+
+
+def test_a_row_predicts_the_next_position():
+    h = jnp.arange(8.0).reshape(2, 4, 1)
+    real = jnp.array([[False, False, True, True], [True] * 4])
+    assert shift_rows(h, real)[..., 0].tolist() == [[0, 1, 2, 2], [4, 4, 5, 6]]
+
+
+# --- SDAR
+
+# Draws with a temperature and filters are not implemented. The quirk overwrites the prompt's tail.
+NOT_SDAR = ("temperature_top_k_top_p", "quirk_one_step_rewrites_prompt_tail")
+
+
+@pytest.mark.parametrize("checkpoint, name", first_quick("sdar_generate", ["sdar_tiny"], NOT_SDAR))
+def test_mask_prediction_equals_sdar(checkpoint, name):
+    case = decode_cases("sdar_generate", checkpoint)[name]
+    args, (prompt,) = case["args"], case["prompt"]
+    strategy = args["remasking_strategy"]
+    rule = MaskPrediction(
+        order="sequential" if strategy == "sequential" else "confidence",
+        threshold=args["confidence_threshold"] if strategy.endswith("dynamic") else None,
+    )
+    out = generate(
+        golden_lm(checkpoint),
+        [prompt],
+        rule,
+        args["gen_length"],
+        steps_per_block=args["denoising_steps"],
+        block_length=args["block_length"],
+    )
+    wanted = np.ravel(case["output"])[len(prompt) : len(prompt) + args["gen_length"]]
+    ends = np.flatnonzero(np.isin(wanted, args["stopping_criteria_idx"] or [300]))
+    kept = ends[0] + 1 if ends.size else len(wanted)
+    np.testing.assert_array_equal(out.tokens[0, :kept], wanted[:kept])
+
+
+# --- the flow
+
+
+def flow_case(checkpoint, number):
+    folder = directory(checkpoint).parent / f"flow_{checkpoint}"
+    cases = json.loads((folder / "flow_golden.json").read_text())["cases"]
+    return cases[number], np.load(folder / "flow_golden.npz")
+
+
+FLOWS = [
+    *(("llada21_tiny", number) for number in range(2)),
+    *(("lladamoe_tiny", number) for number in range(3)),
+    *(("dream_tiny", number) for number in range(4)),
+    *(("sdar_tiny", number) for number in range(3)),
+]
+
+
+@pytest.mark.parametrize(
+    "checkpoint, number",
+    [pytest.param(*case, marks=[pytest.mark.slow] if case[1] else []) for case in FLOWS],
+)
+def test_flow_equals_the_reference(checkpoint, number):
+    case, golden = flow_case(checkpoint, number)
+    g = {
+        key.partition("_")[2]: golden[key]
+        for key in golden.files
+        if key.startswith(f"case{number}_")
+    }
+    rule = Flow(
+        power=2.0, revise_committed=case["revise_committed"], commit=case.get("commit", True)
+    )
+    mask = g.get("prompt_mask", np.ones_like(g["prompt"])).astype(bool)
+    rows = [row[real].tolist() for row, real in zip(g["prompt"], mask, strict=True)]
+    block = case.get("block_length")
+    lengths = {"steps": case["steps"]} if block is None else {"steps_per_block": case["steps"]}
+    out = generate(
+        golden_lm(checkpoint),
+        rows,
+        rule,
+        case["gen_length"],
+        block_length=block,
+        trace=True,
+        **lengths,
+    )
+    n, steps = case["gen_length"], len(g["t"])
+    np.testing.assert_array_equal(out.tokens, g["tokens"][:, :n])
+    np.testing.assert_array_equal(out.trace.tokens[:steps], g["predicted"][..., :n])
+    np.testing.assert_array_equal(out.trace.reedited[:steps], g["reedited"][..., :n])
+    for ours, name in (
+        (out.trace.progress, "t"),
+        (out.trace.confidence, "c"),
+        (out.trace.step_fraction, "a"),
+    ):
+        np.testing.assert_allclose(ours[:steps], g[name][..., :n], rtol=0, atol=2e-3)

@@ -186,14 +186,65 @@ def test_keys_of_llada2_that_other_engines_read_are_refused(key, value):
 def test_llada_moe_is_no_llada():
     """It has the same model_type, and its own keys for the rest."""
     hf = json.loads((GOLDENS / "configs" / "llada_moe.json").read_text())
-    with pytest.raises(UserError) as error:
-        model_config(hf, "dir/config.json")
-    assert str(error.value) == (
-        'dir/config.json: architectures is ["LLaDAMoEModelLM"], which is not implemented. '
-        'It must be ["LLaDAModelLM"].'
-    )
-    assert "num_experts is 64, which is not implemented" in refusal(hf, ["architectures"])
+    for drop in ((), ("architectures",), ("model_type",)):
+        shown = {k: v for k, v in hf.items() if k not in drop} | {"model_type": "llada"}
+        config = model_config(shown)
+        assert (config.family, config.num_experts, config.num_dense_layers) == ("lladamoe", 64, 0)
+        assert (config.shared_mlp_dim, config.head_dim, config.mask_token_id) == (0, 128, None)
+        assert config.to_hf() == shown
+    assert model_config(hf | {"model_type": "lladamoe"}).family == "lladamoe"
+    # One given as the other.
+    assert 'It must be ["LLaDAMoEModelLM"]' in refusal({"architectures": ["LLaDAModelLM"]}, hf=hf)
     assert "qk_layernorm is true" in refusal(hf, ["architectures", "num_experts"])
+    for changes in ({"architectures": ["LLaDAMoEModelLM"]}, {"num_experts": 64}):
+        assert "d_model is a key of LLaDA-8B" in refusal(changes)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (
+            {"shared_expert_intermediate_size": -1},
+            "-1, a placeholder. It must be null or",
+        ),
+        ({"moe_layer_freq": [1] * 15}, "a 0 or 1 for each of the 16 layers"),
+        ({"moe_layer_freq": [1, 0] * 8}, "has a dense layer behind one with experts"),
+        ({"moe_layer_freq": [0] + [1] * 15, "dense_intermediate_size": None}, "dense layers"),
+        ({"num_experts_per_tok": 65}, "num_experts_per_tok is 65, but there are 64 experts"),
+        ({"clip_qkv": -1.0}, "clip_qkv must be positive or null"),
+        ({"partial_rotary_factor": 2}, "partial_rotary_factor 2.0 of 128 dims is 256"),
+        ({"vocab_size": None}, "the key vocab_size is missing"),
+    ],
+)
+def test_llada_moe_refusals(changes, sentence):
+    hf = json.loads((GOLDENS / "configs" / "llada_moe.json").read_text())
+    assert sentence in refusal(changes, hf=hf)
+
+
+def test_dream_and_sdar():
+    dream, sdar = (
+        model_config(json.loads((GOLDENS / "family" / name / "config.json").read_text()))
+        for name in ("dream_tiny", "sdar_tiny")
+    )
+    assert (dream.family, dream.logits_shift, dream.qkv_bias, dream.attn_out_bias) == (
+        "dream",
+        True,
+        True,
+        False,
+    )
+    assert (sdar.head_dim, sdar.default_block_length, sdar.is_block_causal, sdar.qk_norm) == (
+        24,
+        4,
+        True,
+        True,
+    )
+    for config in (dream, sdar):
+        assert config.mask_id == 310
+        hf = config.to_hf()
+        assert "sliding_window" in refusal({"use_sliding_window": True}, hf=hf)
+        assert "the key intermediate_size is missing" in refusal({}, ["intermediate_size"], hf=hf)
+    assert "block_size is 0, but it must be positive" in refusal({"block_size": 0}, hf=sdar.to_hf())
+    assert "the width of a head is 23" in refusal({"head_dim": 23}, hf=sdar.to_hf())
 
 
 def test_models_of_another_kind_are_refused():

@@ -2,24 +2,40 @@
 
 import dataclasses
 import json
+import re
+import shutil
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from convert import from_hf, to_hf
 from tests.family_helpers import GOLDEN_MODELS, directory, golden_arrays, golden_lm
 from tests.helpers import eight
-from tests.hf_helpers import tensors_of
+from tests.hf_helpers import random_params, tensors_of
+from xflow_jax.checkpoints.hf_export import write_hf
+from xflow_jax.checkpoints.weight_map import WEIGHT_TABLES
 from xflow_jax.decoding.generate import generate
 from xflow_jax.decoding.rules.parsing import RULES
+from xflow_jax.errors import UserError
 from xflow_jax.lm import load
 from xflow_jax.models.factory import abstract_params, build
+from xflow_jax.models.llada2 import Block
 from xflow_jax.models.presets import PRESETS
 
 NAMES = list(GOLDEN_MODELS)
 # Published parameters in billions.
-SIZES = {"illada-8b": 7.62, "llada2.1-mini": 16.3, "llada2.1-flash": 102.9}
+SIZES = {
+    "illada-8b": 7.62,
+    "llada2.1-mini": 16.3,
+    "llada2.1-flash": 102.9,
+    "llada-moe-7b": 7.4,
+    "dream-7b": 7.6,
+    "sdar-4b": 4.4,
+    "sdar-8b": 8.2,
+}
 
 
 def close(name, ours, golden, where=slice(None)):
@@ -71,6 +87,69 @@ def test_ragged_batches(name, key):
     close(name, logits, golden["ragged_logits"], mask)
 
 
+def test_the_router_and_the_experts_of_llada_moe():
+    name = "lladamoe_tiny"
+    lm, golden = golden_lm(name), golden_arrays(name)
+    layer = jax.tree.map(lambda a: a[int(golden["router_layer"])], lm.params["blocks"])
+    block = Block(lm.config, sparse=True)
+    x = jnp.asarray(golden["router_input"])
+    experts, weights = block.apply({"params": layer}, x, method="route")
+    np.testing.assert_array_equal(experts, golden["router_experts"])
+    np.testing.assert_allclose(weights, golden["router_weights"], rtol=0, atol=1e-5)
+    y = block.apply({"params": layer}, x, method="mlp")
+    np.testing.assert_allclose(y, golden["moe_output"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_llada_moe_as_released_ignores_padding():
+    name = "lladamoe_tiny"
+    lm, golden = golden_lm(name), golden_arrays(name)
+    mask = golden["ragged_attention_mask"].astype(bool)
+    released = dataclasses.replace(lm, model=build(lm.config, as_released=True))
+    ours = released.logits(golden["ragged_ids"], mask)
+    close(name, ours, golden["ragged_logits_as_released"])
+
+
+@pytest.mark.slow
+def test_every_shape_of_llada_moe_travels(tmp_path):
+    """Dense layers first, a shared expert, a bias of the router, clipped queries and biases."""
+    config = dataclasses.replace(
+        golden_lm("lladamoe_tiny").config,
+        hf="",
+        moe_layer_freq=(0, 1, 1),
+        shared_expert_intermediate_size=24,
+        moe_router_enable_expert_bias=True,
+        clip_qkv=0.5,
+        attention_bias=True,
+        num_key_value_heads=2,
+    )
+    params = random_params(config)
+    write_hf(tmp_path / "hf", params, config)
+    names = tensors_of(tmp_path / "hf")
+    for name in ("shared_expert.up_proj.weight", "mlp.expert_bias", "self_attn.o_proj.bias"):
+        assert f"model.layers.1.{name}" in names
+    lm = load(tmp_path / "hf")
+    jax.tree.map(np.testing.assert_array_equal, lm.params, params)
+    tokens = np.arange(12).reshape(2, 6)
+    free = dataclasses.replace(config, clip_qkv=None)
+    clipped, plain = (
+        np.asarray(build(c).apply({"params": params}, tokens)) for c in (config, free)
+    )
+    assert np.abs(clipped - plain).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "config, weights", [("lladamoe_tiny", "../llada_tiny"), ("../llada_tiny", "lladamoe_tiny")]
+)
+def test_weights_of_another_family_are_refused(tmp_path, config, weights):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in [directory(config) / "config.json", *directory(weights).glob("*.safetensors*")]:
+        shutil.copy(file, folder)
+    with pytest.raises(UserError, match="is missing, but a llada[a-z]* model of this config.json"):
+        load(folder)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_round_trip_bit_for_bit(name, tmp_path):
     from_hf.convert(directory(name), tmp_path / "orbax")
@@ -94,6 +173,16 @@ def test_presets_have_the_published_size(preset):
     hf = PRESETS[preset].to_hf()
     again = type(PRESETS[preset]).from_hf(json.loads(json.dumps(hf)))
     assert dataclasses.replace(again, hf="") == PRESETS[preset]
+
+
+def test_the_table_of_families_is_complete():
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "models.md").read_text()
+    tables = [
+        re.findall(r"^[|] `(\w+)` [|]", part, re.MULTILINE) for part in page.split("What tests")
+    ]
+    assert [sorted(names) for names in tables] == [sorted(WEIGHT_TABLES)] * 2
+    for preset in SIZES:
+        assert f"`{preset}`" in page
 
 
 # --- decoding

@@ -14,7 +14,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from xflow_jax.models import LLaDA2Config
+from xflow_jax.models import LLaDA2Config, LLaDAMoEConfig
 from xflow_jax.parallel import path_name
 from xflow_jax.types import ModelConfig, Params
 
@@ -81,12 +81,15 @@ _LLAMA_MLP = {
 }
 
 
+_LLAMA_ENDS: WeightTable = {
+    "wte/embedding": TensorSource("model.embed_tokens.weight"),
+    "ln_f/scale": TensorSource("model.norm.weight"),
+    "ff_out/kernel": TensorSource("lm_head.weight", transpose=True),
+}
+
+
 def _llama(config: ModelConfig) -> WeightTable:
-    weights = {"wte/embedding": TensorSource("model.embed_tokens.weight")}
-    weights |= _layers("blocks", _LLAMA_ATTENTION | _LLAMA_MLP)
-    weights["ln_f/scale"] = TensorSource("model.norm.weight")
-    weights["ff_out/kernel"] = TensorSource("lm_head.weight", transpose=True)
-    return weights
+    return _LLAMA_ENDS | _layers("blocks", _LLAMA_ATTENTION | _LLAMA_MLP)
 
 
 def _layers(stack: str, names: dict[str, str], first: int = 0) -> WeightTable:
@@ -145,11 +148,27 @@ def _llada2(config: LLaDA2Config, experts: dict[str, str] = _LLADA2_EXPERTS) -> 
     return weights
 
 
+# The shared expert stands beside the MLP, not in it.
+_LLADAMOE_EXPERTS = _LLADA2_EXPERTS | {
+    "router/bias": "mlp.expert_bias",
+    **{f"shared/{ours}/kernel": f"shared_expert.{its}.weight" for ours, its in _MLP.items()},
+}
+
+
+def _lladamoe(config: LLaDAMoEConfig) -> WeightTable:
+    first = config.num_dense_layers
+    dense = _layers("dense", _LLAMA_ATTENTION | _LLADA2_DENSE)
+    return _LLAMA_ENDS | dense | _layers("blocks", _LLAMA_ATTENTION | _LLADAMOE_EXPERTS, first)
+
+
 # family -> variant -> function from the configuration to its table. Variants are different tensors
 # for the same parameters. A table may name parameters that a configuration lacks, such as biases.
 WEIGHT_TABLES: dict[str, dict[str, Callable[..., WeightTable]]] = {
     "llada": {"llada": _llada},
     "illada": {"llama": _llama},
+    "dream": {"llama": _llama},
+    "sdar": {"llama": _llama},
+    "lladamoe": {"experts": _lladamoe},
     "llada2": {
         "experts": _llada2,
         "stacked": partial(_llada2, experts=_LLADA2_EXPERTS | _LLADA2_STACKED),
@@ -169,6 +188,9 @@ IGNORED_TENSORS: dict[str, str] = {
     "llada": r"model\.transformer\.(blocks\.\d+\.)?rotary_emb\.inv_freq",
     "llada2": r"model\.(layers\.\d+\.attention\.)?rotary_emb\.inv_freq",
     "illada": _LLAMA_BUFFERS,
+    "dream": _LLAMA_BUFFERS,
+    "sdar": _LLAMA_BUFFERS,
+    "lladamoe": _LLAMA_BUFFERS,
 }
 
 

@@ -24,11 +24,13 @@ else:
 def make_schedule(config: DecodeConfig) -> Step:
     """Builds the steps of all blocks in order, arrays [T].
 
-    A block of block_length masks divides over its steps, the remainder first.
+    A block of block_length masks divides over its steps without the extra ones, the remainder
+    first.
     """
-    s = config.steps
+    s, writing = config.steps, config.steps - config.extra_steps
     local = np.tile(np.arange(s), config.blocks)
-    quota = config.block_length // s + (local < config.block_length % s)
+    quota = config.block_length // writing + (local < config.block_length % writing)
+    quota = np.where(local < writing, quota, 0)
     return Step(
         index=jnp.arange(local.size, dtype=jnp.int32),
         block=jnp.asarray(np.repeat(np.arange(config.blocks), s), jnp.int32),
@@ -36,7 +38,19 @@ def make_schedule(config: DecodeConfig) -> Step:
         quota=jnp.asarray(quota, jnp.int32),
         steps_left=jnp.asarray(s - local, jnp.float32),
         cache_pass=jnp.asarray(cache_passes(config).ravel()),
+        share=None if config.eps is None else jnp.asarray(_shares(config.eps, s)[local]),
     )
+
+
+def _shares(eps: float, steps: int) -> np.ndarray:
+    """Computes the shares of Dream's steps, float32.
+
+    These are 1 - t[i + 1] / t[i] with times t from 1 to eps, and 1 for the last step.
+    """
+    t = np.linspace(1, eps, steps + 1).astype(np.float32)
+    shares = 1 - t[1:] / t[:-1]
+    shares[-1] = 1
+    return shares
 
 
 def cache_passes(config: DecodeConfig) -> np.ndarray:

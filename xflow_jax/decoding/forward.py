@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from xflow_jax.decoding.blocks import cache_passes, prefix_spans
 from xflow_jax.decoding.state import RENEW, RENEW_CANVAS, REUSE, DecodeConfig, Step
-from xflow_jax.models import kv_cache
+from xflow_jax.models import kv_cache, shift_rows
 from xflow_jax.parallel import BATCH, LOGICAL, divides
 from xflow_jax.types import Array, Backbone, Bool, Cache, Float, Int, Params
 
@@ -88,7 +88,8 @@ class FullForward:
         both = jnp.concatenate([self.prompt_x, x.astype(self.prompt_x.dtype)], axis=1)
         prompt = self.prompt_x.shape[1]
         if not self.config.block_causal:
-            return self._apply("hidden", both, self.mask, None)[:, prompt:], cache
+            h = self._predicting(self._apply("hidden", both, self.mask, None), self.mask)
+            return h[:, prompt:], cache
         h = self._apply("hidden", both, self.mask, self.config.block_length)
         return _columns(h, prompt + self.block_columns(step.block)), cache
 
@@ -101,6 +102,15 @@ class FullForward:
         size = self.config.block_length
         shift = self.length % size if self.config.block_causal else jnp.zeros_like(self.length)
         return block * size - shift + jnp.arange(size)[None, :]
+
+    @property
+    def shift(self) -> int:
+        """Rows by which a prediction is behind its position, 0 or 1."""
+        return int(self.model.config.logits_shift)
+
+    def _predicting(self, h: Float[Array, "B L E"], real: Bool[Array, "B L"]) -> Array:
+        """Moves hidden states to the positions that they predict."""
+        return shift_rows(h, real) if self.shift else h
 
     @property
     def mask(self) -> Bool[Array, "B L"]:
@@ -209,6 +219,7 @@ class PromptCacheForward(FullForward):
         both = jnp.concatenate([self.prompt_x, x], axis=1)
         empty = self.model.empty_cache(both.shape[0], 0)
         h, new = self._apply("hidden_cached", both, empty, 0, self.mask)
+        h = self._predicting(h, self.mask)
         new = jax.tree.map(lambda part: part[:, :, : self.positions], new)
         h = self._active(h[:, self.prompt_x.shape[1] :], step)
         return h, self._write(cache, new, 0, step)
@@ -223,8 +234,11 @@ class PromptCacheForward(FullForward):
         self, x: Float[Array, "B N E"], step: Step, cache: Cache
     ) -> tuple[Float[Array, "B n E"], Cache]:
         """Runs a pass on the cache."""
-        prompt = self.prompt_x.shape[1]
-        return self._apply("hidden_cached", x, cache, prompt, self.mask)[0], cache
+        first = self.prompt_x.shape[1] - self.shift  # the row that predicts the first position
+        part = jnp.concatenate([self.prompt_x[:, first:], x], axis=1)
+        mask = jnp.concatenate([self.prompt_mask, self.mask[:, first:]], axis=1)
+        h = self._apply("hidden_cached", part, cache, first, mask)[0]
+        return self._predicting(h, self.mask[:, first:])[:, self.shift :], cache
 
     def _active(self, h: Float[Array, "B N E"], step: Step) -> Float[Array, "B n E"]:
         """Selects the hidden states that the step needs."""
@@ -272,7 +286,7 @@ class PrefixCacheForward(PromptCacheForward):
         self, x: Float[Array, "B N E"], step: Step, cache: Cache
     ) -> tuple[Float[Array, "B n E"], Cache]:
         h, new = self._read(cache, x, 0, self.config.canvas)
-        return self._active(h, step), self._write(cache, new, self.prompt_x.shape[1], step)
+        return self._active(h, step), self._write(cache, new, self._column(0), step)
 
     def _reuse(
         self, x: Float[Array, "B N E"], step: Step, cache: Cache
@@ -280,7 +294,8 @@ class PrefixCacheForward(PromptCacheForward):
         size, spans = self.config.block_length, prefix_spans(self.config)
 
         def run(count: int, cache: Cache) -> Array:
-            return self._read(cache, x, step.block * size, count * size)[0][:, :size]
+            h = self._read(cache, x, step.block * size, count * size)[0]
+            return h[:, :size]
 
         counts, index = np.unique(spans, return_inverse=True)
         branches = [functools.partial(run, int(count)) for count in counts]
@@ -296,18 +311,30 @@ class PrefixCacheForward(PromptCacheForward):
     ) -> tuple[Array, Cache]:
         """Runs consecutive positions, whose keys and values replace those of the cache.
 
+        The position before them runs as well if it predicts the first one.
+
         Args:
             cache: keys and values of all positions.
             x: the canvas.
             first: canvas position of the first one, at least -window.
             count: number of positions.
+
+        Returns:
+            Hidden states that predict these positions, and all new keys and values.
         """
-        prompt, before = self.prompt_x.shape[1], self.config.window
+        prompt, before = self.prompt_x.shape[1], self.config.window + self.shift
         row = jnp.concatenate([self.prompt_x[:, prompt - before :], x], axis=1)
         row = jnp.pad(row, ((0, 0), (0, self.surplus), (0, 0)))
-        part = jax.lax.dynamic_slice_in_dim(row, before + first, count, axis=1)
+        more, cut = count + self.shift, jax.lax.dynamic_slice_in_dim
+        part = cut(row, before + first - self.shift, more, axis=1)
         mask = jnp.pad(self.mask, ((0, 0), (0, self.positions - self.mask.shape[1])))
-        return self._apply("hidden_cached", part, cache, prompt + first, mask, None, True)
+        start = self._column(first)
+        h, new = self._apply("hidden_cached", part, cache, start, mask, None, True)
+        return self._predicting(h, cut(mask, start, more, axis=1))[:, self.shift :], new
+
+    def _column(self, first: int | Int[Array, ""]) -> int | Int[Array, ""]:
+        """Returns the position of the first one that `_read` runs."""
+        return self.prompt_x.shape[1] + first - self.shift
 
 
 class DualCacheForward(PrefixCacheForward):
@@ -331,7 +358,7 @@ class DualCacheForward(PrefixCacheForward):
         # The next pass computes the same positions again, or all of the canvas. So only what a
         # window holds of the prompt can be read later.
         if window and self.config.prompt_every > 1:
-            cache = self._write(cache, new, self.prompt_x.shape[1] + first, step)
+            cache = self._write(cache, new, self._column(first), step)
         return h[:, window : window + size], cache
 
 
@@ -353,7 +380,8 @@ def make_forward(
     on_canvas: Bool[Array, "B N"],
 ) -> FullForward:
     """Builds the forward pass that a decode's configuration selects."""
-    if (more := config.window - prompt_x.shape[1]) > 0:  # the first block's window fits then
+    before = config.window + int(model.config.logits_shift)
+    if (more := before - prompt_x.shape[1]) > 0:  # what a pass reads before the first block
         prompt_x = jnp.pad(prompt_x, ((0, 0), (more, 0), (0, 0)))
         prompt_mask = jnp.pad(prompt_mask, ((0, 0), (more, 0)))
     return FORWARDS[config.cache](model, params, config, prompt_x, prompt_mask, on_canvas)

@@ -29,6 +29,7 @@ from xflow_jax.decoding.blocks import (
 from xflow_jax.decoding.cache_options import CacheOptions
 from xflow_jax.decoding.decode import decode
 from xflow_jax.decoding.rules.base import Rule
+from xflow_jax.decoding.rules.own_loop import adapt_loop
 from xflow_jax.decoding.state import DecodeConfig, Trace, read_out
 from xflow_jax.errors import UserError, check_seed, describe, require
 from xflow_jax.parallel import batch_sharding, fetch_to_host, put_sharded
@@ -127,7 +128,7 @@ def generate(
         trace=trace,
         eot_id=_eot_id(lm),
     )
-    return _decode_rows(lm, rows, rule, config, seed)
+    return _decode_rows(lm, rows, rule, adapt_loop(rule, config), seed)
 
 
 def _check_kinds(lm: object, rule: object, seed: object) -> None:

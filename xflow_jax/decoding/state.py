@@ -45,6 +45,9 @@ class DecodeConfig:
         trace: return every step.
         notes: with `trace`, include the rule's notes.
         eot_id: id of the end-of-turn token, if a rule constrains it.
+        extra_steps: steps of a block, the last ones, in which the schedule writes no mask.
+        eps: end of Dream's times, which go from 1 to eps in even steps. None: there are none.
+        cut_at_eos: repeat the first EOS of a response up to its end, however the decode went on.
     """
 
     gen_length: int
@@ -61,6 +64,9 @@ class DecodeConfig:
     trace: bool = False
     notes: bool = False
     eot_id: int | None = None
+    extra_steps: int = 0
+    eps: float | None = None
+    cut_at_eos: bool = False
 
     @property
     def canvas(self) -> int:
@@ -147,6 +153,8 @@ class Step:
         quota: masks that mask prediction writes in this step, a scalar.
         steps_left: steps of the block from this one on, a scalar.
         cache_pass: pass with an approximate cache, REUSE, RENEW or RENEW_CANVAS, a scalar.
+        share: share of the remaining masks that Dream's times write in this step, a scalar, or
+            None.
         candidates: True at positions of the active block that may move, bool [B, N].
         keys: one random key per sequence [B], or None if the rule draws nothing.
     """
@@ -157,6 +165,7 @@ class Step:
     quota: jax.Array
     steps_left: jax.Array
     cache_pass: Any = None
+    share: Any = None
     candidates: Any = None
     keys: Any = None
 
@@ -170,10 +179,11 @@ def read_out(
     were not finite.
     """
     tokens, n = state.tokens[:, : config.gen_length], config.gen_length
-    if config.stop_at_eos or config.eos_early_stop:
+    always = config.stop_at_eos or config.cut_at_eos
+    if always or config.eos_early_stop:
         is_eos = tokens == eos_id
         after = jnp.cumsum(is_eos, axis=-1) - is_eos > 0
-        cut = after if config.stop_at_eos else after & state.finished[:, None]
+        cut = after if always else after & state.finished[:, None]
         tokens = jnp.where(cut, eos_id, tokens)
     progress = state.t[:, :n]
     if state.finite is not None:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from xflow_jax.decoding import PROMPT_MULTIPLE, require_finite
 from xflow_jax.errors import UserError
 from xflow_jax.input_files import read_jsonl
+from xflow_jax.models import shift_rows
 from xflow_jax.parallel import batch_sharding, multihost
 from xflow_jax.tokenizer import chat_ids, pad_left
 from xflow_jax.toml_config import format_value
@@ -216,7 +217,8 @@ def _losses(
         x = jnp.concatenate([prompts, jnp.where(masked, mask_id, responses)], axis=1)
         x = model.apply({"params": params}, x, method="embed")
         attend = jnp.concatenate([prompt_real, real], axis=1)
-        return model.apply({"params": params}, x, attend, None, method="hidden")[:, -n:]
+        h = model.apply({"params": params}, x, attend, None, method="hidden")
+        return (shift_rows(h, attend) if model.config.logits_shift else h)[:, -n:]
 
     states = [hidden(prompts)]
     if cfg_scale:

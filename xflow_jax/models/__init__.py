@@ -5,7 +5,14 @@ flax.linen is imported in this package alone. Elsewhere parameters are a nested 
 
 from xflow_jax.models import kv_cache
 from xflow_jax.models.attention import attend
-from xflow_jax.models.config import Config, ILLaDAConfig, LLaDA2Config, LLaDAConfig, model_config
+from xflow_jax.models.config import (
+    Config,
+    ILLaDAConfig,
+    LLaDA2Config,
+    LLaDAConfig,
+    LLaDAMoEConfig,
+    model_config,
+)
 from xflow_jax.models.factory import abstract_params, abstract_weights, build, init_params
 from xflow_jax.models.flops import (
     forward_flops,
@@ -13,7 +20,7 @@ from xflow_jax.models.flops import (
     tensor_split_sizes,
     touched_parameters,
 )
-from xflow_jax.models.lm_head import Head, LogitsFn, make_head
+from xflow_jax.models.lm_head import Head, LogitsFn, make_head, shift_rows
 from xflow_jax.models.logical_axes import check_heads, shardings, state_shardings
 from xflow_jax.models.lora import LoraConfig, lora_init, merge
 from xflow_jax.models.presets import PRESETS
@@ -34,6 +41,7 @@ __all__ = [
     "INT8",
     "LLaDA2Config",
     "LLaDAConfig",
+    "LLaDAMoEConfig",
     "LogitsFn",
     "LoraConfig",
     "PRESETS",
@@ -57,6 +65,7 @@ __all__ = [
     "quantize_params",
     "require_float",
     "shardings",
+    "shift_rows",
     "state_shardings",
     "tensor_split_sizes",
     "touched_parameters",

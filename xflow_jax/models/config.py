@@ -5,15 +5,29 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from xflow_jax.errors import UserError
+from xflow_jax.models.dream_config import DreamConfig
 from xflow_jax.models.illada_config import ILLaDAConfig
 from xflow_jax.models.llada2_config import LLaDA2Config
 from xflow_jax.models.llada_config import LLaDAConfig
+from xflow_jax.models.lladamoe_config import LLaDAMoEConfig
+from xflow_jax.models.sdar_config import SDARConfig
 from xflow_jax.models.size_limits import check_sizes
 from xflow_jax.toml_config import format_value
 
-__all__ = ["Config", "ILLaDAConfig", "LLaDA2Config", "LLaDAConfig", "model_config"]
+__all__ = [
+    "Config",
+    "DreamConfig",
+    "ILLaDAConfig",
+    "LLaDA2Config",
+    "LLaDAConfig",
+    "LLaDAMoEConfig",
+    "SDARConfig",
+    "model_config",
+]
 
-Config: TypeAlias = LLaDAConfig | LLaDA2Config | ILLaDAConfig
+Config: TypeAlias = (
+    LLaDAConfig | LLaDA2Config | ILLaDAConfig | LLaDAMoEConfig | DreamConfig | SDARConfig
+)
 
 # model_type -> configuration. veomni is the same model, with the experts of a layer stacked, and
 # llada21_moe a name that some programs give to LLaDA2.1, which has LLaDA2.0's own.
@@ -23,6 +37,9 @@ _CONFIGS: dict[str, type[Config]] = {
     "llada2_moe_veomni": LLaDA2Config,
     "llada21_moe": LLaDA2Config,
     "illada": ILLaDAConfig,
+    "lladamoe": LLaDAMoEConfig,
+    "Dream": DreamConfig,
+    "sdar": SDARConfig,
 }
 
 
@@ -51,6 +68,15 @@ def model_config(hf: object, where: str = "config.json") -> Config:
             f"{where}: model_type is {format_value(kind)}, which is not implemented. "
             f"It must be {right}."
         )
-    config = _CONFIGS[kind].from_hf(hf, where)
+    family = _CONFIGS[kind]
+    if family is LLaDAConfig and _has_experts(hf):
+        family = LLaDAMoEConfig
+    config = family.from_hf(hf, where)
     check_sizes(config, where)
     return config
+
+
+def _has_experts(hf: object) -> bool:
+    """Returns True for LLaDA-MoE, whose model_type is LLaDA's."""
+    assert isinstance(hf, dict)
+    return hf.get("architectures") == ["LLaDAMoEModelLM"] or bool(hf.get("num_experts"))

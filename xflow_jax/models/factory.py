@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from xflow_jax.models.llada import LLaDA
-from xflow_jax.models.llada2 import LLaDA2
+from xflow_jax.models.llada2 import LLaDA2, LLaDAMoE
 from xflow_jax.models.quantization import INT8, compute_dtype, quantize_params
 from xflow_jax.models.size_limits import check_sizes
 from xflow_jax.types import Array, Backbone, Key, ModelConfig
@@ -19,7 +19,10 @@ from xflow_jax.types import Array, Backbone, Key, ModelConfig
 _BACKBONES: dict[str, Callable[..., Backbone]] = {
     "llada": LLaDA,
     "illada": LLaDA,
+    "dream": LLaDA,
+    "sdar": LLaDA,
     "llada2": LLaDA2,
+    "lladamoe": LLaDAMoE,
 }
 
 

@@ -1,4 +1,4 @@
-"""LLaDA2.0: a block-causal transformer with a mixture of experts.
+"""LLaDA2.0, and LLaDA-MoE: transformers with a mixture of experts.
 
 Some dense layers come first, then sparse ones. Both stacks are scanned.
 """
@@ -11,14 +11,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from xflow_jax.models import kv_cache
 from xflow_jax.models.attention import attend
 from xflow_jax.models.base import BackboneBase
 from xflow_jax.models.layers import Linear, RMSNorm, RopeTables, apply_rope
-from xflow_jax.models.llada2_config import LLaDA2Config
-from xflow_jax.models.moe import Experts, Matrices, Router, default_kernel, route
+from xflow_jax.models.lladamoe_config import LLaDAMoEConfig
+from xflow_jax.models.moe import (
+    Experts,
+    Matrices,
+    MoEConfig,
+    Router,
+    default_kernel,
+    route,
+    route_softmax,
+)
 from xflow_jax.models.quantization import INT8, SCALE
 from xflow_jax.parallel import LOGICAL, constrain_batch
 from xflow_jax.types import Array, Bool, Float, Int
@@ -55,7 +63,7 @@ class Block(nn.Module):
         sparse: True for experts, False for a dense MLP.
     """
 
-    config: LLaDA2Config
+    config: MoEConfig
     sparse: bool
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
@@ -73,12 +81,14 @@ class Block(nn.Module):
         self.q_proj = linear(c.num_heads * c.head_dim, c.use_qkv_bias)
         self.k_proj = linear(c.num_kv_heads * c.head_dim, c.use_qkv_bias)
         self.v_proj = linear(c.num_kv_heads * c.head_dim, c.use_qkv_bias)
-        self.q_norm, self.k_norm = norm(), norm()
+        if c.use_qk_norm:
+            self.q_norm, self.k_norm = norm(), norm()
         self.attn_out = linear(c.hidden_size, c.use_bias, init_std=out_std)
         self.ff_norm = norm()
         if self.sparse:
             experts, kernel = c.num_experts or 0, self.experts_kernel
-            self.router = Router(experts, self.param_dtype)
+            scored_in = self.dtype if c.softmax_router else jnp.float32
+            self.router = Router(experts, self.param_dtype, c.router_bias, scored_in)
             self.experts = Experts(experts, c.moe_mlp_dim, out_std=out_std, kernel=kernel, **types)
             if c.shared_mlp_dim:
                 self.shared = SharedMLP(c.shared_mlp_dim, out_std, **types)
@@ -110,7 +120,11 @@ class Block(nn.Module):
         """
         h = self.attn_norm(x)
         q, k, v = (self._heads(proj(h)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rope(self.q_norm(q), *rope), apply_rope(self.k_norm(k), *rope)
+        if self.config.use_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if (bound := self.config.clip_qkv) is not None:
+            q, k, v = (jnp.clip(x, -bound, bound) for x in (q, k, v))
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         keys, values, new = kv_cache.extend_keys(cached, k, v)
         h = attend(q, keys, values, allowed, self.attention)
         x = x + self.attn_out(h.reshape(*h.shape[:2], -1))
@@ -128,8 +142,16 @@ class Block(nn.Module):
         """Applies the dense MLP, or the routed and shared experts."""
         if not self.sparse:
             return self.ff_out(nn.silu(self.ff_proj(x)) * self.up_proj(x))
-        y = self.experts(x, *route(*self.router(x), self.config), experts, layer)
+        y = self.experts(x, *self.route(x), experts, layer)
         return y + self.shared(x) if self.config.shared_mlp_dim else y
+
+    def route(self, x: Float[Array, "B L E"]) -> tuple[Int[Array, "B L k"], Float[Array, "B L k"]]:
+        """Chooses the experts of each token, and their weights."""
+        logits, bias = self.router(x)
+        if isinstance(self.config, LLaDAMoEConfig):
+            return route_softmax(logits, bias, self.config.num_experts_per_tok)
+        assert bias is not None
+        return route(logits, bias, self.config)
 
 
 class LLaDA2(BackboneBase):
@@ -139,7 +161,7 @@ class LLaDA2(BackboneBase):
         experts_kernel: a name in `moe.KERNELS`. None: the platform's.
     """
 
-    config: LLaDA2Config
+    config: MoEConfig
     experts_kernel: str | None = None
 
     layer_class = Block
@@ -173,3 +195,23 @@ class LLaDA2(BackboneBase):
         stack = self.variables["params"]["blocks"]["experts"]
         matrices = [x for name, x in stack.items() if not name.endswith(SCALE)]
         return dict(stack) if all(x.dtype in (self.dtype, INT8) for x in matrices) else None
+
+
+class LLaDAMoE(LLaDA2):
+    """LLaDA-MoE, with the fields and methods of `LLaDA2`.
+
+    Attributes:
+        as_released: ignore padding, as the released code does, to compare with it.
+    """
+
+    as_released: bool = False
+
+    def hidden(
+        self,
+        x: Float[ArrayLike, "B L E"],
+        mask: Bool[ArrayLike, "B L"] | None = None,
+        block_length: int | None = None,
+        allowed: Bool[ArrayLike, "B L L"] | None = None,
+    ) -> Float[Array, "B L E"]:
+        """Computes hidden states after the final norm, as `BackboneBase.hidden`."""
+        return super().hidden(x, None if self.as_released else mask, block_length, allowed)

@@ -111,6 +111,10 @@ class LLaDA2Config(HfConfig):
     use_qkv_bias: bool = False
 
     mask_token_names: ClassVar[tuple[str, ...]] = ("<|mask|>",)
+    softmax_router: ClassVar[bool] = False
+    router_bias: ClassVar[bool] = True
+    use_qk_norm: ClassVar[bool] = True
+    clip_qkv: ClassVar[float | None] = None
 
     @property
     def family(self) -> str:

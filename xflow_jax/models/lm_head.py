@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from xflow_jax.types import Array, Float, Params
+from xflow_jax.types import Array, Bool, Float, Params
 
 # (hidden [B, N, E], start, size) -> logits [B, N, size]. `Head` is one.
 LogitsFn: TypeAlias = Callable[[jax.Array, int | jax.Array, int], jax.Array]
@@ -94,3 +94,16 @@ def make_head(params: Params) -> Head:
         return Head(jnp.asarray(params["wte"]["embedding"]), None, tied=True)
     bias = untied.get("bias")
     return Head(jnp.asarray(untied["kernel"]), None if bias is None else jnp.asarray(bias))
+
+
+def shift_rows(h: Float[Array, "B L E"], real: Bool[Array, "B L"]) -> Float[Array, "B L E"]:
+    """Moves each hidden state to the position that it predicts.
+
+    This is for models with `logits_shift`. A position without a token before it keeps its own row.
+
+    Args:
+        h: hidden states.
+        real: True at tokens, False at padding.
+    """
+    moves = jnp.roll(real, 1, axis=1).at[:, 0].set(False)
+    return jnp.where(moves[..., None], jnp.roll(h, 1, axis=1), h)

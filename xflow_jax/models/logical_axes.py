@@ -45,6 +45,19 @@ _DENSE: dict[str, tuple[str, ...]] = {
     "ln_f/scale": ("norm",),
     "ff_out/kernel": ("embed", "vocab"),
 }
+_SPARSE: dict[str, tuple[str, ...]] = {
+    "wte/embedding": ("vocab", "embed"),
+    **{f"dense/{path}": axes for path, axes in (_ATTENTION | _MLP).items()},
+    **{f"blocks/{path}": axes for path, axes in _ATTENTION.items()},
+    "blocks/router/kernel": ("layer", "embed", "norm"),
+    "blocks/router/bias": ("layer", "norm"),
+    "blocks/experts/gate": ("layer", "expert", "embed", "norm"),
+    "blocks/experts/up": ("layer", "expert", "embed", "norm"),
+    "blocks/experts/down": ("layer", "expert", "norm", "embed"),
+    **{f"blocks/shared/{path}": axes for path, axes in _MLP.items()},
+    "ln_f/scale": ("norm",),
+    "ff_out/kernel": ("embed", "vocab"),
+}
 _HEAD_NORMS = ("blocks/q_norm/scale", "blocks/k_norm/scale")
 # family -> path of a parameter -> logical axis of each dimension
 AXES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -53,19 +66,10 @@ AXES: dict[str, dict[str, tuple[str, ...]]] = {
         "ff_out/bias": ("vocab",),
     },
     "illada": _DENSE,
-    "llada2": {
-        "wte/embedding": ("vocab", "embed"),
-        **{f"dense/{path}": axes for path, axes in (_ATTENTION | _MLP).items()},
-        **{f"blocks/{path}": axes for path, axes in _ATTENTION.items()},
-        "blocks/router/kernel": ("layer", "embed", "norm"),
-        "blocks/router/bias": ("layer", "norm"),
-        "blocks/experts/gate": ("layer", "expert", "embed", "norm"),
-        "blocks/experts/up": ("layer", "expert", "embed", "norm"),
-        "blocks/experts/down": ("layer", "expert", "norm", "embed"),
-        **{f"blocks/shared/{path}": axes for path, axes in _MLP.items()},
-        "ln_f/scale": ("norm",),
-        "ff_out/kernel": ("embed", "vocab"),
-    },
+    "dream": _DENSE,
+    "sdar": _DENSE,
+    "llada2": _SPARSE,
+    "lladamoe": _SPARSE,
 }
 
 

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from xflow_jax.models.llada2_config import LLaDA2Config
+from xflow_jax.models.lladamoe_config import LLaDAMoEConfig
 from xflow_jax.models.lora import Adapter
 from xflow_jax.models.quantization import SCALE, rescale
 from xflow_jax.parallel import BATCH, LOGICAL, MESH_AXES, divides, platform
@@ -25,10 +26,35 @@ Matrices: TypeAlias = dict[str, jax.Array]
 Adapters: TypeAlias = dict[str, Adapter]
 
 
+MoEConfig: TypeAlias = LLaDA2Config | LLaDAMoEConfig
+
+
+def route_softmax(
+    logits: Float[Array, "*B X"], bias: Float[Array, " X"] | None, k: int
+) -> tuple[Int[Array, "*B k"], Float[Array, "*B k"]]:
+    """Chooses the experts of each token by a softmax (LLaDA-MoE).
+
+    The probabilities of the chosen ones are the weights as they are, with the bias in them.
+
+    Args:
+        logits: the router's, float32.
+        bias: added to each expert's probability, or None.
+        k: experts of a token.
+
+    Returns:
+        (experts int32, weights float32), [..., k] each, in descending order.
+    """
+    score = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    if bias is not None:
+        score = score + bias.reshape((1,) * (score.ndim - 1) + (-1,))
+    weights, experts = jax.lax.top_k(score, k)
+    return experts.astype(jnp.int32), weights
+
+
 def route(
     logits: Float[Array, "*B X"], bias: Float[Array, " X"], config: LLaDA2Config
 ) -> tuple[Int[Array, "*B k"], Float[Array, "*B k"]]:
-    """Chooses the experts of each token.
+    """Chooses the experts of each token by sigmoids in groups (LLaDA2.0).
 
     Groups of experts are chosen first, by the sum of their two best biased scores, then experts
     within these, in descending order. Ties go to the lowest index. The bias affects the choice
@@ -62,24 +88,33 @@ def route(
 
 
 class Router(nn.Module):
-    """Scores the experts, in float32.
+    """Scores the experts.
 
     Attributes:
         experts: X.
         param_dtype: dtype of a fresh kernel. The bias is float32.
+        use_bias: True if there is a bias.
+        dtype: dtype of the product.
     """
 
     experts: int
     param_dtype: DTypeLike = jnp.float32
+    use_bias: bool = True
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*B E"]) -> tuple[Float[Array, "*B X"], Float[Array, " X"]]:
-        """Returns the float32 logits and bias for `route`."""
+    def __call__(
+        self, x: Float[Array, "*B E"]
+    ) -> tuple[Float[Array, "*B X"], Float[Array, " X"] | None]:
+        """Returns the float32 logits, and the bias or None, for `route`."""
         shape = (x.shape[-1], self.experts)
         kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.experts,), jnp.float32)
-        logits = jnp.matmul(x.astype(jnp.float32), kernel.astype(jnp.float32), precision="highest")
-        return logits, jnp.asarray(bias, jnp.float32)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.experts,), jnp.float32)
+            bias = jnp.asarray(bias, jnp.float32)
+        logits = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), precision="highest")
+        return logits.astype(jnp.float32), bias
 
 
 class Experts(nn.Module):

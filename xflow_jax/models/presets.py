@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 from xflow_jax.models.config import Config
+from xflow_jax.models.dream_config import DreamConfig
 from xflow_jax.models.illada_config import ILLaDAConfig
 from xflow_jax.models.llada2_config import RELEASED_MASK, RELEASED_ROWS, LLaDA2Config
 from xflow_jax.models.llada_config import LLaDAConfig
+from xflow_jax.models.lladamoe_config import LLaDAMoEConfig
+from xflow_jax.models.sdar_config import SDARConfig
 
 _MINI = LLaDA2Config(
     hidden_size=2048,
@@ -41,6 +44,21 @@ _FLASH = dataclasses.replace(
     moe_intermediate_size=1024,
 )
 
+_SDAR_4B = SDARConfig(
+    hidden_size=2560,
+    intermediate_size=9728,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=151936,
+    mask_token_id=151669,
+    eos_token_id=151643,
+    pad_token_id=151643,
+    rope_theta=1000000.0,
+    rms_norm_eps=1e-6,
+)
+
 PRESETS: dict[str, Config] = {
     "llada-8b": LLaDAConfig(
         d_model=4096,
@@ -72,6 +90,40 @@ PRESETS: dict[str, Config] = {
         max_position_embeddings=8192,
         rope_theta=500000.0,
         rms_norm_eps=1e-5,
+    ),
+    # Dream-Coder and DiffuCoder have the same sizes.
+    "dream-7b": DreamConfig(
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=152064,
+        mask_token_id=151666,
+        eos_token_id=151643,
+        pad_token_id=151643,
+        max_position_embeddings=131072,
+        rope_theta=1000000.0,
+        rms_norm_eps=1e-6,
+    ),
+    # TraDo-4B and TraDo-8B have the sizes of SDAR-4B and SDAR-8B.
+    "sdar-4b": _SDAR_4B,
+    "sdar-8b": dataclasses.replace(_SDAR_4B, hidden_size=4096, intermediate_size=12288),
+    "llada-moe-7b": LLaDAMoEConfig(
+        hidden_size=2048,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        num_experts=64,
+        num_experts_per_tok=8,
+        expert_intermediate_size=1024,
+        vocab_size=RELEASED_ROWS,
+        mask_token_id=RELEASED_MASK,
+        eos_token_id=156892,
+        pad_token_id=156892,
+        rope_theta=50000.0,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=8192,
     ),
     "llada2-mini": _MINI,
     "llada2-flash": _FLASH,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from xflow_jax.models import shift_rows
 from xflow_jax.training import losses
 from xflow_jax.training.state import Batch, TrainState, TrainStep
 from xflow_jax.types import Array, Backbone, Bool, Float, Int, Metrics, Params
@@ -32,6 +33,8 @@ def response_logits(
     """
     x = model.apply({"params": params}, tokens, method="embed")
     hidden = model.apply({"params": params}, x, mask, method="hidden")
+    if model.config.logits_shift:
+        hidden = shift_rows(hidden, mask)
     return model.apply({"params": params}, hidden[:, prompt_length:], method="head")
 
 

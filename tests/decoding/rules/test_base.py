@@ -127,7 +127,7 @@ def test_rules_compare_by_their_options():
     [
         (
             lambda: MaskPrediction(order="best"),
-            "order must be confidence, random, entropy or margin, not 'best'",
+            "order must be confidence, random, entropy, margin, sequential or origin, not 'best'",
         ),
         (lambda: MaskPrediction(temperature=-1.0), "temperature must be at least 0, not -1.0"),
         (lambda: MaskPrediction(cfg_scale=-0.5), "cfg_scale must be at least 0, not -0.5"),

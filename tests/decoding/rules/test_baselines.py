@@ -197,7 +197,7 @@ def test_editing_by_hand():
     action = rule(belief, state, step_of(5, quota=1))
     assert action.a[0].tolist() == [1, 0, 0, 0, 0]
     assert np.flatnonzero(action.reset[0] & action.commit[0]).tolist() == [2]
-    assert action.memory.tolist() == [True]
+    assert action.memory.tolist() == [16]  # steps that may follow once there is no mask
     # Fewer confident masks than scheduled: the scheduled number.
     assert rule(belief, state, step_of(5, quota=2)).a[0].tolist() == [1, 1, 0, 0, 0]
 
@@ -219,11 +219,36 @@ def test_an_edit_replaces_the_token():
 def test_editing_is_done_if_nothing_changes():
     rule = Editing(tau=0.6, tau_edit=0.5)
     belief = belief_of([0.9, 0.55, 0.6, 0.99, 0.4], tokens=[0, 1, 2, 3, 4])
-    written = state_of([1] * 5, tokens=[0, 1, 2, 3, 7])
+    written = state_of([1] * 5, tokens=[0, 1, 2, 3, 7]).replace(memory=jnp.array([16]))
     action = rule(belief, written, step_of(5))
-    assert action.memory.tolist() == [False]
+    assert action.memory.tolist() == [0]
     assert not rule.is_open(written.replace(memory=action.memory)).any()
-    assert rule.is_open(written.replace(memory=jnp.array([True]))).all()
+    assert rule.is_open(written.replace(memory=jnp.array([1]))).all()
+
+
+def test_editing_stops_at_its_cap():
+    """A token that flips for ever is edited in each step that is left, and not once more."""
+    rule = Editing(tau=0.6, tau_edit=0.5)
+    belief = belief_of([0.9] * 3, tokens=[0, 1, 2])
+    for left, edits, after in ((2, [2], [1]), (1, [2], [0]), (0, [], [0])):
+        written = state_of([1] * 3, tokens=[0, 1, 7]).replace(memory=jnp.array([left]))
+        action = rule(belief, written, step_of(3))
+        assert np.flatnonzero(action.reset[0]).tolist() == edits
+        assert action.memory.tolist() == after
+
+
+def test_the_modes_of_editing_have_names():
+    assert Editing().thresholds == (0.7, 0.5)
+    assert Editing(mode="speed").thresholds == (0.5, 0.0)
+    assert Editing(mode="default", tau=0.8).thresholds == (0.8, 0.9)
+    for options in (
+        {"mode": "fast"},
+        {"num_to_transfer": 0},
+        {"tau_edit": 2.0},
+        {"max_post_steps": -1},
+    ):
+        with pytest.raises(UserError, match=next(iter(options))):
+            Editing(**options)
 
 
 @pytest.mark.slow

@@ -77,7 +77,10 @@ def test_a_policy_brings_the_options_that_it_was_trained_under(tmp_path):
         ("flow:commit=2", "commit is 2, but it must be true or false"),
         ("threshold:tau=1.5", "the rule threshold:tau=1.5: tau must be between 0 and 1, not 1.5"),
         ("mask:temperature=-1", "temperature must be at least 0, not -1.0"),
-        ("mask:order=best", "order must be confidence, random, entropy or margin"),
+        (
+            "mask:order=best",
+            "order must be confidence, random, entropy, margin, sequential or origin",
+        ),
         ("flow:policy=nowhere.safetensors", "no such file"),
         ("flow:policy=/dev/zero", "it is a pipe or a device"),
         ("flow:power=nan", "power is NaN, but it must be a finite number"),

@@ -25,9 +25,11 @@ from xflow_jax.decoding.rules.base import (
     select_highest,
     static_field,
 )
-from xflow_jax.decoding.state import DecodeState, Step
+from xflow_jax.decoding.state import DecodeConfig, DecodeState, Step
 from xflow_jax.errors import require
 from xflow_jax.types import Array, Bool, Float, Int
+
+MOST_POST_STEPS = 1024.0  # of a block, far more than any model needs
 
 
 @struct.dataclass
@@ -243,49 +245,95 @@ class SoftMask(TokenConstraints):
         return dataclasses.replace(Action.unmask(chosen), mixture=mixture)
 
 
+# mode -> (tau, tau_edit) of Editing: two of LLaDA2.1's model card, and the defaults of its code
+EDITING_MODES = {"quality": (0.7, 0.5), "speed": (0.5, 0.0), "default": (0.95, 0.9)}
+
+
 @struct.dataclass
 class Editing(TokenConstraints):
-    """Token editing of LLaDA2.1 (arXiv:2602.08676).
+    """Decoder of LLaDA2.1 (arXiv:2602.08676): fills masks and edits tokens in one step.
 
-    Masks are written by LLaDA2.0's rule: all with c > tau if they are at least the scheduled
-    number, else the scheduled number. A written token is replaced if another one has c > tau_edit.
-    Steps are skipped once everything is written and a step changed nothing.
+    All masks with c > tau are written if they are at least the scheduled number, else the scheduled
+    number. A written token is replaced if another one has c > tau_edit. A block without masks takes
+    further steps until one changes nothing, at most `max_post_steps`. These come after the steps
+    that the budget pays for. EOS ends a decode only with `eos_early_stop`, after its block.
 
     Attributes:
-        tau: threshold for masks. 0.7 is the paper's quality mode, 0.5 its fast mode.
-        tau_edit: threshold for written tokens. 0.5 in quality mode, 0 in fast mode.
+        mode: a name in EDITING_MODES, for the thresholds that are None.
+        tau: threshold for masks.
+        tau_edit: threshold for written tokens. At 0 every other prediction replaces a token, and at
+            1 none does.
+        max_post_steps: most steps of a block that has no mask left.
+        num_to_transfer: least number of masks that a step writes, if the schedule has fewer.
+        suppress_mask: predict neither the mask token nor a row without a token.
         early_exit: skip steps that can change nothing.
 
     Raises:
-        UserError: if a number is out of range.
+        UserError: for an unknown mode, or a number out of range.
     """
 
-    tau: float = static_field(0.7)
-    tau_edit: float = static_field(0.5)
+    tau: float | None = static_field(None)
+    tau_edit: float | None = static_field(None)
+    mode: str = static_field("quality")
+    max_post_steps: int = static_field(16)
+    num_to_transfer: int = static_field(1)
+    suppress_mask: bool = static_field(True, kw_only=True)
     early_exit: bool = static_field(True)
 
     def __post_init__(self) -> None:
-        check_ranges(self, tau=1.0, tau_edit=1.0)
+        known = " or ".join(EDITING_MODES)
+        require(self.mode in EDITING_MODES, f"mode must be {known}, not {self.mode!r}")
+        check_ranges(self, tau=1.0, tau_edit=1.0, max_post_steps=MOST_POST_STEPS)
+        least = self.num_to_transfer
+        require(least >= 1, f"num_to_transfer must be at least 1, not {least}")
+
+    @property
+    def thresholds(self) -> tuple[float, float]:
+        """The thresholds for masks and for written tokens."""
+        tau, tau_edit = EDITING_MODES[self.mode]
+        return (
+            tau if self.tau is None else self.tau,
+            tau_edit if self.tau_edit is None else self.tau_edit,
+        )
 
     @property
     def revises(self) -> bool:
         """Returns True: written tokens are replaced."""
         return True
 
-    def init_memory(self, batch: int, canvas: int) -> Bool[Array, " B"]:
-        """Returns whether a row's last step changed anything."""
-        return jnp.zeros(batch, bool)
+    def adapt(self, config: DecodeConfig) -> DecodeConfig:
+        """Adds the steps without masks. EOS ends only on request."""
+        config = dataclasses.replace(
+            config,
+            steps=config.steps + self.max_post_steps,
+            extra_steps=self.max_post_steps,
+        )
+        if not config.block_causal:
+            return config
+        # The original looks for EOS after each block, not in it.
+        return dataclasses.replace(
+            config, stop_at_eos=config.eos_early_stop, eos_early_stop=False, cut_at_eos=True
+        )
+
+    def init_memory(self, batch: int, canvas: int) -> Int[Array, " B"]:
+        """Returns how many steps without masks each row may still take."""
+        return jnp.zeros(batch, jnp.int32)
 
     def is_open(self, state: DecodeState) -> Bool[Array, "B N"]:
-        """Returns True at masks, and everywhere after a step that changed something."""
-        return (state.t < 1) | state.memory[:, None]
+        """Returns True at masks, and everywhere while another step may edit."""
+        return (state.t < 1) | (state.memory > 0)[:, None]
 
     def __call__(self, belief: Belief, state: DecodeState, step: Step) -> Action:
         """Commits masks, and replaces tokens by a committed reset."""
+        tau, tau_edit = self.thresholds
         c, written = belief.confidence, step.candidates & (state.t >= 1)
         masked = step.candidates & (state.t < 1)
-        scheduled = select_highest(c, masked, step.quota)
-        chosen = quota_or_confident(scheduled, masked & (c > self.tau), step.quota)
-        replaced = written & (belief.tokens != state.tokens) & (c > self.tau_edit)
-        changed = jnp.any(chosen | replaced, axis=-1)
-        return Action(chosen.astype(jnp.float32), replaced, replaced, memory=changed)
+        filling = jnp.any(masked, axis=-1)
+        least = jnp.maximum(step.quota, self.num_to_transfer)
+        scheduled = select_highest(c, masked, least)
+        chosen = quota_or_confident(scheduled, masked & (c > tau), least)
+        replaced = written & (belief.tokens != state.tokens) & (c > tau_edit)
+        replaced &= (filling | (state.memory > 0))[:, None]
+        left = jnp.where(jnp.any(replaced, axis=-1), state.memory - 1, 0)
+        memory = jnp.where(filling, self.max_post_steps, left)
+        return Action(chosen.astype(jnp.float32), replaced, replaced, memory=memory)
