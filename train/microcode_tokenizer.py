@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -19,9 +18,6 @@ from xflow_jax.checkpoints import write_atomic
 from xflow_jax.errors import UserError, disk_errors
 from xflow_jax.tasks import microcode
 
-# A token is a word, a digit or a punctuation mark with the space before it, or a line break with
-# the indentation after it.
-SPLIT = r"\n\n|\n *| ?[A-Za-z_]+| ?[0-9]| ?(?:\*\*|==|!=|\+=|\)\:|\[\]|\[::-|[^\sA-Za-z_0-9])|\s"
 SAMPLES = 20_000
 
 SPECIAL = (
@@ -58,7 +54,7 @@ def build() -> Tokenizer:
     words = {"\n\n", "user", "assistant", "system"}
     for index in range(SAMPLES):
         for text in microcode.training_pair(0, index, microcode.WIDE_STYLE):
-            words.update(re.findall(SPLIT, text))
+            words.update(microcode.split_words(text))
     to_unicode = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
     def spell(word: str) -> str:
@@ -72,7 +68,7 @@ def build() -> Tokenizer:
         models.BPE({e: i for i, e in enumerate(entries)}, merges=[], ignore_merges=True)
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), to_unicode]
+        [pre_tokenizers.Split(Regex(microcode.WORD), "isolated"), to_unicode]
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])

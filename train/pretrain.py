@@ -1,7 +1,8 @@
 """Pretraining of the bundled model: `python -m train.pretrain configs/pretrain_tiny.toml`.
 
-Masked diffusion (Eq. 1) on microcode, first with low masking ratios as a curriculum. Muon trains
-the matrices of the layers, Adam the rest.
+Masked diffusion (Eq. 1) on microcode or a mixture of tasks, first with low masking ratios as a
+curriculum. Every batch is of one task and has its lengths. Muon trains the matrices of the layers,
+Adam the rest.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from train.mixture import Component, make_components, make_pairs
 from train.run import Run
 from train.setup import export, run_program
 from xflow_jax.decoding import MaskPrediction, generate
@@ -22,10 +24,9 @@ from xflow_jax.errors import UserError, require
 from xflow_jax.lm import LM
 from xflow_jax.models import LLaDAConfig, build, init_params
 from xflow_jax.sandbox import run_many
-from xflow_jax.tasks import microcode
-from xflow_jax.tokenizer import load_tokenizer
+from xflow_jax.tokenizer import chat_ids, load_tokenizer
 from xflow_jax.toml_config import load_toml
-from xflow_jax.training import MicrocodePairs, TrainState, batch_iterator, make_pretrain_step
+from xflow_jax.training import TrainState, batch_iterator, make_pretrain_step
 from xflow_jax.types import PyTree, Tokenizer
 
 
@@ -56,14 +57,18 @@ class PretrainConfig:
         out: folder of the run.
         tokenizer: directory of the tokenizer.
         model: shape of the model.
-        prompt_length: P, to which prompts are padded.
-        gen_length: N, positions of a response.
-        block_length: positions of a block in evaluations, or None for the default of the model.
+        tasks: names of the tasks.
+        weights: relative shares of the tasks in the batches, or empty for equal ones.
+        prompt_length: P, to which prompts are padded, for all tasks or for each.
+        gen_length: N, positions of a response, for all tasks or for each.
+        block_length: positions of a block in evaluations, for all tasks or for each, or None for
+            the default of the model.
         batch_size: B, pairs of a batch.
         steps: updates of the run.
         curriculum_steps: steps until the largest masking ratio is 1.
         first_sigma: largest masking ratio at the beginning.
-        wide_steps: steps at the beginning whose answers have a more varied style.
+        wide_steps: steps at the beginning with the early distribution of each task: answers of a
+            more varied style for microcode, few blanks for latin-square.
         muon_rate: largest learning rate of the matrices.
         adam_rate: largest learning rate of everything else.
         rate_points: (step, share of the largest rate), with straight lines between them.
@@ -82,9 +87,11 @@ class PretrainConfig:
     out: str
     tokenizer: str
     model: ModelShape = ModelShape()
-    prompt_length: int = 40
-    gen_length: int = 48
-    block_length: int | None = None
+    tasks: tuple[str, ...] = ("microcode",)
+    weights: tuple[float, ...] = ()
+    prompt_length: int | tuple[int, ...] = 40
+    gen_length: int | tuple[int, ...] = 48
+    block_length: int | tuple[int, ...] | None = None
     batch_size: int = 64
     steps: int = 9000
     curriculum_steps: int = 600
@@ -102,7 +109,8 @@ class PretrainConfig:
     export_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     def __post_init__(self) -> None:
-        counts = ("prompt_length", "gen_length", "batch_size", "steps", "log_every", "save_every")
+        _ = self.components
+        counts = ("batch_size", "steps", "log_every", "save_every")
         for name in (*counts, "evaluate_every", "evaluate_problems"):
             value = getattr(self, name)
             require(value >= 1, f"{name} is {value}, but it must be at least 1")
@@ -118,6 +126,12 @@ class PretrainConfig:
             len(times) >= 2 and times == sorted(set(times)),
             "rate_points must be two or more pairs with ascending steps",
         )
+
+    @property
+    def components(self) -> list[Component]:
+        """The tasks with their shares and lengths."""
+        lengths = (self.prompt_length, self.gen_length, self.block_length)
+        return make_components(self.tasks, self.weights, *lengths)
 
 
 def make_model_config(config: PretrainConfig, tokenizer: Tokenizer) -> LLaDAConfig:
@@ -145,7 +159,9 @@ def make_model_config(config: PretrainConfig, tokenizer: Tokenizer) -> LLaDAConf
         mask_token_id=mask_id,
         eos_token_id=eos_id,
         pad_token_id=tokenizer.pad_token_id,
-        max_sequence_length=256,
+        max_sequence_length=max(
+            256, *(how.prompt_length + how.gen_length for how in config.components)
+        ),
     )
 
 
@@ -209,8 +225,8 @@ def train(config: PretrainConfig) -> None:
     largest = optax.linear_schedule(config.first_sigma, 1.0, config.curriculum_steps)
     step_fn = jax.jit(make_pretrain_step(model, optimizer, largest), donate_argnums=0)
 
-    wide = config.wide_steps * config.batch_size
-    source = MicrocodePairs(config.seed, tokenizer, config.prompt_length, config.gen_length, wide)
+    early = config.wide_steps * config.batch_size
+    source = make_pairs(config.components, tokenizer, config.seed, config.batch_size, early)
     data = batch_iterator(source, config.batch_size)
     create = jax.jit(lambda k: TrainState.create(init_params(model, k), optimizer))
     with Run(config.out, config.seed) as run:
@@ -226,6 +242,8 @@ def train(config: PretrainConfig) -> None:
             done, is_last = step + 1, step + 1 == config.steps
             if done % config.log_every == 0:
                 seconds = (time.perf_counter() - start) / (done - first)
+                if len(config.tasks) > 1:  # the losses of tasks differ
+                    metrics |= {f"loss_{config.tasks[source.choose(step)]}": metrics["loss"]}
                 run.log(done, metrics | {"seconds_per_step": seconds})
                 run.bar.set_postfix(loss=f"{float(metrics['loss']):.4f}")
             # The evaluation comes before the checkpoint: a resumed run does not repeat it.
@@ -238,7 +256,7 @@ def train(config: PretrainConfig) -> None:
         if int(state.step) == config.steps:
             made_by = {
                 "command": "python -m train.pretrain",
-                "task": microcode.TASK.name,
+                **({"tasks": config.tasks} if config.tasks[1:] else {"task": config.tasks[0]}),
                 "config": dataclasses.asdict(config),
             }
             folder = Path(config.out) / "hf"
@@ -249,36 +267,44 @@ def train(config: PretrainConfig) -> None:
 
 def _evaluate(run: Run, config: PretrainConfig, lm: LM, done: int) -> None:
     """Logs and prints the share of held-out problems that the model solves."""
-    solved = solve_rate(lm, config)
-    run.log(done, {"solved": solved})
+    shares = {how.task.name: solve_rate(lm, config, how) for how in config.components}
+    values = {"solved": sum(shares.values()) / len(shares)}
+    if len(shares) > 1:
+        values |= {f"solved_{name}": share for name, share in shares.items()}
+    run.log(done, values)
     problems = f"{config.evaluate_problems} held-out problems"
-    run.bar.write(f"step {done}: {100 * solved:.1f} % of {problems} solved")
+    for name, share in shares.items():
+        of_task = f" of {name}" if len(shares) > 1 else ""
+        run.bar.write(f"step {done}: {100 * share:.1f} % of {problems}{of_task} solved")
 
 
-def solve_rate(lm: LM, config: PretrainConfig) -> float:
-    """Measures full-budget mask prediction on held-out problems.
+def solve_rate(lm: LM, config: PretrainConfig, how: Component) -> float:
+    """Measures full-budget mask prediction on held-out problems of a task.
 
     Args:
         lm: the model.
         config: the configuration of the run.
+        how: the task with its lengths.
 
     Returns:
         The share of problems whose answers pass in the sandbox.
     """
-    problems = microcode.problems("test", config.evaluate_problems)
+    assert lm.tokenizer is not None
+    task = how.task
+    problems = task.problems(None, config.evaluate_problems)
     passed = 0
     for first in range(0, len(problems), config.batch_size):
         batch = problems[first : first + config.batch_size]
         out = generate(
             lm,
-            [problem.prompt for problem in batch],
+            [chat_ids(lm.tokenizer, task.prompt(problem)) for problem in batch],
             MaskPrediction(),
-            config.gen_length,
-            config.gen_length,
-            block_length=config.block_length,
+            how.gen_length,
+            how.gen_length,
+            block_length=how.block_length,
         )
-        jobs = [microcode.TASK.job(*pair) for pair in zip(batch, out.texts or [], strict=True)]
-        passed += sum(result.passed for result in run_many(jobs))
+        jobs = [task.job(*pair) for pair in zip(batch, out.texts or [], strict=True)]
+        passed += sum(result.passed for result in run_many(jobs, task.config.limits))
     return passed / len(problems)
 
 

@@ -1,8 +1,8 @@
 """Self-generated data for the alignment: `python -m train.self_generate CONFIG`.
 
 A line of the output looks like {"index": ..., "prompt_ids": [...], "response_ids": [...]}. It also
-has "passed" if answers can be judged (microcode). NAME.about.json beside it describes the run,
-which continues where it stopped.
+has "passed" if the prompts are of a task that judges answers. NAME.about.json beside it describes
+the run, which continues where it stopped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from tqdm import tqdm
@@ -29,7 +29,7 @@ from xflow_jax.lm import LM, load, read_model_config
 from xflow_jax.models import build
 from xflow_jax.parallel import make_mesh
 from xflow_jax.sandbox import run_many
-from xflow_jax.tasks import microcode
+from xflow_jax.tasks import NAMES, Task, get_task
 from xflow_jax.tokenizer import chat_ids, load_tokenizer
 from xflow_jax.toml_config import load_toml
 from xflow_jax.training import read_lines, read_records
@@ -47,7 +47,7 @@ class SelfGenerateConfig:
     Attributes:
         model: directory or name of the model.
         prompts: a jsonl or parquet file with `prompt` or `messages`, a data set of the hub, or
-            "microcode" for its training set.
+            "microcode", "microcode-long" or "latin-square" for the training set of that task.
         out: the jsonl file.
         limit: number of prompts, 0 for all.
         longest_prompt: largest number of prompt tokens, 0 for no limit. Longer prompts are left
@@ -59,7 +59,7 @@ class SelfGenerateConfig:
         batch_size: B, prompts of a batch.
         temperature: temperature of the Gumbel noise that chooses tokens, for the rule "mask".
         confidence_eos_eot_inf: predict EOS and EoT with confidence 0.
-        seed: seed of the noise and of microcode's requests.
+        seed: seed of the noise and of a task's requests.
         dtype: dtype of the computation.
         mesh: sizes of data, fsdp and tensor of each process's own devices, or empty for one device.
 
@@ -105,9 +105,10 @@ def read_prompts(config: SelfGenerateConfig, tokenizer: Tokenizer) -> dict[int, 
     Raises:
         UserError: if the data are bad, or if all prompts are too long.
     """
-    conversations: Iterable[str | list[dict[str, str]]]
-    if config.prompts == "microcode":
-        conversations = [problem.prompt for problem in microcode_problems(config)]
+    conversations: Iterable[str | Sequence[dict[str, str]]]
+    task = find_generated(config.prompts)
+    if task is not None:
+        conversations = [task.prompt(problem) for problem in training_problems(config, task)]
     else:
         conversations = islice(read_conversations(config.prompts), config.limit or None)
     prompts = {i: chat_ids(tokenizer, messages) for i, messages in enumerate(conversations)}
@@ -124,11 +125,18 @@ def read_prompts(config: SelfGenerateConfig, tokenizer: Tokenizer) -> dict[int, 
     return kept
 
 
-def microcode_problems(config: SelfGenerateConfig) -> list[microcode.Problem]:
-    """Makes microcode's training requests.
+def find_generated(name: str) -> Task[Any] | None:
+    """Returns the task of a name if it generates its problems, else None."""
+    task = get_task(name) if name in NAMES else None
+    return task if task is not None and task.generate is not None else None
+
+
+def training_problems(config: SelfGenerateConfig, task: Task[Any]) -> Sequence[object]:
+    """Makes training requests of a task.
 
     Args:
         config: the configuration. Seeds count from 1 here, because rules are tuned on seed 0.
+        task: a task that generates its problems.
 
     Returns:
         `limit` requests.
@@ -136,22 +144,25 @@ def microcode_problems(config: SelfGenerateConfig) -> list[microcode.Problem]:
     Raises:
         UserError: if there is no limit.
     """
-    require(config.limit > 0, "limit is 0, but microcode's training set has no end. Set a limit.")
-    return microcode.problems("train", config.limit, seed=config.seed + 1)
+    endless = f"limit is 0, but {task.name}'s training set has no end. Set a limit."
+    require(config.limit > 0, endless)
+    assert task.generate is not None
+    return task.generate("train", config.limit, config.seed + 1)
 
 
-def judge(problems: Sequence[microcode.Problem], texts: Sequence[str]) -> list[bool]:
+def judge(task: Task[Any], problems: Sequence[object], texts: Sequence[str]) -> list[bool]:
     """Runs answers in the sandbox.
 
     Args:
-        problems: the problems.
+        task: the task.
+        problems: its problems.
         texts: an answer to each.
 
     Returns:
         True for answers that pass the checks of their problems.
     """
-    jobs = [microcode.TASK.job(*pair) for pair in zip(problems, texts, strict=True)]
-    return [result.passed for result in run_many(jobs)]
+    jobs = [task.job(*pair) for pair in zip(problems, texts, strict=True)]
+    return [result.passed for result in run_many(jobs, task.config.limits)]
 
 
 def decoding_rule(config: SelfGenerateConfig) -> Rule:
@@ -214,7 +225,8 @@ def _generate(
     config: SelfGenerateConfig, lm: LM, prompts: Mapping[int, list[int]], done: set[int], out: Path
 ) -> None:
     """Appends the missing responses to the file, batch by batch."""
-    problems = microcode_problems(config) if config.prompts == "microcode" else []
+    task = find_generated(config.prompts)
+    problems = [] if task is None else training_problems(config, task)
     # Prompts of similar length share a batch, so that it has little padding.
     todo = sorted((i for i in prompts if i not in done), key=lambda i: (len(prompts[i]), i))
     start, tokens = time.perf_counter(), 0
@@ -231,8 +243,8 @@ def _generate(
                 {"index": i, "prompt_ids": prompts[i], "response_ids": response}
                 for i, response in zip(batch, responses, strict=True)
             ]
-            if problems:
-                passed = judge([problems[i] for i in batch], texts)
+            if task is not None:
+                passed = judge(task, [problems[i] for i in batch], texts)
                 lines = [line | {"passed": p} for line, p in zip(lines, passed, strict=True)]
             append_text(out, "".join(json.dumps(line) + "\n" for line in lines))
             tokens += len(batch) * config.gen_length

@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.helpers import TOKENIZER
 from train import pretrain, self_generate
+from train.mixture import make_pairs
 from xflow_jax.errors import UserError
+from xflow_jax.lm import _read_tasks
+from xflow_jax.models import abstract_params, build
+from xflow_jax.tasks import get_task
+from xflow_jax.tokenizer import chat_ids, load_tokenizer
+from xflow_jax.toml_config import load_toml
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -142,3 +150,99 @@ def test_a_tokenizer_without_a_mask_token_is_refused():
     config = pretrain.PretrainConfig("out", "folder")
     with pytest.raises(UserError, match="folder: the tokenizer has no token <|mdm_mask|>"):
         pretrain.make_model_config(config, NoMask())
+
+
+MIXTURE = ['tasks=["microcode", "latin-square"]', "weights=[1, 2]", "prompt_length=[40, 64]"]
+MIXTURE += ["block_length=[16, 48]", "wide_steps=2", "model.d_model=8"]
+MIXTURE += ["seed=4"]  # of which both tasks occur before and after the third step
+
+
+def test_a_mixture_stopped_and_resumed_equals_one_run(tmp_path, monkeypatch):
+    """Both tasks occur on either side of the stop, each with its own shape."""
+    pretrain_small(tmp_path / "whole", *MIXTURE)
+    rows = metrics(tmp_path / "whole")
+    solved = rows[-1]
+    assert set(solved) == {"step", "solved", "solved_microcode", "solved_latin-square"}
+    names = [next(key for key in row if key.startswith("loss_")) for row in rows[:-1]]
+    assert set(names[:3]) == set(names[3:]) == {"loss_microcode", "loss_latin-square"}
+    assert all(row["loss"] == row[name] for row, name in zip(rows, names, strict=False))
+    about = json.loads((tmp_path / "whole/hf/provenance.json").read_text())
+    assert about["tasks"] == ["microcode", "latin-square"] and "task" not in about
+    assert _read_tasks(tmp_path / "whole/hf") == ("microcode", "latin-square")
+    steps = pretrain.Run.steps
+
+    def interrupted(run, first, last, describe):
+        for step in steps(run, first, last, describe):
+            run.stopped = step == 2
+            yield step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.Run, "steps", interrupted)
+        pretrain_small(tmp_path / "run", *MIXTURE)
+    shares = {name: solved[f"solved_{name}"] for name in about["tasks"]}
+    monkeypatch.setattr(pretrain, "solve_rate", lambda lm, config, how: shares[how.task.name])
+    pretrain_small(tmp_path / "run", *MIXTURE)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["tasks=[]"], "tasks is empty, but it must name at least one task"),
+        (['tasks=["microcode", "latin"]'], "did you mean latin-square?"),
+        (['tasks=["microcode", "microcode"]'], "tasks names a task twice"),
+        (['tasks=["mbpp"]'], "the task mbpp has no endless training set to train on"),
+        ([*MIXTURE, "weights=[1]"], "weights has 1 values for 2 tasks"),
+        ([*MIXTURE, "weights=[1, 0]"], "weights is 0.0, but it must be positive"),
+        ([*MIXTURE, "gen_length=[48]"], "gen_length has 1 values for 2 tasks"),
+        ([*MIXTURE, "gen_length=[48, 0]"], "gen_length is 0, but it must be at least 1"),
+        ([*MIXTURE, "prompt_length=40"], "latin-square: 200 of 200 pairs do not fit prompt_length"),
+        (["gen_length=20"], "pairs do not fit prompt_length 40 and gen_length 20. They need "),
+        (['tasks=["microcode-long"]'], "microcode-long: 200 of 200 pairs do not fit"),
+    ],
+)
+def test_a_bad_mixture_is_one_sentence_at_the_start(tmp_path, monkeypatch, overrides, sentence):
+    monkeypatch.setattr(pretrain, "Run", lambda *_: pytest.fail("the run has begun"))
+    with pytest.raises(UserError) as error:
+        pretrain_small(tmp_path / "run", *overrides)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_small_base_model_fits_into_the_package():
+    """Its configuration, the bundled models and the code stay below 12 MB."""
+    config = load_toml(ROOT / "configs/pretrain_small.toml", pretrain.PretrainConfig)
+    tokenizer = load_tokenizer(config.tokenizer)
+    params = abstract_params(build(pretrain.make_model_config(config, tokenizer)))
+    size = sum(x.size for x in jax.tree.leaves(params))
+    files = [path for path in (ROOT / "xflow_jax").rglob("*") if path.is_file()]
+    package = sum(path.stat().st_size for path in files if "__pycache__" not in path.parts)
+    assert size <= 6e6 and package + 2 * size < 12e6
+    assert [how.task.name for how in config.components] == list(config.tasks)
+    for how in config.components:
+        assert how.gen_length == how.task.config.gen_length
+        assert how.block_length == how.task.config.block_length
+    make_pairs(config.components, tokenizer, config.seed, config.batch_size, 0)  # all of them fit
+
+
+@pytest.mark.parametrize("name", ["microcode-long", "latin-square"])
+def test_requests_of_every_task_are_answered_and_judged(tmp_path, monkeypatch, name):
+    task = get_task(name)
+    config = load_toml(
+        ROOT / "configs/self_generate_tiny.toml",
+        self_generate.SelfGenerateConfig,
+        [f"prompts={name}", "limit=3", "seed=4"],
+    )
+    problems = self_generate.training_problems(config, task)
+    assert problems == task.generate("train", 3, 5)
+    prompts = self_generate.read_prompts(config, TOKENIZER)
+    assert prompts == {i: chat_ids(TOKENIZER, task.prompt(p)) for i, p in enumerate(problems)}
+    answers = [task.canonical(problem) for problem in problems]
+    assert self_generate.judge(task, problems, [*answers[:2], "no"]) == [True, True, False]
+    monkeypatch.setattr(self_generate, "_decode", lambda config, lm, rows: ([[1]] * 3, answers))
+    out = tmp_path / "out.jsonl"
+    self_generate._generate(config, None, prompts, set(), out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["index"] for row in rows} == {0, 1, 2}
+    # Batches are in order of length, and so the answers must be as well.
+    order = sorted(prompts, key=lambda i: (len(prompts[i]), i))
+    assert [row["passed"] for row in rows] == [i == j for i, j in enumerate(order)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -16,10 +17,12 @@ from tests.helpers import TOKENIZER, TOY, eight
 from xflow_jax.errors import UserError
 from xflow_jax.parallel.mesh import make_mesh
 from xflow_jax.parallel.partitioning import batch_sharding
+from xflow_jax.tasks import get_task, microcode
 from xflow_jax.training.data import (
     BatchIterator,
-    MicrocodePairs,
+    MixedPairs,
     Responses,
+    TaskPairs,
     batch_iterator,
     local_rows,
     place_batch,
@@ -52,7 +55,7 @@ def test_training_is_imported_without_grain():
 
 
 def test_microcode_pairs_fit_and_are_distinct():
-    source = MicrocodePairs(0, TOKENIZER, prompt_length=24, gen_length=32, wide=5)
+    source = TaskPairs(microcode.TASK, 0, TOKENIZER, prompt_length=24, gen_length=32, early=5)
     examples = [source[i] for i in range(20)]
     for example in examples:
         assert example["prompt"].shape == example["prompt_mask"].shape == (24,)
@@ -60,6 +63,42 @@ def test_microcode_pairs_fit_and_are_distinct():
         assert example["response"][-1] == TOKENIZER.eos_token_id
     texts = {example["prompt"].tobytes() + example["response"].tobytes() for example in examples}
     assert len(texts) == 20
+
+
+def test_pairs_that_do_not_fit_are_refused_at_the_start():
+    task = get_task("microcode-long")
+    TaskPairs(task, 0, TOKENIZER, 96, 128).check_lengths(20)
+    for lengths in ((60, 128), (96, 80)):
+        with pytest.raises(UserError) as error:
+            TaskPairs(task, 0, TOKENIZER, *lengths).check_lengths(20)
+        needs = re.search(r"They need (\d+) and (\d+)\.$", str(error.value))
+        assert str(error.value).startswith("microcode-long: ") and needs
+        TaskPairs(task, 0, TOKENIZER, int(needs[1]), int(needs[2])).check_lengths(20)
+    with pytest.raises(UserError, match="the task mbpp has no endless training set"):
+        TaskPairs(get_task("mbpp"), 0, TOKENIZER, 96, 128)
+
+
+def test_every_batch_of_a_mixture_is_of_one_task():
+    tasks = [get_task("microcode"), get_task("latin-square")]
+    sources = [
+        TaskPairs(task, 3, TOKENIZER, prompt, 48)
+        for task, prompt in zip(tasks, (40, 64), strict=True)
+    ]
+    mixed = MixedPairs(sources, [1.0, 3.0], batch_size=4, seed=3)
+    data = batch_iterator(mixed, 4)
+    order = [mixed.choose(batch) for batch in range(400)]
+    assert 250 < sum(order) < 350
+    for number in order[:8]:
+        batch = next(data)
+        assert batch["prompt"].shape == (4, (40, 64)[number])
+        assert batch["response"].shape == (4, 48)
+    after = batch_iterator(mixed, 4)
+    after.set_state(data.get_state())
+    np.testing.assert_array_equal(next(after)["prompt"], next(data)["prompt"])
+    # A pair of a mixture is the pair of its task at the same index.
+    first = order.index(1) * 4
+    np.testing.assert_array_equal(mixed[first]["prompt"], sources[1][first]["prompt"])
+    assert [MixedPairs(sources, [1.0, 3.0], 4, 4).choose(batch) for batch in range(400)] != order
 
 
 def test_responses_are_padded_with_eos(tmp_path):

@@ -101,6 +101,8 @@ class Task(Generic[ProblemT]):
             None.
         parse: prompt -> its problem, or None for a prompt that is none of the task.
         case: problem -> (input, a right output), or None for a problem without a right answer.
+        generate: (split "train" or "test", count, seed) -> problems, or None if they come from a
+            data file.
         training_pair: (seed, index, early) -> (prompt, right answer) at an index of an endless
             training set, or None if the task has none. `early` asks for the distribution of the
             beginning of a training.
@@ -121,6 +123,7 @@ class Task(Generic[ProblemT]):
     hint: Callable[[ProblemT, str], str | None] = lambda problem, text: None
     parse: Callable[[str], ProblemT | None] = lambda prompt: None
     case: Callable[[ProblemT], tuple[object, object] | None] = lambda problem: None
+    generate: Callable[[str, int, int], Sequence[ProblemT]] | None = None
     training_pair: Callable[[int, int, bool], tuple[str, str]] | None = None
 
     def job(self, problem: ProblemT, text: str) -> tuple[str, str]:

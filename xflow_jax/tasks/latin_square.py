@@ -264,6 +264,7 @@ def make_task(config: TaskConfig) -> Task[Problem]:
         example=EXAMPLE,
         parse=parse,
         case=_case,
+        generate=problems,
         training_pair=training_pair,
     )
 

@@ -6,6 +6,7 @@ grain reads the batches. It is imported only if a run needs them.
 from __future__ import annotations
 
 import glob
+import random
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,7 @@ from jax.sharding import Sharding
 
 from xflow_jax.errors import UserError, require
 from xflow_jax.input_files import read_json_lines, read_jsonl
-from xflow_jax.tasks import microcode
+from xflow_jax.tasks import Task
 from xflow_jax.tokenizer import chat_ids, pad_left
 from xflow_jax.training.state import Batch
 from xflow_jax.types import ModelConfig, Tokenizer
@@ -26,6 +27,8 @@ from xflow_jax.types import ModelConfig, Tokenizer
 Example: TypeAlias = dict[str, np.ndarray]
 
 ENDLESS = 2**40  # length of a source without an end
+CHECKED_PAIRS = 200  # at the start of a run
+MOST_REPLACED = 0.05  # largest share of pairs that are too long
 SEED_STRIDE = 1_000_003  # distance between the training sets that replace pairs that are too long
 
 
@@ -47,24 +50,37 @@ class BatchIterator(Protocol):
     def set_state(self, state: dict[str, Any]) -> None: ...
 
 
-class MicrocodePairs:
-    """The endless training set of microcode.
+class TaskPairs:
+    """The endless training set of a task.
 
     Args:
+        task: a task with training pairs.
         seed: number of the training set.
         tokenizer: tokenizer with a chat template.
         prompt_length: P, largest number of prompt tokens.
         gen_length: N, positions of a response. At least the last one is EOS.
-        wide: number of pairs at the beginning whose answers have a more varied style.
+        early: number of pairs at the beginning, which have the task's early distribution.
+
+    Raises:
+        UserError: if the task has no training pairs or the tokenizer no EOS token.
     """
 
     def __init__(
-        self, seed: int, tokenizer: Tokenizer, prompt_length: int, gen_length: int, wide: int = 0
+        self,
+        task: Task[Any],
+        seed: int,
+        tokenizer: Tokenizer,
+        prompt_length: int,
+        gen_length: int,
+        early: int = 0,
     ):
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no EOS token, which ends a response")
+        if task.training_pair is None:
+            raise UserError(f"the task {task.name} has no endless training set")
+        self.name, self.pair = task.name, task.training_pair
         self.seed, self.tokenizer, self.eos_id = seed, tokenizer, tokenizer.eos_token_id
-        self.prompt_length, self.gen_length, self.wide = prompt_length, gen_length, wide
+        self.prompt_length, self.gen_length, self.early = prompt_length, gen_length, early
 
     def __len__(self) -> int:
         return ENDLESS
@@ -72,16 +88,66 @@ class MicrocodePairs:
     def __getitem__(self, index: int) -> Example:
         """Returns a pair. Another training set replaces pairs that are too long."""
         seed = self.seed
-        style = microcode.WIDE_STYLE if index < self.wide else microcode.USUAL_STYLE
         while True:
-            request, answer = microcode.training_pair(seed, index, style)
-            prompt = chat_ids(self.tokenizer, request)
-            response = self.tokenizer(answer)["input_ids"]
-            if len(prompt) <= self.prompt_length and len(response) < self.gen_length:
+            prompt, response = self._token_ids(seed, index)
+            if self._fits(prompt, response):
                 break
             seed += SEED_STRIDE  # the index stays, so pairs stay distinct
         lengths = (self.prompt_length, self.gen_length)
         return _make_example(prompt, response, *lengths, self.eos_id, self.eos_id)
+
+    def check_lengths(self, count: int = CHECKED_PAIRS) -> None:
+        """Raises UserError unless almost all of the first pairs fit.
+
+        Args:
+            count: number of pairs.
+        """
+        pairs = [self._token_ids(self.seed, index) for index in range(count)]
+        long = sum(not self._fits(*pair) for pair in pairs)
+        prompt, response = (max(map(len, column)) for column in zip(*pairs, strict=True))
+        require(
+            long <= MOST_REPLACED * count,
+            f"{self.name}: {long} of {count} pairs do not fit prompt_length {self.prompt_length} "
+            f"and gen_length {self.gen_length}. They need {prompt} and {response + 1}.",
+        )
+
+    def _token_ids(self, seed: int, index: int) -> tuple[list[int], list[int]]:
+        request, answer = self.pair(seed, index, index < self.early)
+        return chat_ids(self.tokenizer, request), self.tokenizer(answer)["input_ids"]
+
+    def _fits(self, prompt: list[int], response: list[int]) -> bool:
+        return len(prompt) <= self.prompt_length and len(response) < self.gen_length
+
+
+class MixedPairs:
+    """Endless pairs of several training sets, of which every batch has one.
+
+    Their lengths may differ, so short answers are not padded to the longest ones.
+
+    Args:
+        sources: the training sets.
+        weights: relative shares of the batches.
+        batch_size: B, pairs of a batch.
+        seed: seed of the order.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], weights: Sequence[float], batch_size: int, seed: int
+    ):
+        self.sources, self.weights = list(sources), list(weights)
+        self.batch_size, self.seed = batch_size, seed
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def choose(self, batch: int) -> int:
+        """Returns the number of the training set of a batch."""
+        rng = random.Random(f"batch {self.seed} {batch}")
+        return rng.choices(range(len(self.sources)), self.weights)[0]
+
+    def __getitem__(self, index: int) -> Example:
+        """Returns a pair. Its index counts over all training sets."""
+        return self.sources[self.choose(index // self.batch_size)][index]
 
 
 class Responses:

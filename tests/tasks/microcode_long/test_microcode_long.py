@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
+from pathlib import Path
 
 import pytest
 
+import xflow_jax
 from tests.helpers import TOKENIZER
 from xflow_jax.cli import main
 from xflow_jax.errors import UserError
@@ -20,6 +22,7 @@ from xflow_jax.tasks.microcode_long.language import CASES, NUMBERS
 from xflow_jax.tokenizer import chat_ids
 
 TASK = microcode_long.TASK
+TOKENIZER_DIGEST = "10c2178f07a7617cd43426e0e0f8e4808016bb1027dddfd37064ff86c13b74ca"
 PROMPT_LENGTH = 96  # of configs/pretrain_small.toml
 
 
@@ -44,6 +47,12 @@ def test_the_training_set_stays_as_it_is(pairs):
     digest = "46c43b78ccc9db0ab81d7accd4aea073c3e3c15819b23da478e3b23d96e3d6db"
     assert hashlib.sha256(repr(pairs[:40]).encode()).hexdigest() == digest
     assert microcode_long.training_pair(1, 0) != pairs[0]
+
+
+def test_the_tokenizer_of_the_bundled_models_stays_as_it_is():
+    for name in ("tiny", "tiny_base"):
+        content = (Path(xflow_jax.__file__).parent / name / "tokenizer.json").read_bytes()
+        assert hashlib.sha256(content).hexdigest() == TOKENIZER_DIGEST
 
 
 def test_words_are_tokens_and_lengths_fit(held_out, pairs):

@@ -87,6 +87,7 @@ def make_task(config: TaskConfig) -> Task[Problem]:
         example=EXAMPLE,
         parse=parse,
         case=lambda problem: next(iter(problem.cases()), None),
+        generate=problems,
         training_pair=_training_pair,
     )
 
