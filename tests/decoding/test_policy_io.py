@@ -139,5 +139,5 @@ def test_the_bundled_policy():
     assert a[0] < 0.2 and a[3] > 0.9
     metadata = safe_open(BUNDLED, "numpy").metadata()
     assert "crc32" in metadata
-    assert json.loads(metadata["made_by"])["config"]["model"] == "tiny"
+    assert json.loads(metadata["made_by"])["config"]["model"] == "tiny-aligned"
     assert str(BUNDLED.parents[2]) not in str(metadata)
