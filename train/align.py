@@ -19,8 +19,8 @@ from jax.sharding import NamedSharding
 from train.run import Run
 from train.setup import export, run_program
 from xflow_jax.errors import require
-from xflow_jax.evaluation import plot_alignment
-from xflow_jax.lm import load, read_model_config
+from xflow_jax.evaluation import fingerprint, plot_alignment
+from xflow_jax.lm import load, read_model_config, read_tasks
 from xflow_jax.models import merge
 from xflow_jax.parallel import batch_sharding, make_mesh
 from xflow_jax.toml_config import load_toml
@@ -204,6 +204,8 @@ def _begin(
     base: Params | None = None
     if run.latest is None or config.tune == "lora":
         params = load(directory, dtype=config.param_dtype, mesh=program.mesh).params
+        if config.tune == "lora":
+            run.frozen = fingerprint(params)
         state, base = program.begin(params)
     else:
         state = program.arguments[0]
@@ -228,7 +230,10 @@ def _finish(
     """Exports the model, with its adapters merged, and plots the losses."""
     params = trained if base is None else jax.jit(merge)(base, trained)
     folder = "hf" if jax.process_count() == 1 else "model"
-    made_by = {"command": "python -m train.align", "config": dataclasses.asdict(config)}
+    made_by: dict[str, object] = {"command": "python -m train.align"}
+    if tasks := read_tasks(directory):  # the model still answers those of its source
+        made_by["tasks"] = list(tasks)
+    made_by["config"] = dataclasses.asdict(config)
     export(Path(config.out) / folder, params, model_config, directory, made_by, config.export_dtype)
     if run.first_process:
         plot_alignment(run.metrics(), Path(config.out) / "alignment.png")

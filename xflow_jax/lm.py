@@ -304,11 +304,14 @@ def load(
     float_dtype = compute_dtype(dtype)
     model = build(config, float_dtype, param_dtype=float_dtype)
     tokenizer = load_tokenizer(directory)
-    return LM(model, config, params, tokenizer, mesh, _read_tasks(Path(directory)))
+    return LM(model, config, params, tokenizer, mesh, read_tasks(Path(directory)))
 
 
-def _read_tasks(directory: Path) -> tuple[str, ...]:
-    """Returns the tasks in a provenance.json, under `task` or `tasks`."""
+def read_tasks(directory: Path) -> tuple[str, ...]:
+    """Returns the tasks in the provenance.json of a model, if any.
+
+    They are under `task` or `tasks`.
+    """
     file = directory / "provenance.json"
     if not file.exists():
         return ()

@@ -1,4 +1,4 @@
-"""Draws docs/trajectory.png: one answer of the bundled model after some of its forward passes.
+"""Draws docs/trajectory.png: an answer of the bundled model after its first and last passes.
 
 python docs/scripts/draw_trajectory.py
 """
@@ -13,9 +13,13 @@ import numpy as np
 import xflow_jax as xf
 from xflow_jax.evaluation import token_texts
 
-PROMPT = "Keep the even numbers, then square each number and return the sum."
+PROMPT = (
+    "Given a list of numbers, negate each number, multiply each number by 8 and finally return "
+    "the range."
+)
 OUT = Path(__file__).parents[1] / "trajectory.png"
-PANELS = 6
+PANELS = 4
+EDIT = "#d62728"
 
 
 def layout(words: list[str]) -> list[tuple[int, int]]:
@@ -36,8 +40,8 @@ def main() -> None:
     from matplotlib.figure import Figure
 
     lm = xf.load("tiny")
-    rule = xf.Flow(policy=xf.load_policy("tiny"), early_exit=True, reedit_margin=None)
-    out = xf.generate(lm, [PROMPT], rule, gen_length=48, steps=12, block_length=16, trace=True)
+    rule = xf.Flow(reedit="always", jump=0.5, early_exit=True)
+    out = xf.generate(lm, [PROMPT], rule, gen_length=48, steps=12, block_length=48, trace=True)
     spell, trace = token_texts(lm), out.trace
     length = int(np.argmax(out.tokens[0] == lm.config.eos_id))
     final = [spell[i] for i in out.tokens[0, :length]]
@@ -45,12 +49,9 @@ def main() -> None:
     width = max(c + len(w.strip("\n")) for (_, c), w in zip(places, final, strict=True))
     lines = max(line for line, _ in places) + 1
     passes = np.flatnonzero(trace.confidence[:, 0].max(axis=-1) > 0)
-    # The last pass, and those after which most positions are on their way.
-    moving = ((trace.progress > 0) & (trace.progress < 1))[passes, 0, :length].sum(axis=-1)
-    best = np.argsort(-moving[:-1], kind="stable")[: PANELS - 1]
-    chosen = passes[[*np.sort(best), len(passes) - 1]]
+    chosen = [*passes[: PANELS - 1], passes[-1]]
 
-    figure = Figure(figsize=(7.4, 5.0), dpi=170, layout="constrained")
+    figure = Figure(figsize=(7.4, 3.6), dpi=170, layout="constrained")
     FigureCanvasAgg(figure)
     colours = matplotlib.colors.LinearSegmentedColormap.from_list(
         "progress", ["#eeeeee", "#fde4a3", "#f5a65b", "#3b7dd8", "#1f4e9c"]
@@ -65,7 +66,10 @@ def main() -> None:
             t = float(trace.progress[step, 0, position])
             size = max(len(word.split("\n")[0]), 1)
             box = (column + 0.04, line - 0.44), size - 0.08, 0.88
-            axes.add_patch(matplotlib.patches.Rectangle(*box, color=colours(t), linewidth=0))
+            tokens = trace.tokens[:, 0, position]
+            edited = trace.reedited[step, 0, position] and tokens[step] != tokens[step - 1]
+            frame = {"edgecolor": EDIT, "linewidth": 1.6} if edited else {"linewidth": 0}
+            axes.add_patch(matplotlib.patches.Rectangle(*box, facecolor=colours(t), **frame))
             guess = spell[int(trace.tokens[step, 0, position])] if t < 1 else word
             text = "" if t == 0 else guess.replace("\n", "↵").strip(" ")[:size]
             axes.text(
@@ -81,7 +85,8 @@ def main() -> None:
                 color="white" if t > 0.6 else "black",
             )
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), colours)
-    figure.colorbar(scale, ax=panels, shrink=0.6, label="progress t", aspect=30)
+    label = "progress t. Red frame: another token"
+    figure.colorbar(scale, ax=panels, shrink=0.9, label=label, aspect=30)
     figure.savefig(OUT)
     print(f"{OUT}: {length} tokens in {len(passes)} forward passes")
 

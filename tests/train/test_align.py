@@ -68,7 +68,8 @@ def write_responses(path: Path, rows: int = 40) -> Path:
 def base(tmp_path_factory) -> Path:
     """A folder with a model and its responses."""
     folder = tmp_path_factory.mktemp("align")
-    write_hf(folder / "model", toy().params, TOY)
+    about = {"provenance.json": '{"task": "microcode"}\n'}
+    write_hf(folder / "model", toy().params, TOY, texts=about)
     write_responses(folder / "responses.jsonl")
     return folder
 
@@ -180,7 +181,8 @@ def test_a_run(base, straight):
     before, after = load_file(base / "model/model.safetensors"), tensors(straight)
     changed = {name for name in before if np.any(before[name] != after[name])}
     assert changed == before.keys() - {"model.transformer.wte.weight"}
-    assert json.loads((straight / "hf/provenance.json").read_text())["config"]["steps"] == 6
+    about = json.loads((straight / "hf/provenance.json").read_text())
+    assert about["config"]["steps"] == 6 and about["tasks"] == ["microcode"]
     assert len(list((straight / "checkpoints").glob("[0-9]*"))) == 2  # older ones are deleted
 
 

@@ -33,11 +33,11 @@ from xflow_jax.evaluation import (
 )
 from xflow_jax.lm import BUNDLED, LM, load
 from xflow_jax.parallel import default_mesh
-from xflow_jax.tasks import microcode
+from xflow_jax.tasks import Task, get_task, microcode
 
-FLOW = "flow:power=8"  # the best of the powers, measured on requests of the training set
-TRAINED_FLOW = "flow:policy=tiny"
-RULES = ("mask", "threshold", FLOW, TRAINED_FLOW)
+FLOW = "flow:reedit=always,jump=0.9,early_exit=true"
+RULES = ("mask", "threshold:tau=0.95", FLOW)
+BLOCK = "block_length=48"  # the aligned model decodes in one block, the base model in three
 BUDGETS = (Fraction(1), Fraction(1, 2), Fraction(1, 4), Fraction(1, 8))
 BASE = "mask (base)"  # mask prediction with the model before its alignment
 
@@ -56,7 +56,7 @@ def run_demo(out: Path, limit: int) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be made an output folder: {error.strerror}") from None
-    began, task = time.perf_counter(), microcode.TASK
+    began, task = time.perf_counter(), get_task(microcode.TASK.name, [BLOCK])
     mesh = default_mesh()
     lm = load_through_orbax("tiny", mesh)
     size = f"{count_parameters(lm) / 1e6:.1f} M parameters"
@@ -69,19 +69,19 @@ def run_demo(out: Path, limit: int) -> None:
     )
     rules = dict(parse_rule(text) for text in RULES)
     base_rules: dict[str, Rule] = {BASE: MaskPrediction()}
-    models: tuple[tuple[LM, Mapping[str, Rule]], ...] = (
-        (load("tiny-base", mesh=mesh), base_rules),
-        (lm, rules),
+    models: tuple[tuple[LM, Task, Mapping[str, Rule]], ...] = (
+        (load("tiny-base", mesh=mesh), microcode.TASK, base_rules),
+        (lm, task, rules),
     )
     rows, answers = [], Answers(None, {})
-    for model, model_rules in models:
-        cells = make_cells(model, task, model_rules, BUDGETS)
-        rows += evaluate(model, task, problems, cells, answers, limit)
+    for model, protocol, model_rules in models:
+        cells = make_cells(model, protocol, model_rules, BUDGETS)
+        rows += evaluate(model, protocol, problems, cells, answers, limit)
     page = out / "trajectory.html"
-    print_text("\n" + _show_trajectory(lm, problems[0], rules[FLOW], page) + "\n")
+    print_text("\n" + _show_trajectory(lm, task, problems[0], rules[FLOW], page) + "\n")
     notes = [
         table_legend(task),
-        "base: the model before its alignment. All other rows are of the aligned model.",
+        "base: the model before its alignments, in blocks of 16. All other rows are of `tiny`.",
     ]
     print("\n".join([rows_to_text(rows), *notes]))
     files = write_report(out, task, rows, [*notes, f"Made by: xflow demo --limit {limit}"])
@@ -103,9 +103,9 @@ def _devices() -> str:
     return f"{count} device{'s' * (count > 1)} ({jax.devices()[0].device_kind})"
 
 
-def _show_trajectory(lm: LM, problem: microcode.Problem, rule: Rule, page: Path) -> str:
+def _show_trajectory(lm: LM, task: Task, problem: microcode.Problem, rule: Rule, page: Path) -> str:
     """Writes the page of one decode, and returns its answer as text."""
-    config = microcode.TASK.config
+    config = task.config
     steps = config.gen_length // 4
     out = generate(
         lm,
@@ -117,12 +117,13 @@ def _show_trajectory(lm: LM, problem: microcode.Problem, rule: Rule, page: Path)
         trace=True,
     )
     assert out.texts is not None and out.trace is not None
+    passes = int(out.forward_passes[0])
     verdict = verdict_sentence(judge_prompts([problem.prompt], out.texts)[0])
     facts = {
         "rule": FLOW,
-        "steps": f"{steps} for {config.gen_length} tokens",
+        "passes": f"{passes} for {config.gen_length} tokens",
         "verdict": verdict,
     }
     write_trajectory_page(page, out.trace, 0, token_texts(lm), problem.prompt, facts)
     answer = "".join(f"  {line}\n" for line in out.texts[0].splitlines())
-    return f"The first request, answered by the flow in {steps} steps:\n\n{answer}\n  {verdict}"
+    return f"The first request, answered by the flow in {passes} passes:\n\n{answer}\n  {verdict}"

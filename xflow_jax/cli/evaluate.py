@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base",
         metavar="DIR",
-        help="with --ablate, the model before its alignment (default: tiny-base for tiny and tiny-aligned)",
+        help="with --ablate, the model before its alignment (default: tiny-base for tiny models)",
     )
     add_number(
         parser,

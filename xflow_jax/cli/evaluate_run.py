@@ -188,9 +188,7 @@ def _score_model(
     # Wrong budgets must fail before the base model is loaded.
     rules, cache = {**protocol.rules, **protocol.variants}, CacheOptions(**cache_arguments(args))
     cells = make_cells(lm, task, rules, protocol.budgets, cache)
-    base_name = args.base or (
-        "tiny-base" if args.model in ("tiny", "tiny-aligned") else None
-    )
+    base_name = args.base or ("tiny-base" if args.model in ("tiny", "tiny-aligned") else None)
     base = load(base_name, dtype=args.dtype, mesh=mesh) if args.ablate and base_name else None
     about |= _describe_run(args, protocol, lm, base) | describe_inputs(lm, task, problems)
     answers = stack.enter_context(open_answers(args.out, about))
