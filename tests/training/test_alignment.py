@@ -13,14 +13,18 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests.family_helpers import golden_lm
 from tests.helpers import eight
 from xflow_jax.models.config import LLaDAConfig
 from xflow_jax.models.factory import build, init_params
 from xflow_jax.parallel.mesh import make_mesh
 from xflow_jax.training import alignment, alignment_loss, losses, pretraining
 from xflow_jax.training.alignment import AlignmentConfig, make_alignment_loss
+from xflow_jax.training.alignment_program import begin_trajectories
 from xflow_jax.training.alignment_step import make_align_step
 from xflow_jax.training.state import TrainState
+from xflow_jax.training.trajectory import TrajectoryConfig
+from xflow_jax.training.trajectory_loss import make_trajectory_loss
 
 CONFIG = LLaDAConfig(
     d_model=32,
@@ -205,3 +209,34 @@ def test_accumulated_parts_average_their_gradients(setting):
     wanted = jax.tree.map(lambda p, a, b: p - (a + b) / 2, params, *grads)
     for x, y in zip(jax.tree.leaves(after.params), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("states", ["masked", "trajectory"])
+def test_models_whose_logits_predict_the_next_position(states):
+    """The cross-entropy of a position is that of the row before it."""
+    lm = golden_lm("dream_tiny")
+    model, params = lm.model, lm.params
+    batch = batch_of()
+    config = dataclasses.replace(
+        ALIGNMENT,
+        states=states,
+        trajectory=TrajectoryConfig(rules=("threshold",)),
+        clean_nll=1.0,
+    )
+    response = batch["response"]
+    if states == "masked":
+        key = jax.random.key(3)
+        masked, _ = alignment.draw_noise(key, batch, 0)
+        found = jax.jit(make_alignment_loss(model, config))(params, batch, key)[1]["masked_nll"]
+    else:
+        masked = jnp.ones_like(response, bool)
+        empty = TrainState(jnp.int32(0), params, ())
+        live = begin_trajectories(lm.config, config, empty, params).live
+        loss = jax.jit(make_trajectory_loss(model, config))
+        found = loss(params, batch, live, jax.random.key(3))[1][0]["state_nll"]
+    inputs = jnp.where(masked, lm.config.mask_id, response)
+    tokens = jnp.concatenate([batch["prompt"], inputs], axis=1)
+    mask = jnp.concatenate([batch["prompt_mask"], jnp.ones_like(masked)], axis=1)
+    logits = lm.logits(tokens, mask)  # row i predicts position i + 1
+    nll = losses.cross_entropy(logits[:, 4:-1], response)
+    np.testing.assert_allclose(found, losses.masked_mean(nll, masked), rtol=1e-4)

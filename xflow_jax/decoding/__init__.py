@@ -35,6 +35,7 @@ from xflow_jax.decoding.rules.baselines import Threshold
 from xflow_jax.decoding.rules.external import source_hash
 from xflow_jax.decoding.rules.flow import Flow
 from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
+from xflow_jax.decoding.rules.own_loop import adapt_loop
 from xflow_jax.decoding.rules.parsing import (
     parse_budget,
     parse_budgets,
@@ -63,6 +64,7 @@ __all__ = [
     "Threshold",
     "TokenConstraints",
     "Trace",
+    "adapt_loop",
     "block_layout",
     "branch_shares",
     "check_policy_ranges",

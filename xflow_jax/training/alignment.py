@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from xflow_jax.errors import require
-from xflow_jax.models import LoraConfig, abstract_params, make_head
+from xflow_jax.models import LoraConfig, abstract_params, make_head, shift_rows
 from xflow_jax.training import alignment_loss, losses
 from xflow_jax.training.optimizers import OptimizerConfig, Storage
 from xflow_jax.training.state import Batch
@@ -126,16 +126,11 @@ def make_alignment_loss(model: Backbone, config: AlignmentConfig) -> LossFn:
         params: Params, batch: Batch, key: jax.Array, base: Params | None = None
     ) -> tuple[Float[Array, ""], Metrics]:
         variables = model_variables(model, config, params, base)
-        prompt, response = batch["prompt"], batch["response"]
+        response = batch["response"]
         masked, counted = draw_noise(key, batch, config.block_length)
-        tokens = jnp.concatenate(
-            [prompt, jnp.where(masked, model.config.mask_id, response)], axis=1
-        )
-        mask = jnp.concatenate([batch["prompt_mask"], jnp.ones_like(masked)], axis=1)
-
+        tokens = jnp.where(masked, model.config.mask_id, response)
         x = model.apply(variables, tokens, method="embed")
-        hidden = model.apply(variables, x, mask, config.block_length or None, method="hidden")
-        hidden = hidden[:, prompt.shape[1] :]
+        hidden = response_hidden(model, variables, batch, x, config.block_length)
         head = make_head(variables["params"])
         table = variables["params"]["wte"]["embedding"]
         error, nll = alignment_loss.alignment_errors(
@@ -151,6 +146,34 @@ def make_alignment_loss(model: Backbone, config: AlignmentConfig) -> LossFn:
         }
 
     return loss_fn
+
+
+def response_hidden(
+    model: Backbone,
+    variables: dict[str, Params],
+    batch: Batch,
+    x: Float[Array, "B N E"],
+    block_length: int,
+) -> Float[Array, "B N E"]:
+    """Computes the hidden states from which response positions are predicted.
+
+    Args:
+        model: the model.
+        variables: its variables.
+        batch: "prompt" int [B, P] and "prompt_mask" bool [B, P], False at padding.
+        x: inputs of the response, of any float dtype.
+        block_length: positions of a block for block-causal attention, 0 for full attention.
+
+    Returns:
+        The hidden states, moved to the positions that they predict.
+    """
+    prompt_x = model.apply(variables, batch["prompt"], method="embed")
+    both = jnp.concatenate([prompt_x, x.astype(prompt_x.dtype)], axis=1)
+    mask = jnp.concatenate([batch["prompt_mask"], jnp.ones(x.shape[:2], bool)], axis=1)
+    hidden = model.apply(variables, both, mask, block_length or None, method="hidden")
+    if model.config.logits_shift:
+        hidden = shift_rows(hidden, mask)
+    return hidden[:, prompt_x.shape[1] :]
 
 
 def model_variables(

@@ -12,7 +12,12 @@ import jax.numpy as jnp
 from xflow_jax.decoding import compute_belief, embed
 from xflow_jax.models import Head, make_head
 from xflow_jax.training import alignment_loss, losses
-from xflow_jax.training.alignment import AlignmentConfig, draw_noise, model_variables
+from xflow_jax.training.alignment import (
+    AlignmentConfig,
+    draw_noise,
+    model_variables,
+    response_hidden,
+)
 from xflow_jax.training.state import Batch
 from xflow_jax.training.trajectory import (
     LiveDecodes,
@@ -101,7 +106,8 @@ def make_trajectory_loss(model: Backbone, config: AlignmentConfig) -> Trajectory
         ]
         joined = jax.tree.map(lambda *x: join_groups(x), *(g.batch for g in groups))
         counted = join_groups([g.counted for g in groups])
-        hidden = _hidden(model, variables, config, joined, join_groups([g.x for g in groups]))
+        x = join_groups([g.x for g in groups])
+        hidden = response_hidden(model, variables, joined, x, config.block_length)
         head, table = make_head(variables["params"]), variables["params"]["wte"]["embedding"]
         error, nll = alignment_loss.alignment_errors(
             hidden, head.kernel, table, joined["response"], head.bias, config.chunk
@@ -135,21 +141,6 @@ def _group_states(
     if schedule.block_causal:
         counted = schedule.blocks(live) == live.block
     return _States(live.batch, live.state.x, counted, live=live)
-
-
-def _hidden(
-    model: Backbone,
-    variables: dict[str, Params],
-    config: AlignmentConfig,
-    batch: Batch,
-    x: Float[Array, "B N E"],
-) -> Float[Array, "B N E"]:
-    """Computes the hidden states of the response."""
-    prompt_x = model.apply(variables, batch["prompt"], method="embed")
-    both = jnp.concatenate([prompt_x, x.astype(prompt_x.dtype)], axis=1)
-    mask = jnp.concatenate([batch["prompt_mask"], jnp.ones(x.shape[:2], bool)], axis=1)
-    hidden = model.apply(variables, both, mask, config.block_length or None, method="hidden")
-    return hidden[:, prompt_x.shape[1] :]
 
 
 def _advance(
