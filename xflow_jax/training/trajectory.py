@@ -155,7 +155,7 @@ def _check_numbers(text: str, maker: StateMaker) -> None:
     def run(numbers: dict[str, jax.Array], keys: jax.Array) -> None:
         rule = _with_numbers(maker.rule, numbers)
         state = DecodeState(four, zero, grid, grid[0], no[0], memory=rule.init_memory(1, 1))
-        step = Step(grid, grid, zero, grid, zero, None, no, keys)
+        step = Step(grid, grid, zero, grid, zero, candidates=no, keys=keys)
         rule(Belief(grid, zero, four, four.astype(jnp.int32), zero), state, step)
 
     numbers = {name: jax.ShapeDtypeStruct((1, 1), jnp.float32) for name, _, _ in maker.ranges}
