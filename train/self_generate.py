@@ -126,7 +126,7 @@ def read_prompts(config: SelfGenerateConfig, tokenizer: Tokenizer) -> dict[int, 
 
 
 def find_generated(name: str) -> Task[Any] | None:
-    """Returns the task of a name if it generates its problems, else None."""
+    """Returns the task of a name, if it generates its problems."""
     task = get_task(name) if name in NAMES else None
     return task if task is not None and task.generate is not None else None
 

@@ -30,7 +30,7 @@ def arguments(*argv):
 
 @pytest.fixture
 def toys(monkeypatch):
-    monkeypatch.setattr(bench, "load_or_make", lambda name, dtype, mesh: toy(mesh))
+    monkeypatch.setattr(bench, "load_or_make", lambda name, dtype, mesh, mask_id: toy(mesh))
     monkeypatch.setattr(bench, "matmul_rate", lambda dtype: 1e11)
 
 

@@ -84,7 +84,10 @@ def oracle(monkeypatch):
         calls.refresh.append(refresh)
         calls.caches.append(cache)
         passes = np.full(len(prompts), steps)
-        return SimpleNamespace(texts=[texts[tuple(p)] for p in prompts], forward_passes=passes)
+        rows = [TOKENIZER.encode(texts[tuple(p)], add_special_tokens=False) for p in prompts]
+        longest = max(map(len, rows))
+        rows = [row + [TOKENIZER.eos_token_id] * (longest - len(row)) for row in rows]
+        return SimpleNamespace(tokens=np.asarray(rows), forward_passes=passes)
 
     monkeypatch.setattr(runner, "generate", generate)
     return calls
@@ -199,6 +202,7 @@ def arguments(**given) -> SimpleNamespace:
         "ablate": False,
         "set": [],
         "base": None,
+        "mask_id": None,
         "cache": None,
         "refresh": 0,
         "window": 0,
@@ -310,7 +314,7 @@ def test_descriptions_of_rules():
 
 
 def test_two_evaluations_never_share_a_folder(oracle, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate_run, "load", lambda name, dtype, mesh: tiny_lm())
+    monkeypatch.setattr(evaluate_run, "load", lambda name, dtype, mesh, mask_id=None: tiny_lm())
     args = arguments(model="tiny", limit=2, budgets="1", out=str(tmp_path / "out"))
     with runner.open_answers(tmp_path / "out", {"another": "run"}):
         before = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
@@ -324,7 +328,7 @@ def test_two_evaluations_never_share_a_folder(oracle, tmp_path, monkeypatch):
 
 def test_an_edited_rule_file_is_another_run(oracle, tmp_path, monkeypatch):
     """run.json has a hash of the file of a rule that is not part of the package."""
-    monkeypatch.setattr(evaluate_run, "load", lambda name, dtype, mesh: tiny_lm())
+    monkeypatch.setattr(evaluate_run, "load", lambda name, dtype, mesh, mask_id=None: tiny_lm())
     file = tmp_path / "own.py"
     file.write_text(OWN_RULE)
     args = arguments(
@@ -460,7 +464,9 @@ def test_a_whole_run_with_its_tables(oracle, tmp_path, monkeypatch, capsys):
     """One command makes every table. A second call reads them. Other arguments are another run."""
     loaded = []
     monkeypatch.setattr(
-        evaluate_run, "load", lambda name, dtype, mesh: loaded.append(name) or tiny_lm()
+        evaluate_run,
+        "load",
+        lambda name, dtype, mesh, mask_id=None: loaded.append(name) or tiny_lm(),
     )
     args = arguments(model="tiny", limit=6, ablate=True, out=str(tmp_path / "out"))
     cli_evaluate.run(args)
@@ -497,7 +503,7 @@ def test_a_whole_run_with_its_tables(oracle, tmp_path, monkeypatch, capsys):
 def test_an_approximate_run_is_marked(oracle, tmp_path, monkeypatch, capsys):
     """Its tables and its run.json name the approximation, since its answers differ."""
     lm = tiny_lm()
-    monkeypatch.setattr(evaluate_run, "load", lambda name, dtype, mesh: lm)
+    monkeypatch.setattr(evaluate_run, "load", lambda name, dtype, mesh, mask_id=None: lm)
     sentence = "The prompt's keys and values were read anew every 4 steps of a block only."
     given = {"model": "tiny", "limit": 3, "rules": "mask", "budgets": "1/2"}
     for name, refresh in (("exact", 0), ("old", 4)):
@@ -534,16 +540,18 @@ def test_another_chat_template_or_configuration_is_another_run(oracle, tmp_path,
         "config": dataclasses.replace(lm, config=dataclasses.replace(lm.config, rope_theta=9.0)),
     }
     given = {"model": "tiny", "limit": 3, "rules": "mask", "budgets": "1", "out": str(tmp_path)}
-    monkeypatch.setattr(evaluate_run, "load", lambda name, dtype, mesh: lm)
+    monkeypatch.setattr(evaluate_run, "load", lambda name, dtype, mesh, mask_id=None: lm)
     cli_evaluate.run(arguments(**given))
     for key, other in others.items():
-        monkeypatch.setattr(evaluate_run, "load", lambda name, dtype, mesh, other=other: other)
+        monkeypatch.setattr(
+            evaluate_run, "load", lambda name, dtype, mesh, mask_id=None, other=other: other
+        )
         with pytest.raises(UserError, match=f"holds another run, which differs in {key}. Choose"):
             cli_evaluate.run(arguments(**given))
 
 
 def test_the_batch_size_belongs_to_a_run_in_bfloat16(oracle, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate_run, "load", lambda name, dtype, mesh: tiny_lm())
+    monkeypatch.setattr(evaluate_run, "load", lambda name, dtype, mesh, mask_id=None: tiny_lm())
     given = {"model": "tiny", "limit": 3, "rules": "mask", "budgets": "1/2"}
     for dtype in ("float32", "bfloat16"):
         out = str(tmp_path / dtype)

@@ -14,7 +14,7 @@ from tests.helpers import TOKENIZER
 from train import pretrain, self_generate
 from train.mixture import make_pairs
 from xflow_jax.errors import UserError
-from xflow_jax.lm import _read_tasks
+from xflow_jax.lm import read_tasks
 from xflow_jax.models import abstract_params, build
 from xflow_jax.tasks import get_task
 from xflow_jax.tokenizer import chat_ids, load_tokenizer
@@ -168,7 +168,7 @@ def test_a_mixture_stopped_and_resumed_equals_one_run(tmp_path, monkeypatch):
     assert all(row["loss"] == row[name] for row, name in zip(rows, names, strict=False))
     about = json.loads((tmp_path / "whole/hf/provenance.json").read_text())
     assert about["tasks"] == ["microcode", "latin-square"] and "task" not in about
-    assert _read_tasks(tmp_path / "whole/hf") == ("microcode", "latin-square")
+    assert read_tasks(tmp_path / "whole/hf") == ("microcode", "latin-square")
     steps = pretrain.Run.steps
 
     def interrupted(run, first, last, describe):
@@ -215,7 +215,9 @@ def test_the_small_base_model_fits_into_the_package():
     params = abstract_params(build(pretrain.make_model_config(config, tokenizer)))
     size = sum(x.size for x in jax.tree.leaves(params))
     files = [path for path in (ROOT / "xflow_jax").rglob("*") if path.is_file()]
-    package = sum(path.stat().st_size for path in files if "__pycache__" not in path.parts)
+    # tiny_aligned can be made again by its configuration, and would leave.
+    left_out = {"__pycache__", "tiny_aligned"}
+    package = sum(path.stat().st_size for path in files if not left_out & set(path.parts))
     assert size <= 6e6 and package + 2 * size < 12e6
     assert [how.task.name for how in config.components] == list(config.tasks)
     for how in config.components:
