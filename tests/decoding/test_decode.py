@@ -367,6 +367,7 @@ def test_properties_of_every_state(rule, config):
         assert (state.forward_passes <= steps * blocks).all()
 
 
+@pytest.mark.slow
 def test_a_model_with_a_tied_head_decodes():
     """The first prediction is the argmax of the model's own logits."""
     lm, prompt = toy(weight_tying=True), random_prompts([5])[0]

@@ -137,7 +137,7 @@ def test_a_bad_configuration_is_one_sentence_before_any_device_work(
         self_generate, "load", lambda *_, **__: pytest.fail("the parameters were read")
     )
     with pytest.raises(UserError) as error:
-        self_generate.main(str(CONFIG), [f"out={tmp_path / 'a.jsonl'}", override])
+        self_generate.main(str(CONFIG), [f"out={tmp_path / 'a.jsonl'}", "limit=4", override])
     assert sentence in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 

@@ -57,7 +57,12 @@ def start(lm, config, optimizer=ZERO):
 
 @pytest.mark.parametrize(
     "rule, block_length",
-    [(FLOW, 0), ("flow:jump=0.3,creep=0.2,early_exit=true", 4), ("softmask", 4), ("dmax", 0)],
+    [
+        (FLOW, 0),
+        ("softmask", 4),
+        pytest.param("flow:jump=0.3,creep=0.2,early_exit=true", 4, marks=pytest.mark.slow),
+        pytest.param("dmax", 0, marks=pytest.mark.slow),
+    ],
 )
 def test_a_live_decode_is_a_decode(rule, block_length):
     """With constant parameters each pass of a row is a step of the decoder, in any block."""
