@@ -209,9 +209,9 @@ def test_every_rule_runs_and_rows_do_not_depend_on_their_batch(name, rule):
     for row in (0, 1):
         alone = decode(lm, [prompts[row]], RULES[rule]())
         np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
-        np.testing.assert_allclose(
-            alone.trace.confidence[:, 0], together.trace.confidence[:, row], atol=2e-3
-        )
+        # A row that is done skips steps alone, but not in a batch whose other rows need them.
+        own, shared = alone.trace.confidence[:, 0], together.trace.confidence[:, row]
+        np.testing.assert_allclose(own[own > 0], shared[own > 0], atol=2e-3)
 
 
 @eight
