@@ -26,14 +26,16 @@ from xflow_jax.decoding import (
     Rule,
     Step,
     adapt_loop,
+    block_layout,
     commit_tokens,
     embed,
+    make_schedule,
     move_positions,
     parse_rule_ranges,
 )
 from xflow_jax.errors import UserError, require
 from xflow_jax.training.state import Batch, TrainState
-from xflow_jax.types import Array, Bool, Float, Int, Key, ModelConfig, Params
+from xflow_jax.types import Array, Float, Int, Key, ModelConfig, Params
 
 T = TypeVar("T")
 
@@ -243,55 +245,32 @@ def replace_finished(live: LiveDecodes, fresh: LiveDecodes) -> LiveDecodes:
     return jax.tree.map(choose, fresh, live)
 
 
-def block_of(
-    prompt_mask: Bool[Array, "B P"], positions: int, block_length: int, block_causal: bool
-) -> Int[Array, "B N"]:
-    """Returns the block of each response position.
-
-    Under block-causal attention blocks count from each row's first token.
-    """
-    index = jnp.arange(positions)[None]
-    if not block_causal:
-        return jnp.broadcast_to(index // block_length, (prompt_mask.shape[0], positions))
-    length = jnp.sum(prompt_mask, axis=1, keepdims=True)
-    return (length + index) // block_length - length // block_length
-
-
 @dataclass(frozen=True)
 class Schedule:
     """Blocks and passes of the live decodes.
 
     Attributes:
-        block_length: positions of a block.
-        passes: most passes of a block.
-        block_causal: True if a block attends to earlier blocks only.
-        eos_id: id of EOS. Under block-causal attention a decode ends with the block that holds it.
+        config: the configuration of a decode with these blocks. Its steps are the most passes of a
+            block. Under block-causal attention a decode ends with the block that holds EOS.
+        eos_id: id of EOS.
         mask_id: id of the mask token.
     """
 
-    block_length: int
-    passes: int
-    block_causal: bool
+    config: DecodeConfig
     eos_id: int
     mask_id: int
 
     def blocks(self, live: LiveDecodes) -> Int[Array, "B N"]:
         """Returns the block of each response position."""
-        mask, positions = live.batch["prompt_mask"], live.state.t.shape[1]
-        return block_of(mask, positions, self.block_length, self.block_causal)
+        positions = live.state.t.shape[1]
+        return block_layout(self.config, live.batch["prompt_mask"])[0][:, :positions]
 
     def step(self, live: LiveDecodes, keys: Key[Array, " B"] | None) -> Step:
         """Returns the step of each row, with arrays [B, 1]."""
-        size, passes, index = self.block_length, self.passes, live.index
-        return Step(
-            index=live.block * passes + index,
-            block=live.block,
-            rho=index.astype(jnp.float32) / max(passes - 1, 1),
-            quota=size // passes + (index < size % passes),
-            steps_left=(passes - index).astype(jnp.float32),
-            candidates=self.blocks(live) == live.block,
-            keys=keys,
-        )
+        at = live.block * self.config.steps + live.index
+        step = jax.tree.map(lambda x: x[at], make_schedule(self.config))
+        candidates = self.blocks(live) == live.block
+        return dataclasses.replace(step, candidates=candidates, keys=keys)
 
 
 def advance_decodes(
@@ -328,9 +307,9 @@ def advance_decodes(
     if action.memory is not None:
         state = dataclasses.replace(state, memory=action.memory)
     open_here = jnp.any(step.candidates & rule.is_open(state), axis=1, keepdims=True)
-    ends = ~open_here | (live.index + 1 >= schedule.passes)
+    ends = ~open_here | (live.index + 1 >= schedule.config.steps)
     last = live.block >= blocks[:, -1:]
-    if schedule.block_causal:
+    if schedule.config.block_causal:
         is_eos = step.candidates & (state.tokens == schedule.eos_id)
         last |= jnp.any(is_eos, axis=1, keepdims=True)
     state = commit_tokens(params, state, ends & (blocks <= live.block))

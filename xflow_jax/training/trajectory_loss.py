@@ -9,7 +9,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
-from xflow_jax.decoding import compute_belief, embed
+from xflow_jax.decoding import DecodeConfig, compute_belief, embed
 from xflow_jax.models import Head, make_head
 from xflow_jax.training import alignment_loss, losses
 from xflow_jax.training.alignment import (
@@ -62,9 +62,12 @@ def make_schedules(model: ModelConfig, config: AlignmentConfig) -> list[Schedule
     sizes = options.block_lengths * (len(options.rules) // len(options.block_lengths))
     return [
         Schedule(
-            size or config.block_length or config.gen_length,
-            options.passes,
-            causal,
+            DecodeConfig(
+                config.gen_length,
+                size or config.block_length or config.gen_length,
+                options.passes,
+                block_causal=causal,
+            ),
             model.eos_id,
             model.mask_id,
         )
@@ -138,7 +141,7 @@ def _group_states(
         return _States(batch, embed(params, tokens), counted, masked)
     live = replace_finished(live, begin_decodes(maker, batch, key, params, schedule.mask_id))
     counted = jnp.ones_like(live.state.t, bool)
-    if schedule.block_causal:
+    if schedule.config.block_causal:
         counted = schedule.blocks(live) == live.block
     return _States(live.batch, live.state.x, counted, live=live)
 
