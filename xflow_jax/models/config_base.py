@@ -227,6 +227,67 @@ class DenseConfig(ModelConfig, Protocol):
     def qk_norm(self) -> bool: ...
 
 
+class EndTokens:
+    """Ids of the end and of the padding, from the keys of transformers."""
+
+    eos_token_id: int
+    pad_token_id: int | None
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the end token."""
+        return self.eos_token_id
+
+    @property
+    def pad_id(self) -> int:
+        """Id of the padding token: the end token's if there is none."""
+        return self.eos_token_id if self.pad_token_id is None else self.pad_token_id
+
+
+class TransformersKeys:
+    """Sizes from the usual keys of transformers.
+
+    A configuration names this class before `DenseModel`, whose properties it replaces.
+    """
+
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None
+    vocab_size: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding table and the head."""
+        return self.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        """Positions that the model was made for."""
+        return self.max_position_embeddings
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        return self.num_hidden_layers
+
+    @property
+    def num_heads(self) -> int:
+        """Number of query heads."""
+        return self.num_attention_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def tie_embeddings(self) -> bool:
+        """True if the embedding table is the head."""
+        return self.tie_word_embeddings
+
+
 class DenseModel:
     """Sizes of a model without experts, in the vocabulary of experts."""
 

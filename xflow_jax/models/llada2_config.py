@@ -11,6 +11,7 @@ from xflow_jax.errors import UserError, require
 from xflow_jax.models.config_base import (
     HfConfig,
     KeyTable,
+    TransformersKeys,
     check_divides,
     check_not_negative,
     check_positive,
@@ -70,7 +71,7 @@ _TEMPLATE: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class LLaDA2Config(HfConfig):
+class LLaDA2Config(TransformersKeys, HfConfig):
     """LLaDA2.0's configuration: the keys of its config.json that the computation reads.
 
     The properties translate them to the vocabulary of `xflow_jax.types.ModelConfig`.
@@ -143,36 +144,11 @@ class LLaDA2Config(HfConfig):
         return self.pad_token_id
 
     @property
-    def vocab_rows(self) -> int:
-        """Rows of the embedding table and the head."""
-        return self.vocab_size
-
-    @property
-    def max_length(self) -> int:
-        """Positions that the model was made for."""
-        return self.max_position_embeddings
-
-    @property
-    def num_layers(self) -> int:
-        """Number of layers."""
-        return self.num_hidden_layers
-
-    @property
     def num_dense_layers(self) -> int:
         """Number of layers, the first ones, that have no experts."""
         if self.num_experts is None:
             return self.num_layers
         return min(self.first_k_dense_replace, self.num_layers)
-
-    @property
-    def num_heads(self) -> int:
-        """Number of query heads."""
-        return self.num_attention_heads
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Number of key/value heads."""
-        return self.num_key_value_heads or self.num_attention_heads
 
     @property
     def rotary_dim(self) -> int:
@@ -208,11 +184,6 @@ class LLaDA2Config(HfConfig):
     def head_bias(self) -> bool:
         """False: the logits have no biases."""
         return False
-
-    @property
-    def tie_embeddings(self) -> bool:
-        """True if the embedding table is the head."""
-        return self.tie_word_embeddings
 
     @property
     def is_block_causal(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from xflow_jax.errors import require
 from xflow_jax.models.config_base import (
     DenseModel,
+    EndTokens,
     HfConfig,
     KeyTable,
     check_divides,
@@ -60,7 +61,7 @@ _TEMPLATE: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class LLaDAConfig(DenseModel, HfConfig):
+class LLaDAConfig(EndTokens, DenseModel, HfConfig):
     """LLaDA's configuration: the keys of its config.json that the computation reads.
 
     The properties translate them to the vocabulary of `xflow_jax.types.ModelConfig`.
@@ -92,16 +93,6 @@ class LLaDAConfig(DenseModel, HfConfig):
     def family(self) -> str:
         """Name of the family."""
         return "llada"
-
-    @property
-    def eos_id(self) -> int:
-        """Id of the end token."""
-        return self.eos_token_id
-
-    @property
-    def pad_id(self) -> int:
-        """Id of the padding token: the end token's if there is none."""
-        return self.eos_token_id if self.pad_token_id is None else self.pad_token_id
 
     @property
     def vocab_rows(self) -> int:

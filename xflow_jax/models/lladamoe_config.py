@@ -7,8 +7,10 @@ from typing import Any, ClassVar
 
 from xflow_jax.errors import UserError, require
 from xflow_jax.models.config_base import (
+    EndTokens,
     HfConfig,
     KeyTable,
+    TransformersKeys,
     check_divides,
     check_not_negative,
     check_positive,
@@ -52,7 +54,7 @@ _TEMPLATE: dict[str, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class LLaDAMoEConfig(HfConfig):
+class LLaDAMoEConfig(EndTokens, TransformersKeys, HfConfig):
     """LLaDA-MoE's configuration: the keys of its config.json that the computation reads.
 
     Attributes:
@@ -95,49 +97,9 @@ class LLaDAMoEConfig(HfConfig):
     softmax_router: ClassVar[bool] = True
 
     @property
-    def default_block_length(self) -> int | None:
-        """None: the whole response is one block."""
-        return None
-
-    @property
-    def eos_id(self) -> int:
-        """Id of the end token."""
-        return self.eos_token_id
-
-    @property
-    def pad_id(self) -> int:
-        """Id of the padding token: the end token's if there is none."""
-        return self.eos_token_id if self.pad_token_id is None else self.pad_token_id
-
-    @property
-    def vocab_rows(self) -> int:
-        """Rows of the embedding table and the head."""
-        return self.vocab_size
-
-    @property
-    def max_length(self) -> int:
-        """Positions that the model was made for."""
-        return self.max_position_embeddings
-
-    @property
-    def num_layers(self) -> int:
-        """Number of layers."""
-        return self.num_hidden_layers
-
-    @property
     def num_dense_layers(self) -> int:
         """Number of layers, the first ones, that have no experts."""
         return 0 if self.moe_layer_freq is None else self.moe_layer_freq.count(0)
-
-    @property
-    def num_heads(self) -> int:
-        """Number of query heads."""
-        return self.num_attention_heads
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Number of key/value heads."""
-        return self.num_key_value_heads or self.num_attention_heads
 
     @property
     def head_dim(self) -> int:
@@ -171,11 +133,6 @@ class LLaDAMoEConfig(HfConfig):
         return max(dense, self.num_experts_per_tok * self.moe_mlp_dim)
 
     @property
-    def tie_embeddings(self) -> bool:
-        """True if the embedding table is the head."""
-        return self.tie_word_embeddings
-
-    @property
     def use_qkv_bias(self) -> bool:
         """True if queries, keys and values have biases."""
         return self.attention_bias
@@ -194,6 +151,11 @@ class LLaDAMoEConfig(HfConfig):
     def router_bias(self) -> bool:
         """True if a bias is added to the experts' scores."""
         return self.moe_router_enable_expert_bias
+
+    @property
+    def default_block_length(self) -> int | None:
+        """None: the whole response is one block."""
+        return None
 
     def __post_init__(self) -> None:
         check_positive(self, "hidden_size", "num_hidden_layers", "num_attention_heads")

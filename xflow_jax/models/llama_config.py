@@ -8,8 +8,10 @@ from typing import Any, ClassVar, TypeVar
 from xflow_jax.errors import require
 from xflow_jax.models.config_base import (
     DenseModel,
+    EndTokens,
     HfConfig,
     KeyTable,
+    TransformersKeys,
     check_divides,
     check_not_negative,
     check_positive,
@@ -43,7 +45,7 @@ ConfigT = TypeVar("ConfigT", bound="LlamaConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaConfig(DenseModel, HfConfig):
+class LlamaConfig(EndTokens, TransformersKeys, DenseModel, HfConfig):
     """Base class of configurations with the keys of Llama.
 
     A family sets the class attributes, overrides defaults, and adds the keys that it has beside
@@ -92,41 +94,6 @@ class LlamaConfig(DenseModel, HfConfig):
         return False
 
     @property
-    def eos_id(self) -> int:
-        """Id of the end token."""
-        return self.eos_token_id
-
-    @property
-    def pad_id(self) -> int:
-        """Id of the padding token: the end token's if there is none."""
-        return self.eos_token_id if self.pad_token_id is None else self.pad_token_id
-
-    @property
-    def vocab_rows(self) -> int:
-        """Rows of the embedding table and the head."""
-        return self.vocab_size
-
-    @property
-    def max_length(self) -> int:
-        """Positions that the model was made for."""
-        return self.max_position_embeddings
-
-    @property
-    def num_layers(self) -> int:
-        """Number of layers."""
-        return self.num_hidden_layers
-
-    @property
-    def num_heads(self) -> int:
-        """Number of query heads."""
-        return self.num_attention_heads
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Number of key/value heads."""
-        return self.num_key_value_heads or self.num_attention_heads
-
-    @property
     def rotary_dim(self) -> int:
         """Dims of a head that are rotated: all."""
         return self.head_dim
@@ -135,11 +102,6 @@ class LlamaConfig(DenseModel, HfConfig):
     def mlp_dim(self) -> int:
         """Width of the MLP."""
         return self.intermediate_size
-
-    @property
-    def tie_embeddings(self) -> bool:
-        """True if the embedding table is the head."""
-        return self.tie_word_embeddings
 
     @property
     def default_block_length(self) -> int | None:
