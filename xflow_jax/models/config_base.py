@@ -228,7 +228,7 @@ class DenseConfig(ModelConfig, Protocol):
 
 
 class EndTokens:
-    """Ids of the end and of the padding, from the keys of transformers."""
+    """Ids of end and padding from the keys of transformers."""
 
     eos_token_id: int
     pad_token_id: int | None
