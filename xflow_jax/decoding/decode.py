@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from xflow_jax.decoding.belief import TOP, Belief, BeliefOptions, compute_belief
 from xflow_jax.decoding.blocks import block_layout, make_schedule
+from xflow_jax.decoding.canvas import onto_canvas
 from xflow_jax.decoding.forward import Carry, FullForward, make_forward
 from xflow_jax.decoding.rules.base import Action, Rule
 from xflow_jax.decoding.state import SETTLED, DecodeConfig, DecodeState, Step, Trace
@@ -239,7 +240,7 @@ def _compute_belief(
     if context.config.block_only:
         here = (context.block_of == step.block) & context.on_canvas
         first = context.forward.block_columns(step.block)[:batch, :1]
-        belief = _onto_canvas(belief, first, here, state.tokens)
+        belief = onto_canvas(belief, first, here, state.tokens)
     return belief, cache
 
 
@@ -391,32 +392,3 @@ def _find_finished(
     if config.block_causal:
         finished &= jnp.any(end & (before.t < SETTLED), axis=-1)
     return before.finished | finished
-
-
-def _onto_canvas(
-    belief: Belief,
-    first: Int[Array, "B 1"],
-    here: Bool[Array, "B N"],
-    tokens: Int[Array, "B N"],
-) -> Belief:
-    """Scatters the belief of one block onto the canvas.
-
-    Args:
-        belief: of the block's positions, [B, block_length, ...].
-        first: canvas position at which each row's block begins. It may be negative.
-        here: the block's positions on the canvas.
-        tokens: the canvas. Positions outside the block keep them, with confidence 0.
-    """
-    slot = jnp.arange(here.shape[1])[None, :] - first
-    slot = jnp.clip(slot, 0, belief.tokens.shape[1] - 1)
-
-    def scatter(x: Array) -> Array:
-        rest = (...,) + (None,) * (x.ndim - 2)
-        picked = jnp.take_along_axis(x, slot[rest], axis=1)
-        return jnp.where(here[rest], picked, jnp.zeros((), x.dtype))
-
-    belief = jax.tree.map(scatter, belief)
-    # A certain distribution outside the block, so that no rule divides by a sum of zero.
-    certain = jnp.arange(belief.top.shape[-1])[None, None, :] == 0
-    top = jnp.where(here[..., None], belief.top, certain)
-    return dataclasses.replace(belief, tokens=jnp.where(here, belief.tokens, tokens), top=top)
