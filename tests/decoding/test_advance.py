@@ -6,10 +6,12 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from tests.decoding.helpers import NO, YES, belief_of, state_of
-from xflow_jax.decoding.decode import advance
+from tests.decoding.helpers import NO, YES, belief_of, state_of, step_of
+from xflow_jax.decoding.decode import advance, move_positions
 from xflow_jax.decoding.rules.base import Action
+from xflow_jax.decoding.rules.flow import Flow
 
 
 def after(t, x, c, tokens, standing, a, reset, commit, candidates, mask_id=99):
@@ -80,3 +82,26 @@ def test_a_rescaled_mixture_has_the_mean_length():
     np.testing.assert_allclose(plain, [0.75, -0.5])
     np.testing.assert_allclose(jnp.linalg.norm(scaled), 0.25 * 5 + 0.75 * 2, rtol=1e-5)
     np.testing.assert_allclose(scaled[0] * plain[1], scaled[1] * plain[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("expected, toward", [(False, 10.0), (True, 0.75 * 10 + 0.25 * 20)])
+def test_the_mean_embedding_of_the_likely_tokens(expected, toward):
+    """Token k has the embedding 10 k. A position at t = 1 has that of its token."""
+    params = {"wte": {"embedding": 10.0 * jnp.arange(5.0)[:, None]}}
+    top = jnp.tile(jnp.asarray([0.6, 0.2, 0.0, 0.0]), (1, 3, 1))
+    top_tokens = jnp.tile(jnp.asarray([1, 2, 3, 4]), (1, 3, 1))
+    belief = belief_of([0.6] * 3, tokens=[1] * 3).replace(top=top, top_tokens=top_tokens)
+    state = state_of([0.0, 0.5, 0.0], [40.0, 20.0, 40.0], [4] * 3)
+    action = Action(
+        jnp.asarray([[0.25, 0.0, 1.0]]), jnp.asarray([[NO, YES, NO]]), jnp.zeros((1, 3), bool)
+    ).replace(expected=expected)
+    out = move_positions(params, 4, jnp.ones((1, 3), bool), state, belief, action)
+    wanted = [40 + 0.25 * (toward - 40), 0.6 * toward + 0.4 * 40, 10.0]
+    np.testing.assert_allclose(out.x[0, :, 0], wanted, rtol=1e-6)
+    np.testing.assert_allclose(out.t[0], [0.25, 0.6, 1.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule", [Flow(expected=True), Flow(expected=True, reedit="always")])
+def test_a_flow_passes_the_mean_embedding_on(rule):
+    state = dataclasses.replace(state_of([0.0, 0.5]), memory=rule.init_memory(1, 2))
+    assert rule(belief_of([0.9, 0.9]), state, step_of(2)).expected

@@ -292,13 +292,24 @@ def move_positions(
         The state with new x, t and tokens.
     """
     x_pred, m = embed(params, belief.tokens), embed(params, jnp.full((1, 1), mask_id))
-    after = advance(state, belief, action, candidates, x_pred, m, mask_id)
+    mean = None
+    if action.expected:
+        shares = belief.top / belief.top.sum(-1, keepdims=True)
+        mean = _mix(params, shares, belief.top_tokens)
+    after = advance(state, belief, action, candidates, x_pred, m, mask_id, mean)
     if action.mixture is None:
         return after
-    mixed = jnp.einsum("bnk,bnke->bne", action.mixture, embed(params, belief.top_tokens))
+    mixed = _mix(params, action.mixture, belief.top_tokens)
     mixed += (1 - action.mixture.sum(-1, keepdims=True)) * m
     stays = (candidates & (after.t < 1))[..., None]
     return dataclasses.replace(after, x=jnp.where(stays, mixed, after.x))
+
+
+def _mix(
+    params: Params, shares: Float[Array, "B n k"], tokens: Int[Array, "B n k"]
+) -> Float[Array, "B n E"]:
+    """Mixes the embeddings of tokens."""
+    return jnp.einsum("bnk,bnke->bne", shares, embed(params, tokens))
 
 
 def advance(
@@ -309,6 +320,7 @@ def advance(
     x_pred: Float[Array, "B N E"],
     m: Float[Array, "1 1 E"],
     mask_id: int,
+    mean: Float[Array, "B N E"] | None = None,
 ) -> DecodeState:
     """Moves the candidates (Eqs. 4-8), or re-edits them (Eq. 10).
 
@@ -323,23 +335,25 @@ def advance(
         x_pred: embeddings of the predicted tokens.
         m: the mask embedding.
         mask_id: id of the mask token.
+        mean: the mean embedding of the likely tokens, which replaces x_pred below t = 1.
 
     Returns:
         The state with new x, t and tokens.
     """
     c, a = belief.confidence, action.a
+    target = x_pred if mean is None else mean
     real = candidates & (belief.tokens != mask_id)
     # Written out, since x + 1 (x_pred - x) is not x_pred in floating point.
     whole = action.commit | (a >= 1)
-    ahead = jnp.where(whole[..., None], x_pred, state.x + a[..., None] * (x_pred - state.x))
+    ahead = jnp.where(whole[..., None], x_pred, state.x + a[..., None] * (target - state.x))
     t_ahead = jnp.where(whole, 1.0, state.t + a * (1 - state.t))
     back = action.reset & ~action.commit
     moving = real & (state.t < 1) | real & action.commit
     x = jnp.where(moving[..., None], ahead, state.x)
-    mixed = c[..., None] * x_pred + (1 - c[..., None]) * m
+    mixed = c[..., None] * target + (1 - c[..., None]) * m
     if action.rescale:
-        mean = c * _norm(x_pred) + (1 - c) * _norm(m)
-        mixed *= (mean / (_norm(mixed) + 1e-6))[..., None]
+        length = c * _norm(target) + (1 - c) * _norm(m)
+        mixed *= (length / (_norm(mixed) + 1e-6))[..., None]
     x = jnp.where((real & back)[..., None], mixed, x)
     t = jnp.where(real & back, c, jnp.where(moving, t_ahead, state.t))
     written = candidates & (state.t < 1) | real & action.reset

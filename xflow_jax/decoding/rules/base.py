@@ -95,6 +95,8 @@ class Action:
         memory: the new DecodeState.memory, or None to keep it.
         rescale: give the x of re-edited positions the length c |x_pred| + (1 - c) |m|, since a
             mixture of two vectors is shorter than the mean of their lengths.
+        expected: below t = 1, x_pred is the mean embedding of the four likeliest tokens, with
+            renormalised probabilities, instead of the likeliest one's.
     """
 
     a: jax.Array
@@ -104,6 +106,7 @@ class Action:
     mixture: jax.Array | None = None
     memory: Any = None
     rescale: bool = static_field(False)
+    expected: bool = static_field(False)
 
     @classmethod
     def unmask(cls, chosen: Bool[Array, "B N"]) -> Action:

@@ -55,6 +55,8 @@ class Flow(TokenConstraints):
         reedit: "confidence", "disagreement" or "always".
         reedit_above: confidence above which a disagreement counts.
         rescale: give a re-edited x the length c |x_pred| + (1 - c) |m|, as DMax does.
+        expected: move toward the mean embedding of the four likeliest tokens instead of the
+            likeliest one's. A position at t = 1 has the embedding of its token in either case.
         sure: confidence at which a prediction needs no further step, for "always".
         least_passes: passes of a block before it can be over. Above 1, a block is only over after a
             pass in which no token changed.
@@ -86,6 +88,7 @@ class Flow(TokenConstraints):
     reedit: str = static_field("confidence")
     reedit_above: float = static_field(0.5)
     rescale: bool = static_field(False)
+    expected: bool = static_field(False)
     sure: float = static_field(0.9)
     least_passes: int = static_field(1)
 
@@ -168,7 +171,7 @@ class Flow(TokenConstraints):
             passes = state.memory.count_pass(step)
             over = (passes >= self.least_passes) & ~jnp.any(moves, axis=-1)
             memory = revision.Revision(over, passes)
-        return Action(a, reset, commit, notes, memory=memory, rescale=self.rescale)
+        return Action(a, reset, commit, notes, None, memory, self.rescale, self.expected)
 
     def _resets(self, belief: Belief, state: DecodeState, step: Step) -> Bool[Array, "B N"]:
         """Selects the positions to re-edit by confidence or by disagreement."""
@@ -187,5 +190,5 @@ class Flow(TokenConstraints):
         c, masked = belief.confidence, step.candidates & (state.t == 0)
         enters = masked & (c > (ENTRY if self.jump is None else self.jump))
         enters |= select_highest(c, masked, 1)
-        options = (self.sure, self.least_passes, self.rescale)
+        options = (self.sure, self.least_passes, self.rescale, self.expected)
         return revision.reedit_all(belief, state, step, enters, *options)

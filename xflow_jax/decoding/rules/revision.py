@@ -51,6 +51,7 @@ def reedit_all(
     sure: float,
     least_passes: int = 1,
     rescale: bool = False,
+    expected: bool = False,
 ) -> Action:
     """Re-edits every position that has entered (Eq. 10 in every step).
 
@@ -67,6 +68,7 @@ def reedit_all(
         least_passes: passes of a block before it can be over. Above 1, its last one must have
             changed nothing.
         rescale: as in Action.
+        expected: as in Action.
 
     Returns:
         The action, with the new memory.
@@ -81,7 +83,8 @@ def reedit_all(
         over = ~changed & (passes >= least_passes)
     no = jnp.zeros_like(here)
     memory = Revision(over, passes)
-    return Action(jnp.zeros_like(c), stood | enters, no, memory=memory, rescale=rescale)
+    moved = stood | enters
+    return Action(jnp.zeros_like(c), moved, no, None, None, memory, rescale, expected)
 
 
 def is_open(state: DecodeState) -> Bool[Array, "B N"]:
