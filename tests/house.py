@@ -29,12 +29,12 @@ RANKS = {
             "checkpoints decoding",
             "lm training",
             "evaluation planning benchmarks serving",
-            "cli harness __init__ __main__",
+            "cli __init__ __main__",
         ]
     )
     for name in names.split()
 }
-ENTRY_POINTS = ("harness", "__main__")  # a line that forwards to another module's main
+ENTRY_POINTS = ("__main__",)  # a line that forwards to another module's main
 TORCH = ("convert.verify", "xflow_jax.benchmarks.torch_baseline")
 # Their text runs in bare interpreters.
 SCRIPTS = tuple(

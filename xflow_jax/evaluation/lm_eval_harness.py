@@ -1,6 +1,7 @@
 """Adapter to lm-evaluation-harness: its command `lm_eval` with the model xflow.
 
-    python -m xflow_jax.harness --model xflow --tasks gsm8k --model_args pretrained=DIR,rule=flow
+    python -m xflow_jax.evaluation.lm_eval_harness --model xflow --tasks gsm8k \
+        --model_args pretrained=DIR,rule=flow
 
 lm-evaluation-harness finds only models that were registered in its own process. In --model_args,
 semicolons separate the options of a rule. Needs the extra [lm-eval].
