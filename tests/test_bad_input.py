@@ -86,6 +86,8 @@ VALUES: dict[tuple[str, ...], dict[str, tuple[str, ...]]] = {
         "--dtype": ("", "float16", "int32", "float33"),
         "--trace": ("x.png", "/no/such/folder/x.html", "{tmp}", "/dev/zero"),
         "--prompt": ("", " \n", "\udcff"),
+        "--system": ("", " \n", "\udcff"),
+        "--messages": ("chat.json",),
         "--model": ("tinny", "", "./none", "a\0b", "x" * 5000, "~nobody/x", "/etc/passwd", "a b"),
     },
     EVALUATE: {

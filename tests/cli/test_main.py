@@ -15,9 +15,9 @@ import pytest
 import xflow_jax as xf
 from tests.helpers import llada_tiny, tiny_lm
 from xflow_jax.checkpoints.hf_export import write_hf
-from xflow_jax.cli import demo, demo_run, likelihood, main
+from xflow_jax.cli import demo, demo_run, generate_run, likelihood, main
 from xflow_jax.cli.arguments import RULE
-from xflow_jax.cli.generate_run import decode_lengths, foreign_note, longest_task
+from xflow_jax.cli.generate_run import chat_note, decode_lengths, foreign_note, longest_task
 from xflow_jax.decoding.rules.flow import Flow
 from xflow_jax.decoding.rules.parsing import RULES
 from xflow_jax.evaluation.verdicts import judge_prompts, verdict_sentence
@@ -122,7 +122,13 @@ EVALUATE = ("evaluate", "--task", "microcode", "--model", "{model}")
         (("generat",), "there is no command 'generat', did you mean generate?"),
         (("xyz",), "there is no command 'xyz'. There are demo, generate"),
         ((*GENERATE, "--model", "tiny", "--steps", "x"), "must be a whole number, not 'x'"),
-        (("generate", "--model", "tiny"), "the following arguments are required: --prompt"),
+        (
+            ("generate", "--model", "tiny"),
+            "one of the arguments --prompt --messages is required",
+        ),
+        ((*GENERATE, "--model=tiny", "--messages=x"), "argument --messages: not allowed with"),
+        (("generate", "--model=tiny", "--messages=none.json"), "none.json: cannot be read"),
+        ((*GENERATE, "--model=tiny", "--system", " "), "the system prompt is empty"),
         (
             (*GENERATE, "--model", "{model}", "--rulse", "flow"),
             "unknown argument '--rulse', did you mean --rule?",
@@ -316,6 +322,33 @@ def test_generate(capsys, model, tmp_path):
     assert main.main([*common, "--prompt", PROMPT, "--trace", str(page)]) == 0
     printed = capsys.readouterr().out
     assert "[failed: " in printed and f"[wrote {page}]" in printed and PROMPT in page.read_text()
+
+
+def test_generate_continues_a_chat(capsys, model, tmp_path, monkeypatch):
+    chats = []
+
+    def record(lm, prompts, *args, **options):
+        chats.append([lm.tokenizer.decode(ids) for ids in prompts])
+        return xf.generate(lm, prompts, *args, **options)
+
+    monkeypatch.setattr(generate_run, "generate", record)
+    chat = [
+        {"role": "user", "content": "A joke!"},
+        {"role": "assistant", "content": "No."},
+        {"role": "user", "content": PROMPT},
+    ]
+    (tmp_path / "chat.json").write_text(json.dumps(chat))
+    common = ["generate", "--model", model, "--gen-length=8", "--steps=2", "--mesh=1,1,1", "--json"]
+    argv = [*common, "--messages", str(tmp_path / "chat.json"), "--system", "Be short."]
+    assert main.main(argv) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["prompt"] == PROMPT and line["judged"] is True and line["note"] is None
+    assert line["messages"] == [{"role": "system", "content": "Be short."}, *chat]
+    places = [chats[0][0].find(m["content"]) for m in line["messages"]]
+    assert places == sorted(places) and places[0] > 0
+    note = chat_note([microcode.TASK], line["messages"])
+    assert note is not None and "trained on single requests alone" in note
+    assert chat_note([], line["messages"]) is None
 
 
 def test_answers_to_typed_prompts_are_run():

@@ -137,6 +137,22 @@ def test_texts():
     assert out.texts == same.texts == [lm.tokenizer.decode(ids, skip_special_tokens=True)]
 
 
+def test_chats():
+    """A list of messages gets the chat template, beside texts and ids in one call."""
+    lm = llada_tiny()
+    chat = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Add."}]
+    ids = lm.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    tokens = generate(lm, [chat, ids, "Add."], MaskPrediction(), 6, 2).tokens
+    np.testing.assert_array_equal(tokens[0], tokens[1])
+    for wrong, sentence in (
+        ([[*chat, {"role": "assistant", "content": "b"}]], "prompt 0: the last message is of the"),
+        (["a", [{"role": "user"}]], "prompt 1: message 1 has no content"),
+        (chat, "prompt 0 is one message: a chat is a list of messages"),
+    ):
+        with pytest.raises(UserError, match=f"^{re.escape(sentence)}"):
+            generate(lm, wrong, MaskPrediction(), 6, 2)
+
+
 @pytest.mark.slow
 @eight
 @pytest.mark.parametrize(

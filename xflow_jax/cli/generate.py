@@ -22,13 +22,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `xflow generate`."""
     parser.epilog = f'Start with: xflow generate --model tiny --prompt "{microcode.TASK.example}"'
     parser.add_argument("--model", required=True, metavar="DIR", help=MODEL)
-    parser.add_argument(
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument(
         "--prompt",
-        required=True,
         action="append",
         metavar="TEXT",
         help="a prompt (repeat the option for several)",
     )
+    prompts.add_argument(
+        "--messages",
+        metavar="FILE",
+        help='a chat to continue: JSON with a list of {"role": ..., "content": ...}, or jsonl with '
+        "one message a line",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="a system prompt, before each prompt")
     parser.add_argument(
         "--rule", default="mask", metavar="RULE", help=RULE + " (default: %(default)s)"
     )
@@ -53,10 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Answers the prompts."""
-    if args.trace is not None and len(args.prompt) > 1:
+    if args.trace is not None and len(args.prompt or ()) > 1:
         raise UserError("--trace shows one decode, so give --prompt once")
-    for prompt in args.prompt:
+    for prompt in args.prompt or ():
         check_prompt(prompt)
+    if args.system is not None:
+        check_prompt(args.system, "the system prompt")
     # Zero would read as "not given" further on.
     require(args.block_length != 0, "block_length must be a whole number of at least 1, not 0")
     if args.trace is not None:
@@ -71,9 +80,9 @@ def run(args: argparse.Namespace) -> None:
     answer_prompts(args)
 
 
-def check_prompt(prompt: str) -> None:
+def check_prompt(prompt: str, name: str = "a prompt") -> None:
     """Raises UserError for a prompt that is empty or no text."""
-    require(bool(prompt.strip()), "a prompt is empty: write a text for the model to answer")
+    require(bool(prompt.strip()), f"{name} is empty: write a text for the model to answer")
     try:
         prompt.encode()
     except UnicodeEncodeError:  # bytes of the command line that are not UTF-8

@@ -19,20 +19,24 @@ from xflow_jax.evaluation import judge_prompts, token_texts, verdict_sentence, w
 from xflow_jax.lm import LM, load
 from xflow_jax.parallel import default_mesh, multihost
 from xflow_jax.tasks import Task, find_tasks
-from xflow_jax.tokenizer import chat_ids
+from xflow_jax.tokenizer import Messages, chat_ids, read_messages, with_system
 
 GEN_LENGTH = 128
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """Answer to a prompt, with its verdict and note."""
+    """Answer to a chat, with its verdict and note. The prompt is the last message."""
 
-    prompt: str
+    chat: Messages
     text: str
     forward_passes: int
     verdict: dict[str, Any]
     note: str | None
+
+    @property
+    def prompt(self) -> str:
+        return self.chat[-1]["content"]
 
 
 def answer_prompts(args: argparse.Namespace) -> None:
@@ -46,6 +50,7 @@ def answer_prompts(args: argparse.Namespace) -> None:
     Raises:
         UserError: for bad input.
     """
+    chats = _read_chats(args)
     label, rule = parse_rule(args.rule)
     budget = parse_budget(args.budget or "1")
     lm = load(args.model, dtype=args.dtype, mesh=default_mesh(args.mesh), mask_id=args.mask_id)
@@ -54,11 +59,12 @@ def answer_prompts(args: argparse.Namespace) -> None:
             f"{args.model} has no tokenizer.json, without which a prompt cannot be read"
         )
     tasks = find_tasks(lm.tasks)
-    notes = [foreign_note(tasks, prompt) for prompt in args.prompt]
-    for prompt, note in zip(args.prompt, notes, strict=True):
+    prompts = [chat[-1]["content"] for chat in chats]
+    notes = [chat_note(tasks, chat) for chat in chats]
+    for prompt, note in zip(prompts, notes, strict=True):
         if note is not None and multihost.is_first_process():
             print(f"note: {shorten(prompt, 60)!r}: {note}", file=sys.stderr, flush=True)
-    task = longest_task(tasks, args.prompt)
+    task = longest_task(tasks, prompts)
     length, block_length = decode_lengths(task, args.gen_length, args.block_length)
     steps = args.steps
     if steps is None:
@@ -66,7 +72,7 @@ def answer_prompts(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     out = generate(
         lm,
-        [chat_ids(lm.tokenizer, prompt) for prompt in args.prompt],
+        [chat_ids(lm.tokenizer, chat) for chat in chats],
         rule,
         gen_length=length,
         steps=steps,
@@ -76,7 +82,7 @@ def answer_prompts(args: argparse.Namespace) -> None:
         **cache_arguments(args),
     )
     seconds = time.perf_counter() - began
-    answers = _judge(args.prompt, out, notes)
+    answers = _judge(chats, out, notes)
     if args.trace is not None:
         facts = {"rule": label, "steps": f"{steps} for {length} tokens"}
         _write_page(args.trace, lm, out, answers[0], facts)
@@ -88,6 +94,15 @@ def answer_prompts(args: argparse.Namespace) -> None:
     print(f"[{seconds:.1f} s with compilation]")
     if args.trace is not None:
         print_text(f"[wrote {args.trace}]")
+
+
+def _read_chats(args: argparse.Namespace) -> list[Messages]:
+    """Returns the chats of --prompt or --messages, with the prompt of --system."""
+    if args.messages is not None:
+        chats = [read_messages(args.messages)]
+    else:
+        chats = [[{"role": "user", "content": prompt}] for prompt in args.prompt]
+    return [with_system(chat, args.system) for chat in chats]
 
 
 def _lengths(task: Task) -> tuple[int, int]:
@@ -151,12 +166,30 @@ def foreign_note(tasks: Sequence[Task], prompt: str) -> str | None:
     )
 
 
-def _judge(prompts: Sequence[str], out: Generation, notes: Sequence[str | None]) -> list[_Answer]:
+def chat_note(tasks: Sequence[Task], chat: Messages) -> str | None:
+    """Returns a note on a chat that the model does not know.
+
+    Args:
+        tasks: the only tasks that the model was trained for, or none. Their requests are one
+            message each.
+        chat: the chat.
+    """
+    if tasks and len(chat) > 1:
+        return (
+            "the model was trained on single requests alone, so a system prompt or earlier "
+            "messages mislead it"
+        )
+    return foreign_note(tasks, chat[-1]["content"])
+
+
+def _judge(
+    chats: Sequence[Messages], out: Generation, notes: Sequence[str | None]
+) -> list[_Answer]:
     """Judges the answers to prompts of a task of the library."""
     assert out.texts is not None  # the model has a tokenizer
-    verdicts = judge_prompts(prompts, out.texts)
+    verdicts = judge_prompts([chat[-1]["content"] for chat in chats], out.texts)
     passes = map(int, out.forward_passes)
-    rows = zip(prompts, out.texts, passes, verdicts, notes, strict=True)
+    rows = zip(chats, out.texts, passes, verdicts, notes, strict=True)
     return [_Answer(*parts) for parts in rows]
 
 
@@ -175,6 +208,8 @@ def _print_json(answers: Sequence[_Answer], about: dict[str, object], seed: int)
         fields = {"prompt": answer.prompt, "text": answer.text, **about}
         fields |= {"forward_passes": answer.forward_passes, "seed": seed, **answer.verdict}
         fields["note"] = answer.note
+        if len(answer.chat) > 1:
+            fields["messages"] = answer.chat
         print(json.dumps(fields))
 
 

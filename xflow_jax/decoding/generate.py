@@ -33,12 +33,14 @@ from xflow_jax.decoding.rules.own_loop import adapt_loop
 from xflow_jax.decoding.state import DecodeConfig, Trace, read_out
 from xflow_jax.errors import UserError, check_seed, describe, require
 from xflow_jax.parallel import batch_sharding, fetch_to_host, put_sharded
-from xflow_jax.tokenizer import chat_ids, decode_responses, pad_left
+from xflow_jax.tokenizer import chat_ids, check_messages, decode_responses, pad_left
 from xflow_jax.types import Array, Backbone, Bool, Float, Int, Key, LanguageModel, Params
 
 # Anything can arrive at run time, and `generate` checks it.
 if TYPE_CHECKING:
-    Prompts: TypeAlias = Sequence[str] | Sequence[Sequence[int]] | np.ndarray
+    Prompts: TypeAlias = (
+        Sequence[str] | Sequence[Sequence[dict[str, str]]] | Sequence[Sequence[int]] | np.ndarray
+    )
     AnyModel: TypeAlias = LanguageModel
     AnyRule: TypeAlias = Rule
     Seed: TypeAlias = int
@@ -94,7 +96,8 @@ def generate(
 
     Args:
         lm: the model, from `load`.
-        prompts: texts, which get the chat template, or lists of token ids, taken as they are.
+        prompts: texts or lists of chat messages {"role": ..., "content": ...}, which get the chat
+            template, or lists of token ids, taken as they are.
         rule: how far each position moves in a step.
         gen_length: N, positions of the response.
         steps: forward passes for the whole response.
@@ -220,12 +223,16 @@ def _token_rows(lm: LanguageModel, prompts: Prompts) -> list[list[int]]:
 
 def _token_row(lm: LanguageModel, number: int, prompt: object) -> list[int]:
     """Converts prompt `number` to token ids."""
-    if isinstance(prompt, str):
+    if isinstance(prompt, dict):
+        raise UserError(f"prompt {number} is one message: a chat is a list of messages")
+    is_chat = isinstance(prompt, list | tuple) and any(isinstance(x, dict) for x in prompt)
+    if is_text := isinstance(prompt, str) or is_chat:
         if lm.tokenizer is None:
             raise UserError(
                 "the model's directory has no tokenizer.json, so prompts must be lists of token ids"
             )
-        row = chat_ids(lm.tokenizer, prompt)
+        text = prompt if isinstance(prompt, str) else check_messages(prompt, f"prompt {number}")
+        row = chat_ids(lm.tokenizer, text)
     else:
         try:
             row = [operator.index(token) for token in cast(Iterable[SupportsIndex], prompt)]
@@ -237,7 +244,7 @@ def _token_row(lm: LanguageModel, number: int, prompt: object) -> list[int]:
         raise UserError(f"prompt {number} is empty: give at least one token id")
     if bad := [token for token in row if not 0 <= token < lm.config.vocab_rows]:
         last = lm.config.vocab_rows - 1
-        hint = " The tokenizer belongs to another model." if isinstance(prompt, str) else ""
+        hint = " The tokenizer belongs to another model." if is_text else ""
         raise UserError(
             f"prompt {number} holds the id {describe(bad[0])}. "
             f"The vocabulary has ids 0 to {last}.{hint}"
