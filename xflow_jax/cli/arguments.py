@@ -14,7 +14,7 @@ MODEL = (
     "tiny (the bundled model), a directory (Hugging Face format or converted), or a name on the hub"
 )
 RULE = (
-    "flow, mask, threshold, factor, eb, klass, softmask, edit or dmax, with options "
+    "flow, mask, threshold, factor, eb, klass, softmask, edit, dmax or mlfm, with options "
     "like flow:power=4 or mask:order=entropy,temperature=0.5, or a rule of your own "
     "from a Python file, like my_rule.py:MyRule(tau=0.3)"
 )

@@ -26,7 +26,7 @@ GEN_LENGTH = 128
 
 @dataclass(frozen=True)
 class _Answer:
-    """Answer to a chat, with its verdict and note. The prompt is the last message."""
+    """An answer to a chat, with its verdict and note."""
 
     chat: Messages
     text: str

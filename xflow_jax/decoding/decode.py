@@ -278,7 +278,7 @@ def move_positions(
     belief: Belief,
     action: Action,
 ) -> DecodeState:
-    """Moves the candidates, and mixes inputs below t = 1.
+    """Moves the candidates, makes masks, and mixes inputs below t = 1.
 
     Args:
         params: parameters of the model, of which the embedding table is read.
@@ -297,6 +297,10 @@ def move_positions(
         shares = belief.top / belief.top.sum(-1, keepdims=True)
         mean = _mix(params, shares, belief.top_tokens)
     after = advance(state, belief, action, candidates, x_pred, m, mask_id, mean)
+    if action.remask is not None:
+        back = candidates & action.remask
+        x, t = jnp.where(back[..., None], m, after.x), jnp.where(back, 0.0, after.t)
+        after = dataclasses.replace(after, x=x, t=t)
     if action.mixture is None:
         return after
     mixed = _mix(params, action.mixture, belief.top_tokens)

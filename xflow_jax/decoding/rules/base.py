@@ -93,6 +93,7 @@ class Action:
         mixture: float32 [B, N, 4]. Positions below t = 1 after the step get as x the embeddings of
             the four likeliest tokens with these weights, and m with the rest. t stays.
         memory: the new DecodeState.memory, or None to keep it.
+        remask: True where the position becomes a mask again: x = m and t = 0. Or None.
         rescale: give the x of re-edited positions the length c |x_pred| + (1 - c) |m|, since a
             mixture of two vectors is shorter than the mean of their lengths.
         expected: below t = 1, x_pred is the mean embedding of the four likeliest tokens, with
@@ -107,6 +108,7 @@ class Action:
     memory: Any = None
     rescale: bool = static_field(False)
     expected: bool = static_field(False)
+    remask: jax.Array | None = None
 
     @classmethod
     def unmask(cls, chosen: Bool[Array, "B N"]) -> Action:

@@ -23,6 +23,7 @@ from xflow_jax.decoding.rules.baselines import (
 from xflow_jax.decoding.rules.external import load_rule_class
 from xflow_jax.decoding.rules.flow import Flow
 from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
+from xflow_jax.decoding.rules.mlfm import MLFM
 from xflow_jax.decoding.rules.revision import DMax
 from xflow_jax.errors import UserError, describe, require
 from xflow_jax.toml_config import coerce, format_value
@@ -36,6 +37,7 @@ RULES: dict[str, type] = {
     "softmask": SoftMask,
     "edit": Editing,
     "dmax": DMax,
+    "mlfm": MLFM,
     "flow": Flow,
 }
 _BUDGET = re.compile(r"[+-]?(\d{1,15}/\d{1,15}|\d{0,15}(\.\d{0,15})?(?<=[\d.])(e-?\d)?)", re.ASCII)
