@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 
 import xflow_jax as xf
-from xflow_jax.evaluation import token_texts
+from xflow_jax.serving import token_texts
 
 PROMPT = (
     "Given a list of numbers, negate each number, multiply each number by 8 and finally return "

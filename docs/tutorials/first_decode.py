@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import xflow_jax as xf
-from xflow_jax.evaluation import token_texts
+from xflow_jax.serving import token_texts
 
 lm = xf.load("tiny")
 prompt = "Keep the even numbers, then square each number and return the sum."

@@ -26,13 +26,12 @@ from xflow_jax.evaluation import (
     make_cells,
     rows_to_text,
     table_legend,
-    token_texts,
     verdict_sentence,
     write_report,
-    write_trajectory_page,
 )
 from xflow_jax.lm import BUNDLED, LM, load
 from xflow_jax.parallel import default_mesh
+from xflow_jax.serving import TracedDecode, token_texts, write_trajectory_page
 from xflow_jax.tasks import Task, get_task, microcode
 
 FLOW = "flow:reedit=always,jump=0.9,early_exit=true"
@@ -120,10 +119,11 @@ def _show_trajectory(lm: LM, task: Task, problem: microcode.Problem, rule: Rule,
     passes = int(out.forward_passes[0])
     verdict = verdict_sentence(judge_prompts([problem.prompt], out.texts)[0])
     facts = {
-        "rule": FLOW,
         "passes": f"{passes} for {config.gen_length} tokens",
         "verdict": verdict,
     }
-    write_trajectory_page(page, out.trace, 0, token_texts(lm), problem.prompt, facts)
+    chat = [{"role": "user", "content": problem.prompt}]
+    decode = TracedDecode(FLOW, out.trace, 0, facts)
+    write_trajectory_page(page, [decode], token_texts(lm), chat, "tiny")
     answer = "".join(f"  {line}\n" for line in out.texts[0].splitlines())
     return f"The first request, answered by the flow in {passes} passes:\n\n{answer}\n  {verdict}"

@@ -55,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.html",
         help="write a page that shows every step of the decode (one prompt only)",
     )
+    parser.add_argument(
+        "--beside",
+        metavar="RULE",
+        help="decode with this rule as well, and show both decodes side by side on the page of "
+        "--trace",
+    )
     add_device_arguments(parser)
 
 
@@ -62,6 +68,10 @@ def run(args: argparse.Namespace) -> None:
     """Answers the prompts."""
     if args.trace is not None and len(args.prompt or ()) > 1:
         raise UserError("--trace shows one decode, so give --prompt once")
+    require(
+        args.beside is None or args.trace is not None,
+        "--beside is for the page of --trace, so give --trace FILE.html too",
+    )
     for prompt in args.prompt or ():
         check_prompt(prompt)
     if args.system is not None:

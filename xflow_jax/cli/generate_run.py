@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from textwrap import shorten
 from typing import Any
 
@@ -15,9 +16,10 @@ from xflow_jax.cli.arguments import cache_arguments
 from xflow_jax.cli.process import print_text
 from xflow_jax.decoding import Generation, generate, parse_budget, parse_rule, resolve_steps
 from xflow_jax.errors import UserError
-from xflow_jax.evaluation import judge_prompts, token_texts, verdict_sentence, write_trajectory_page
-from xflow_jax.lm import LM, load
+from xflow_jax.evaluation import judge_prompts, verdict_sentence
+from xflow_jax.lm import load
 from xflow_jax.parallel import default_mesh, multihost
+from xflow_jax.serving import TracedDecode, token_texts, write_trajectory_page
 from xflow_jax.tasks import Task, find_tasks
 from xflow_jax.tokenizer import Messages, chat_ids, read_messages, with_system
 
@@ -52,6 +54,7 @@ def answer_prompts(args: argparse.Namespace) -> None:
     """
     chats = _read_chats(args)
     label, rule = parse_rule(args.rule)
+    beside = None if args.beside is None else parse_rule(args.beside)
     budget = parse_budget(args.budget or "1")
     lm = load(args.model, dtype=args.dtype, mesh=default_mesh(args.mesh), mask_id=args.mask_id)
     if lm.tokenizer is None:
@@ -69,11 +72,10 @@ def answer_prompts(args: argparse.Namespace) -> None:
     steps = args.steps
     if steps is None:
         steps = resolve_steps(lm.config, budget, length, block_length)
-    began = time.perf_counter()
-    out = generate(
+    decode = partial(
+        generate,
         lm,
         [chat_ids(lm.tokenizer, chat) for chat in chats],
-        rule,
         gen_length=length,
         steps=steps,
         block_length=block_length,
@@ -81,11 +83,16 @@ def answer_prompts(args: argparse.Namespace) -> None:
         trace=args.trace is not None,
         **cache_arguments(args),
     )
+    began = time.perf_counter()
+    out = decode(rule=rule)
     seconds = time.perf_counter() - began
     answers = _judge(chats, out, notes)
     if args.trace is not None:
-        facts = {"rule": label, "steps": f"{steps} for {length} tokens"}
-        _write_page(args.trace, lm, out, answers[0], facts)
+        decodes = [_traced(label, out, answers[0], length)]
+        if beside is not None:
+            other = decode(rule=beside[1])
+            decodes.append(_traced(beside[0], other, _judge(chats, other, notes)[0], length))
+        write_trajectory_page(args.trace, decodes, token_texts(lm), chats[0], args.model)
     if args.json:
         about = {"rule": label, "gen_length": length, "steps": steps}
         _print_json(answers, about, args.seed)
@@ -193,14 +200,14 @@ def _judge(
     return [_Answer(*parts) for parts in rows]
 
 
-def _write_page(path: str, lm: LM, out: Generation, answer: _Answer, facts: dict[str, str]) -> None:
-    """Writes the page of --trace."""
+def _traced(label: str, out: Generation, answer: _Answer, length: int) -> TracedDecode:
+    """Describes a decode for the page of --trace."""
     assert out.trace is not None
-    facts = facts | {
-        "forward passes": str(answer.forward_passes),
+    facts = {
+        "forward passes": f"{answer.forward_passes} for {length} tokens",
         "verdict": verdict_sentence(answer.verdict),
     }
-    write_trajectory_page(path, out.trace, 0, token_texts(lm), answer.prompt, facts)
+    return TracedDecode(label, out.trace, 0, facts)
 
 
 def _print_json(answers: Sequence[_Answer], about: dict[str, object], seed: int) -> None:

@@ -20,7 +20,6 @@ from xflow_jax.evaluation.paper_tables import (
 from xflow_jax.evaluation.plots import plot_alignment, plot_policy_steps
 from xflow_jax.evaluation.runner import Cell, evaluate, make_cells, open_answers
 from xflow_jax.evaluation.tables import rows_to_text, table_legend, write_report
-from xflow_jax.evaluation.trajectory import token_texts, write_trajectory_page
 from xflow_jax.evaluation.verdicts import judge_prompts, verdict_sentence
 
 __all__ = [
@@ -50,8 +49,6 @@ __all__ = [
     "rows_to_text",
     "score_answers",
     "table_legend",
-    "token_texts",
     "verdict_sentence",
     "write_report",
-    "write_trajectory_page",
 ]

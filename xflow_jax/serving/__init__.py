@@ -1,3 +1,5 @@
 """Server of a model: continuous batching, an OpenAI-compatible API, and a page."""
 
-__all__: list[str] = []
+from xflow_jax.serving.page import TracedDecode, live_page, token_texts, write_trajectory_page
+
+__all__ = ["TracedDecode", "live_page", "token_texts", "write_trajectory_page"]

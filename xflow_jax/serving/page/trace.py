@@ -1,10 +1,12 @@
-"""HTML page with every step of one decode."""
+"""Fills the page with the steps of recorded decodes."""
 
 from __future__ import annotations
 
 import html
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,29 @@ _FIELDS = (
     "top",
     "top_tokens",
 )
+
+
+@dataclass(frozen=True)
+class TracedDecode:
+    """A decode for the page.
+
+    Attributes:
+        label: its heading, the rule as on the command line.
+        trace: trace of `generate`, arrays [T, B, N].
+        row: index of the sequence.
+        facts: name -> value, such as steps and verdict.
+    """
+
+    label: str
+    trace: Trace
+    row: int = 0
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+@cache
+def live_page() -> str:
+    """Returns the page without data. It reads a server's stream at the address it came from."""
+    return Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
 
 def current_tokens(predicted: np.ndarray, progress: np.ndarray, reedited: np.ndarray) -> np.ndarray:
@@ -58,47 +83,54 @@ def token_texts(lm: LanguageModel) -> list[str]:
 
 def write_trajectory_page(
     path: str | Path,
-    trace: Trace,
-    row: int,
+    decodes: Sequence[TracedDecode],
     texts: Sequence[str],
-    prompt: str,
-    facts: Mapping[str, str],
+    messages: Sequence[Mapping[str, str]],
+    title: str = "",
 ) -> None:
-    """Writes one self-contained page: tokens over steps, coloured by progress.
+    """Writes one self-contained page: the tokens come into focus over the steps.
 
     Steps that early exit skipped are left out.
 
     Args:
         path: the HTML file.
-        trace: trace of `generate`, arrays [T, B, N].
-        row: index of the sequence.
+        decodes: one decode, or two of the same prompt, side by side.
         texts: text of every token id, from `token_texts`.
-        prompt: the prompt, shown above the response.
-        facts: name -> value, such as rule, steps and verdict.
+        messages: the chat up to the response, shown above it.
+        title: a text for the head of the page, such as the model's name.
 
     Raises:
         UserError: if the file cannot be written.
     """
+    chat = [{"role": m["role"], "content": m["content"]} for m in messages]
+    runs = [_run_data(decode, texts) for decode in decodes]
     # No "<" may stand in the data of the script, or a token could end the script.
-    data = json.dumps(_page_data(trace, row, texts), separators=(",", ":"))
-    data = data.replace("<", "\\u003c")
-    described = "".join(
-        f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts.items()
-    )
-    page = (Path(__file__).parent / "trajectory.html").read_text(encoding="utf-8")
-    page = page.replace("<!--PROMPT-->", html.escape(prompt)).replace("<!--FACTS-->", described)
-    page = page.replace("/*DATA*/", data)
+    data = json.dumps({"title": title, "messages": chat, "runs": runs}, separators=(",", ":"))
+    page = live_page().replace("/*DATA*/null", data.replace("<", "\\u003c"), 1)
+    page = page.replace("<!--PLAIN-->", _plain(decodes, chat), 1)
     write_atomic(Path(path), page)
 
 
-def _page_data(trace: Trace, row: int, texts: Sequence[str]) -> dict[str, object]:
-    """Builds the data of the page's script. Tokens are indices into "texts"."""
+def _plain(decodes: Sequence[TracedDecode], chat: Sequence[Mapping[str, str]]) -> str:
+    """Returns the prompt and the facts for a browser without scripts."""
+    lines = [f"<p>{html.escape(m['role'])}: {html.escape(m['content'])}</p>" for m in chat]
+    for decode in decodes:
+        facts = {"rule": decode.label, **decode.facts}
+        lines += [f"<p>{html.escape(k)}: {html.escape(v)}</p>" for k, v in facts.items()]
+    return "".join(lines)
+
+
+def _run_data(decode: TracedDecode, texts: Sequence[str]) -> dict[str, object]:
+    """Builds the data of one decode. Tokens are indices into "texts"."""
+    trace, row = decode.trace, decode.row
     steps = np.flatnonzero(np.asarray(trace.confidence)[:, row].max(axis=-1) > 0)
     arrays = {name: np.asarray(getattr(trace, name))[steps, row] for name in _FIELDS}
     predicted, candidates = arrays["tokens"], arrays["top_tokens"]
     current = current_tokens(predicted, arrays["progress"], arrays["reedited"])
     used = np.unique(np.concatenate([x.ravel() for x in (predicted, current, candidates)]))
     return {
+        "label": decode.label,
+        "facts": dict(decode.facts),
         "steps": (steps + 1).tolist(),
         "of": len(trace.tokens),
         "texts": [texts[i] for i in used.tolist()],

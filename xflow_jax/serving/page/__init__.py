@@ -1,0 +1,10 @@
+"""The page of decodes: live from the server, or one recorded trace."""
+
+from xflow_jax.serving.page.trace import (
+    TracedDecode,
+    live_page,
+    token_texts,
+    write_trajectory_page,
+)
+
+__all__ = ["TracedDecode", "live_page", "token_texts", "write_trajectory_page"]
