@@ -46,7 +46,10 @@ class TracedDecode:
 
 @cache
 def live_page() -> str:
-    """Returns the page without data. It reads a server's stream at the address it came from."""
+    """Returns the page without data.
+
+    It reads the stream of the server that it came from.
+    """
     return Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
 
