@@ -20,6 +20,7 @@ from xflow_jax.errors import describe
 COMMANDS = {
     "demo": "decode with the bundled model, run its answers, and draw the results",
     "generate": "answer prompts",
+    "chat": "chat with a model in the terminal",
     "evaluate": "measure the accuracy of rules and budgets on a task",
     "bench": "measure tokens per second, and the time of each part of a step",
     "bench-device": "measure one GPU or TPU: its rates, decodes, attention, training",
