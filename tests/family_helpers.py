@@ -37,6 +37,7 @@ GOLDEN_MODELS = {
     "illada_tiny": Golden("illada", mask_id=5),
     "dream_tiny": Golden("dream"),
     "sdar_tiny": Golden("sdar"),
+    "fastdllm2_tiny": Golden("fast_dllm", mask_id=305),
     "lladamoe_tiny": Golden("lladamoe", 5e-4, mask_id=310),
     "llada21_tiny": Golden("llada2", 5e-4, mask_id=310),
 }

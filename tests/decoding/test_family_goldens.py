@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
 from tests.decoding.helpers import belief_of, state_of, step_of
 from tests.family_helpers import decode_cases, directory, golden_lm, unpadded
@@ -119,18 +120,19 @@ DREAM_ORDERS = {
     "entropy": "entropy",
     "origin": "origin",
 }
-# Filters of the distribution are not implemented. Draws are recorded, and tested below.
-NOT_DREAM = (
-    *MASKS_IN_PROMPT,
-    "top_p",
-    "top_k_entropy",
-    "origin_recorded_draws",
-    "origin_batch_ragged",
-)
+# Draws are recorded, and tested below.
+NOT_DREAM = (*MASKS_IN_PROMPT, "origin_recorded_draws", "origin_batch_ragged")
 
 
 def dream_rule(args):
-    return MaskPrediction(order=DREAM_ORDERS[args["alg"]], schedule="eps", eps=args["eps"])
+    return MaskPrediction(
+        order=DREAM_ORDERS[args["alg"]],
+        schedule="eps",
+        eps=args["eps"],
+        temperature=args["temperature"],
+        top_k=args["top_k"] or 0,
+        top_p=args["top_p"] or 1.0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,8 +209,16 @@ def test_a_row_predicts_the_next_position():
 
 # --- SDAR
 
-# Draws with a temperature and filters are not implemented. The quirk overwrites the prompt's tail.
-NOT_SDAR = ("temperature_top_k_top_p", "quirk_one_step_rewrites_prompt_tail")
+NOT_SDAR = ("quirk_one_step_rewrites_prompt_tail",)  # it overwrites the prompt's tail
+
+
+@struct.dataclass
+class WithoutDraws(MaskPrediction):
+    """Takes the likeliest token of the sampler's distribution, as the goldens do."""
+
+    def belief_options(self, config, eot_id):
+        options = MaskPrediction.belief_options(self, config, eot_id)
+        return dataclasses.replace(options, temperature=0.0)
 
 
 @pytest.mark.parametrize("checkpoint, name", first_quick("sdar_generate", ["sdar_tiny"], NOT_SDAR))
@@ -216,7 +226,11 @@ def test_mask_prediction_equals_sdar(checkpoint, name):
     case = decode_cases("sdar_generate", checkpoint)[name]
     args, (prompt,) = case["args"], case["prompt"]
     strategy = args["remasking_strategy"]
-    rule = MaskPrediction(
+    rule = WithoutDraws(
+        temperature=args["temperature"],
+        top_k=args["top_k"],
+        top_p=args["top_p"],
+        confidence_of="sampler",
         order="sequential" if strategy == "sequential" else "confidence",
         threshold=args["confidence_threshold"] if strategy.endswith("dynamic") else None,
     )
@@ -232,6 +246,79 @@ def test_mask_prediction_equals_sdar(checkpoint, name):
     ends = np.flatnonzero(np.isin(wanted, args["stopping_criteria_idx"] or [300]))
     kept = ends[0] + 1 if ends.size else len(wanted)
     np.testing.assert_array_equal(out.tokens[0, :kept], wanted[:kept])
+
+
+# --- Fast-dLLM v2
+
+
+@pytest.mark.parametrize(
+    "checkpoint, name", first_quick("fast_dllm_v2_generate", ["fastdllm2_tiny"])
+)
+def test_parts_of_blocks_equal_fast_dllm_v2(checkpoint, name):
+    case = decode_cases("fast_dllm_v2_generate", checkpoint)[name]
+    a, length = case["args"], len(case["prompt"][0])
+    size, n = a["block_size"], a["max_new_tokens"] - length % a["block_size"]
+    # The original ends with the first token of the next block, if it does not stop.
+    more = int(len(case["output"][0]) > length + n)
+    out = generate(
+        golden_lm(checkpoint),
+        case["prompt"],
+        MaskPrediction(threshold=a["threshold"], sub_block=a["small_block_size"]),
+        n + more,
+        steps_per_block=size,
+        trace=True,
+    )
+    for row, wanted in enumerate(case["output"]):
+        kept = wanted[length : length + n + more]
+        kept = kept[: kept.index(a["stop_token"]) + 1] if a["stop_token"] in kept else kept
+        np.testing.assert_array_equal(out.tokens[row, : len(kept)], kept)
+    for step, places in steps_of(case, out, 0) if case.get("trajectory") else ():
+        for part, key in ((out.trace.tokens, "tokens"), (out.trace.confidence, "confidence")):
+            ours = part[step["at"], 0, places]
+            np.testing.assert_allclose(ours, step[key], rtol=0, atol=1e-3)
+
+
+def steps_of(case, out, row):
+    """Pairs the steps of a trajectory with the positions that ours writes in them."""
+    length, size = len(case["prompt"][0]), case["args"]["block_size"]
+    written, last = [], {}
+    for step in case["trajectory"]:
+        if step.get("row", row) != row or step["rule"] == "next_token":
+            continue
+        block = step["block"] - length // size
+        last[block] = last.get(block, -1) + 1
+        at = block * size + last[block]
+        before = out.trace.progress[at - 1, row] if at else np.zeros(out.progress.shape[1])
+        places = np.asarray(step["positions"]) - length
+        ours = np.flatnonzero((out.trace.progress[at, row] == 1) & (before < 1))
+        # The first position of a block comes from the block before, so no step writes it.
+        ours = [place for place in ours if (place + length) % size]
+        if places.max() < out.tokens.shape[1]:
+            assert ours == places.tolist()
+            written.append((step | {"at": at}, places))
+    assert written
+    return written
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", [MaskPrediction(cfg_scale=0.5), Flow(), Editing()])
+def test_the_first_token_of_a_block_is_the_likeliest_after_the_block_before(rule):
+    lm, size, prompts = golden_lm("fastdllm2_tiny"), 4, [[20, 21, 22, 23, 24], [30, 31]]
+    out = generate(lm, prompts, rule, 11, steps_per_block=4, block_length=size, trace=True)
+    plain = generate(lm, prompts, rule, 11, steps_per_block=4, block_length=size, cache=False)
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+    for row, prompt in enumerate(prompts):
+        places = [i for i in range(11) if (i + len(prompt)) % size == 0]
+        # EOS is repeated behind the end of a response.
+        row_tokens = out.tokens[row].tolist()
+        end = row_tokens.index(lm.config.eos_id) if lm.config.eos_id in row_tokens else 11
+        places = [place for place in places if place <= end]
+        assert places and (out.trace.progress[-1, row, places] == 1).all()
+        if getattr(rule, "cfg_scale", 0):
+            continue
+        logits = lm.logits([[*prompt, *out.tokens[row]]], block_length=size)[0]
+        wanted = np.asarray(logits).argmax(-1)[np.asarray(places) + len(prompt) - 1]
+        np.testing.assert_array_equal(out.tokens[row, places], wanted)
 
 
 # --- the flow

@@ -238,6 +238,12 @@ def test_dream_and_sdar():
         True,
         True,
     )
+    fast = model_config(
+        json.loads((GOLDENS / "family" / "fastdllm2_tiny" / "config.json").read_text())
+    )
+    assert (fast.logits_shift, fast.is_block_causal, fast.default_block_length) == (True, True, 8)
+    assert (fast.qkv_bias, fast.given_mask_id, fast.eos_id) == (True, None, 301)
+    assert "bd_size is 0, but it must be positive" in refusal({"bd_size": 0}, hf=fast.to_hf())
     for config in (dream, sdar):
         assert config.mask_id == 310
         hf = config.to_hf()

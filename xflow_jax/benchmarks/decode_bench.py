@@ -20,6 +20,7 @@ from xflow_jax.benchmarks.timer import median_ratio, peak_memory, run_seconds, t
 from xflow_jax.benchmarks.workload import random_prompts
 from xflow_jax.decoding import (
     DecodeConfig,
+    ExactCache,
     Rule,
     Step,
     block_layout,
@@ -36,7 +37,7 @@ LEAST_SECONDS = 3.0  # least time of the measurement of each batch size
 MOST_ROUNDS = 99  # most rounds to reach it
 
 Program: TypeAlias = Callable[[], object]
-Carry: TypeAlias = tuple[jax.Array, Cache | None, jax.Array]  # x, cache, logits
+Carry: TypeAlias = tuple[jax.Array, Cache | ExactCache | None, jax.Array]  # x, cache, logits
 
 
 @dataclasses.dataclass(frozen=True)

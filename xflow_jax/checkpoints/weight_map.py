@@ -168,6 +168,7 @@ WEIGHT_TABLES: dict[str, dict[str, Callable[..., WeightTable]]] = {
     "illada": {"llama": _llama},
     "dream": {"llama": _llama},
     "sdar": {"llama": _llama},
+    "fast_dllm": {"llama": _llama},
     "lladamoe": {"experts": _lladamoe},
     "llada2": {
         "experts": _llada2,
@@ -190,6 +191,7 @@ IGNORED_TENSORS: dict[str, str] = {
     "illada": _LLAMA_BUFFERS,
     "dream": _LLAMA_BUFFERS,
     "sdar": _LLAMA_BUFFERS,
+    "fast_dllm": _LLAMA_BUFFERS,
     "lladamoe": _LLAMA_BUFFERS,
 }
 

@@ -10,7 +10,7 @@ from xflow_jax.decoding.blocks import (
 )
 from xflow_jax.decoding.cache_options import CacheOptions
 from xflow_jax.decoding.decode import commit_tokens, decode, embed, move_positions
-from xflow_jax.decoding.forward import make_forward
+from xflow_jax.decoding.forward import ExactCache, make_forward
 from xflow_jax.decoding.generate import (
     PROMPT_MULTIPLE,
     Generation,
@@ -52,6 +52,7 @@ __all__ = [
     "CacheOptions",
     "DecodeConfig",
     "DecodeState",
+    "ExactCache",
     "Flow",
     "Generation",
     "MaskPrediction",

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
+from xflow_jax.decoding.filters import Filters
 from xflow_jax.decoding.topk import merge_top_k, top_k
 from xflow_jax.models import Head, LogitsFn
 from xflow_jax.parallel import BATCH, LOGICAL, MESH_AXES, divides, platform
@@ -67,6 +68,8 @@ class BeliefOptions:
         vocab_size: rows of the head from this one on count as -inf. None for no limit.
         temperature: T of the Gumbel noise, at least 0.
         guidance: w of classifier-free guidance, u + (w + 1)(c - u), at least 0.
+        filters: distribution from which tokens, probabilities and entropies are read instead of
+            the softmax of the logits. All logits of the pass then stand in memory.
     """
 
     never: tuple[int, ...] = ()
@@ -74,6 +77,7 @@ class BeliefOptions:
     vocab_size: int | None = None
     temperature: float = 0.0
     guidance: float = 0.0
+    filters: Filters | None = None
 
 
 def compute_belief(
@@ -151,9 +155,14 @@ def _visit_vocabulary(
     keys: Key[Array, " B"] | None,
     unconditional: Float[Array, "B N E"] | None,
     chunk: int | None,
+    axis: str | None = None,
 ) -> _Running:
-    """Visits all rows of the head, which begin at the id `first`."""
+    """Visits all rows of the head, which begin at the id `first`.
+
+    With an axis of the mesh they are this device's part of the vocabulary.
+    """
     b, n = hidden.shape[:2]
+    chunk = rows if options.filters is not None else chunk  # they need the whole distribution
     size = min(_chunk_size(b * n, rows) if chunk is None else chunk, rows)
     starts = jnp.arange(0, rows, size)
 
@@ -169,7 +178,7 @@ def _visit_vocabulary(
         possible = local >= start
         if options.vocab_size is not None:
             possible &= ids < options.vocab_size
-        noisy, logits = _constrain(z, ids, possible, options, keys)
+        noisy, logits = _constrain(z, ids, possible, options, keys, axis)
         guided = unconditional is not None
         return _add_chunk(state, noisy, logits, first + shifted, guided), None
 
@@ -202,14 +211,17 @@ def _constrain(
     possible: Bool[Array, " v"],
     options: BeliefOptions,
     keys: Key[Array, " B"] | None,
+    axis: str | None,
 ) -> tuple[Float[Array, "B N v"], Float[Array, "B N v"]]:
     """Returns the logits with noise, and those of the softmax.
 
     Without options both are one array.
     """
     z = jnp.where(_exclude(ids, possible, options.never)[None, None, :], z, -jnp.inf)
-    if options.temperature > 0 or options.doubted:
+    if options.temperature > 0 or options.doubted or options.filters:
         z = z.astype(jnp.float32)
+    if options.filters is not None:
+        z = options.filters.apply(z, axis)
     logits = noisy = z
     if options.temperature > 0:
         assert keys is not None
@@ -355,7 +367,7 @@ def _compute_sharded(
         part = dataclasses.replace(head, table=table, bias=bias, gather=gather)
         first = jax.lax.axis_index(vocab) * part.rows
         mine = _visit_vocabulary(
-            part, hidden, part.rows, first, options, keys, unconditional, chunk
+            part, hidden, part.rows, first, options, keys, unconditional, chunk, vocab
         )
         return _to_belief(mine if mesh.shape[vocab] == 1 else _gather_parts(mine, vocab))
 

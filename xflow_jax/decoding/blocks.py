@@ -145,6 +145,27 @@ def block_layout(
     return (length + index) // size - length // size, length + index < end
 
 
+def block_starts(
+    config: DecodeConfig, prompt_mask: Bool[Array, "B P"]
+) -> Bool[Array, "B N"] | None:
+    """Finds the canvas positions that begin a block under block-causal attention.
+
+    If logits predict the next position, such a position is predicted by the block before, which no
+    longer changes.
+
+    Args:
+        config: lengths of the decode.
+        prompt_mask: False at padding.
+
+    Returns:
+        True at these positions, or None without block-causal attention.
+    """
+    if not config.block_causal:
+        return None
+    length = jnp.sum(prompt_mask, axis=-1, keepdims=True)
+    return (length + jnp.arange(config.canvas)[None, :]) % config.block_length == 0
+
+
 def resolve_block_length(model: ModelConfig, gen_length: Count, block_length: Count | None) -> int:
     """Returns the positions of a block.
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from xflow_jax.decoding.belief import TOP, Belief, BeliefOptions, compute_belief
-from xflow_jax.decoding.blocks import block_layout, make_schedule
+from xflow_jax.decoding.blocks import block_layout, block_starts, make_schedule
 from xflow_jax.decoding.canvas import onto_canvas
 from xflow_jax.decoding.forward import Carry, FullForward, make_forward
 from xflow_jax.decoding.rules.base import Action, Rule
@@ -46,6 +46,8 @@ class DecodeContext:
         keys: one random key per sequence, [B].
         block_of: block of each canvas position, int [B, N].
         on_canvas: True at positions that the row decodes, bool [B, N].
+        starts: True at positions that begin a block and come from the block before, bool [B, N].
+            None for models without such positions.
         scan: jax.lax.scan, or a plain loop of its signature.
     """
 
@@ -58,7 +60,13 @@ class DecodeContext:
     keys: Key[Array, " B"]
     block_of: Int[Array, "B N"]
     on_canvas: Bool[Array, "B N"]
+    starts: Bool[Array, "B N"] | None
     scan: Scan
+
+    def positions(self, block: Int[Array, ""]) -> Bool[Array, "B N"]:
+        """Returns the positions that the steps of a block move."""
+        here = (self.block_of == block) & self.on_canvas
+        return here if self.starts is None else here & ~self.starts
 
     @property
     def copies(self) -> int:
@@ -110,8 +118,9 @@ def decode(
         prompt_x = jnp.concatenate([prompt_x, masked])
         masks = (jnp.tile(prompt_mask, (2, 1)), jnp.tile(on_canvas, (2, 1)))
     forward = make_forward(model, params, config, prompt_x, *masks)
+    starts = block_starts(config, prompt_mask) if model.config.logits_shift else None
     context = DecodeContext(
-        model, params, rule, config, forward, options, keys, block_of, on_canvas, scan
+        model, params, rule, config, forward, options, keys, block_of, on_canvas, starts, scan
     )
     start = DecodeState(
         x=jnp.broadcast_to(m, (batch, canvas, m.shape[-1])),
@@ -141,6 +150,9 @@ def _decode_block(
         here = (context.block_of == block) & context.on_canvas
         any_active = jnp.any(here & ~state.finished[:, None])
         cache = context.forward.begin_block(cache, context.model_rows(state.x), block, any_active)
+    if context.starts is not None:
+        first = jax.tree.map(lambda x: x[0], steps)
+        state = _write_start(context, first, cache, state)
     return context.scan(functools.partial(_decode_step, context), (state, cache), steps)
 
 
@@ -155,12 +167,30 @@ def _begin_block(context: DecodeContext, state: DecodeState, block: Int[Array, "
     return dataclasses.replace(commit_tokens(context.params, state, old), finished=finished)
 
 
+def _write_start(
+    context: DecodeContext, step: Step, cache: Carry, state: DecodeState
+) -> DecodeState:
+    """Writes the first token of a block, the likeliest one after the block before."""
+    assert context.starts is not None
+    new = context.starts & (context.block_of == step.block) & context.on_canvas
+    new &= ~state.finished[:, None]
+
+    def write(state: DecodeState) -> DecodeState:
+        h = context.forward.first_hidden(cache, context.model_rows(state.x), step)
+        options = dataclasses.replace(context.options, temperature=0.0)
+        belief = _belief_of(context, h, options)
+        tokens = jnp.where(new, belief.tokens, state.tokens)
+        return commit_tokens(context.params, dataclasses.replace(state, tokens=tokens), new)
+
+    return jax.lax.cond(jnp.any(new), write, lambda state: state, state)
+
+
 def _decode_step(
     context: DecodeContext, carry: tuple[DecodeState, Carry], step: Step
 ) -> tuple[tuple[DecodeState, Carry], Trace | None]:
     """Runs one step, or skips it if no sequence needs it."""
     state = carry[0]
-    here = (context.block_of == step.block) & context.on_canvas
+    here = context.positions(step.block)
     needed = here & context.rule.is_open(state) if context.config.early_exit else here
     busy = ~state.finished & jnp.any(needed, axis=-1)
     step = dataclasses.replace(step, candidates=here & busy[:, None])
@@ -227,21 +257,27 @@ def _compute_belief(
     context: DecodeContext, step: Step, state: DecodeState, cache: Carry
 ) -> tuple[Belief, Carry]:
     """One forward pass, and the belief at every canvas position."""
-    batch, model = state.t.shape[0], context.model
+    batch = state.t.shape[0]
     h, cache = context.forward.hidden(cache, context.model_rows(state.x), step)
-    belief = compute_belief(
-        make_head(context.params),
-        h[:batch],
-        model.config.vocab_rows,
-        context.options,
-        step.keys,
-        h[batch:] if context.options.guidance else None,
-    )
+    belief = _belief_of(context, h, context.options, step.keys)
     if context.config.block_only:
         here = (context.block_of == step.block) & context.on_canvas
         first = context.forward.block_columns(step.block)[:batch, :1]
         belief = onto_canvas(belief, first, here, state.tokens)
     return belief, cache
+
+
+def _belief_of(
+    context: DecodeContext,
+    h: Float[Array, "R n E"],
+    options: BeliefOptions,
+    keys: Key[Array, " B"] | None = None,
+) -> Belief:
+    """Computes the belief of hidden states, whose rows are all copies of the sequences."""
+    batch = h.shape[0] // context.copies
+    guided = h[batch:] if options.guidance else None
+    rows = context.model.config.vocab_rows
+    return compute_belief(make_head(context.params), h[:batch], rows, options, keys, guided)
 
 
 def _move(

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from xflow_jax.decoding.blocks import cache_passes, prefix_spans
@@ -22,7 +23,22 @@ from xflow_jax.models import kv_cache, shift_rows
 from xflow_jax.parallel import BATCH, LOGICAL, divides
 from xflow_jax.types import Array, Backbone, Bool, Cache, Float, Int, Params
 
-Carry: TypeAlias = Cache | None
+
+@struct.dataclass
+class ExactCache:
+    """Everything before the active block.
+
+    Attributes:
+        kv: keys and values of its positions.
+        last: hidden states of its last position [B, E], which predict the block's first one. None
+            without `logits_shift`.
+    """
+
+    kv: Cache
+    last: jax.Array | None
+
+
+Carry: TypeAlias = Cache | ExactCache | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,11 +103,25 @@ class FullForward:
         """
         both = jnp.concatenate([self.prompt_x, x.astype(self.prompt_x.dtype)], axis=1)
         prompt = self.prompt_x.shape[1]
-        if not self.config.block_causal:
-            h = self._predicting(self._apply("hidden", both, self.mask, None), self.mask)
+        size = self.config.block_length if self.config.block_causal else None
+        h = self._predicting(self._apply("hidden", both, self.mask, size), self.mask)
+        if size is None:
             return h[:, prompt:], cache
-        h = self._apply("hidden", both, self.mask, self.config.block_length)
         return _columns(h, prompt + self.block_columns(step.block)), cache
+
+    def first_hidden(
+        self, cache: Carry, x: Float[Array, "B N E"], step: Step
+    ) -> Float[Array, "B 1 E"]:
+        """Computes the hidden states that predict the first position of a block.
+
+        With `logits_shift` and block-causal attention they belong to the block before.
+
+        Args:
+            cache: the cache of the block.
+            x: the canvas, final in the blocks before.
+            step: slice of the schedule.
+        """
+        return self.hidden(cache, x, step)[0][:, :1]
 
     def block_columns(self, block: Int[Array, ""]) -> Int[Array, "B block"]:
         """Returns the canvas positions of a block.
@@ -134,20 +164,23 @@ class CachedForward(FullForward):
     more when the next one begins, with its final tokens.
     """
 
-    def init_cache(self) -> Cache:
+    def init_cache(self) -> ExactCache:
         """Returns the keys and values of the prompts' whole blocks."""
         size, (batch, padded) = self.config.block_length, self.prompt_mask.shape
         # The rest of the longest prompt belongs to its first active block.
         whole = padded // size * size
         # The last block is never read, so it has no place in the cache.
         cache = self.model.empty_cache(batch, whole + (self.config.blocks - 1) * size)
+        last = self.prompt_x[:, 0] if self.shift else None
         if whole:
             x = kv_cache.align_left(self.prompt_x, self.prompt_mask)[:, :whole]
             mask = jnp.arange(whole)[None, :] < self.length
             empty = self.model.empty_cache(batch, 0)
-            new = self._apply("hidden_cached", x, empty, 0, mask, size)[1]
+            h, new = self._apply("hidden_cached", x, empty, 0, mask, size)
             cache = kv_cache.write_cache(cache, new, 0)
-        return _constrain(cache)
+            if self.shift:
+                last = _columns(h, self.length // size * size - 1)[:, 0]
+        return ExactCache(_constrain(cache), last)
 
     def begin_block(
         self,
@@ -157,10 +190,12 @@ class CachedForward(FullForward):
         any_active: Bool[Array, ""],
     ) -> Carry:
         """Adds the block before `block` to the cache."""
+        assert isinstance(cache, ExactCache)
 
-        def write(cache: Cache) -> Cache:
-            new = self._read(cache, x, block - 1)[1]
-            return _constrain(kv_cache.write_cache(cache, new, self._first(block - 1)))
+        def write(cache: ExactCache) -> ExactCache:
+            h, new = self._read(cache, x, block - 1)
+            kv = kv_cache.write_cache(cache.kv, new, self._first(block - 1))
+            return ExactCache(_constrain(kv), h[:, -1] if self.shift else None)
 
         return jax.lax.cond((block > 0) & any_active, write, lambda cache: cache, cache)
 
@@ -168,15 +203,26 @@ class CachedForward(FullForward):
         self, cache: Carry, x: Float[Array, "B N E"], step: Step
     ) -> tuple[Float[Array, "B n E"], Carry]:
         """Computes hidden states of the active block, [B, block_length, E]."""
-        return self._read(cache, x, step.block)[0], cache
+        assert isinstance(cache, ExactCache)
+        h = self._read(cache, x, step.block)[0]
+        if cache.last is not None:
+            h = jnp.concatenate([cache.last[:, None], h[:, :-1]], axis=1)
+        return h, cache
+
+    def first_hidden(
+        self, cache: Carry, x: Float[Array, "B N E"], step: Step
+    ) -> Float[Array, "B 1 E"]:
+        """Returns the hidden states of the pass that wrote the block before."""
+        assert isinstance(cache, ExactCache) and cache.last is not None
+        return cache.last[:, None]
 
     def _read(
-        self, cache: Carry, x: Float[Array, "B N E"], block: Int[Array, ""]
+        self, cache: ExactCache, x: Float[Array, "B N E"], block: Int[Array, ""]
     ) -> tuple[Array, Cache]:
         tail = self.prompt_x[:, -self.config.block_length :]
         both = jnp.concatenate([tail, x.astype(tail.dtype)], axis=1)
         part = _columns(both, tail.shape[1] + self.block_columns(block))
-        return self._apply("hidden_cached", part, cache, self._first(block))
+        return self._apply("hidden_cached", part, cache.kv, self._first(block))
 
     def _first(self, block: Int[Array, ""]) -> Int[Array, " B"]:
         """Position of a block's start, counted from the row's first token."""

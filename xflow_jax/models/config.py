@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 from xflow_jax.errors import UserError
 from xflow_jax.models.dream_config import DreamConfig
+from xflow_jax.models.fast_dllm_config import FastDLLMConfig
 from xflow_jax.models.illada_config import ILLaDAConfig
 from xflow_jax.models.llada2_config import LLaDA2Config
 from xflow_jax.models.llada_config import LLaDAConfig
@@ -17,6 +18,7 @@ from xflow_jax.toml_config import format_value
 __all__ = [
     "Config",
     "DreamConfig",
+    "FastDLLMConfig",
     "ILLaDAConfig",
     "LLaDA2Config",
     "LLaDAConfig",
@@ -26,7 +28,13 @@ __all__ = [
 ]
 
 Config: TypeAlias = (
-    LLaDAConfig | LLaDA2Config | ILLaDAConfig | LLaDAMoEConfig | DreamConfig | SDARConfig
+    LLaDAConfig
+    | LLaDA2Config
+    | ILLaDAConfig
+    | LLaDAMoEConfig
+    | DreamConfig
+    | SDARConfig
+    | FastDLLMConfig
 )
 
 # model_type -> configuration. veomni is the same model, with the experts of a layer stacked, and
@@ -40,6 +48,7 @@ _CONFIGS: dict[str, type[Config]] = {
     "lladamoe": LLaDAMoEConfig,
     "Dream": DreamConfig,
     "sdar": SDARConfig,
+    "Fast_dLLM_Qwen": FastDLLMConfig,
 }
 
 

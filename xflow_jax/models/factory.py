@@ -21,6 +21,7 @@ _BACKBONES: dict[str, Callable[..., Backbone]] = {
     "illada": LLaDA,
     "dream": LLaDA,
     "sdar": LLaDA,
+    "fast_dllm": LLaDA,
     "llada2": LLaDA2,
     "lladamoe": LLaDAMoE,
 }

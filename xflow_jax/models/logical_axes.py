@@ -68,6 +68,7 @@ AXES: dict[str, dict[str, tuple[str, ...]]] = {
     "illada": _DENSE,
     "dream": _DENSE,
     "sdar": _DENSE,
+    "fast_dllm": _DENSE,
     "llada2": _SPARSE,
     "lladamoe": _SPARSE,
 }

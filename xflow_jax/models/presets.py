@@ -6,6 +6,7 @@ import dataclasses
 
 from xflow_jax.models.config import Config
 from xflow_jax.models.dream_config import DreamConfig
+from xflow_jax.models.fast_dllm_config import FastDLLMConfig
 from xflow_jax.models.illada_config import ILLaDAConfig
 from xflow_jax.models.llada2_config import RELEASED_MASK, RELEASED_ROWS, LLaDA2Config
 from xflow_jax.models.llada_config import LLaDAConfig
@@ -59,6 +60,19 @@ _SDAR_4B = SDARConfig(
     rms_norm_eps=1e-6,
 )
 
+_FAST_DLLM = FastDLLMConfig(
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    vocab_size=152064,
+    mask_token_id=151665,
+    eos_token_id=151645,
+    rope_theta=1000000.0,
+    rms_norm_eps=1e-6,
+)
+
 PRESETS: dict[str, Config] = {
     "llada-8b": LLaDAConfig(
         d_model=4096,
@@ -106,9 +120,28 @@ PRESETS: dict[str, Config] = {
         rope_theta=1000000.0,
         rms_norm_eps=1e-6,
     ),
+    # The head of SDAR-4B is not tied, unlike that of its base model, and so it is here.
     # TraDo-4B and TraDo-8B have the sizes of SDAR-4B and SDAR-8B.
+    "sdar-1.7b": dataclasses.replace(
+        _SDAR_4B,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+    ),
     "sdar-4b": _SDAR_4B,
     "sdar-8b": dataclasses.replace(_SDAR_4B, hidden_size=4096, intermediate_size=12288),
+    "fast-dllm-v2-7b": _FAST_DLLM,
+    "fast-dllm-v2-1.5b": dataclasses.replace(
+        _FAST_DLLM,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        head_dim=0,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    ),
     "llada-moe-7b": LLaDAMoEConfig(
         hidden_size=2048,
         num_hidden_layers=16,
