@@ -24,61 +24,12 @@ import jax.numpy as jnp
 from xflow_jax.decoding.belief import TOP, Belief, BeliefOptions, compute_belief
 from xflow_jax.decoding.blocks import block_layout, block_starts, make_schedule
 from xflow_jax.decoding.canvas import onto_canvas
-from xflow_jax.decoding.forward import Carry, FullForward, make_forward
+from xflow_jax.decoding.context import DecodeContext, Scan
+from xflow_jax.decoding.forward import Carry, make_forward
 from xflow_jax.decoding.rules.base import Action, Rule
 from xflow_jax.decoding.state import SETTLED, DecodeConfig, DecodeState, Step, Trace
 from xflow_jax.models import make_head
 from xflow_jax.types import Array, Backbone, Bool, Float, Int, Key, Params
-
-Scan = Callable[..., Any]  # the signature of jax.lax.scan
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class DecodeContext:
-    """Everything that stays the same during one decode.
-
-    Attributes:
-        model, params: the backbone and its parameters.
-        rule: how far each position moves in a step.
-        config: static lengths and switches.
-        forward: computes hidden states of the canvas, with or without a cache.
-        options: constraints and noise of the belief.
-        keys: one random key per sequence, [B].
-        block_of: block of each canvas position, int [B, N].
-        on_canvas: True at positions that the row decodes, bool [B, N].
-        starts: True at positions that begin a block and come from the block before, bool [B, N].
-            None for models without such positions.
-        scan: jax.lax.scan, or a plain loop of its signature.
-    """
-
-    model: Backbone
-    params: Params
-    rule: Rule
-    config: DecodeConfig
-    forward: FullForward
-    options: BeliefOptions
-    keys: Key[Array, " B"]
-    block_of: Int[Array, "B N"]
-    on_canvas: Bool[Array, "B N"]
-    starts: Bool[Array, "B N"] | None
-    scan: Scan
-
-    def positions(self, block: Int[Array, ""]) -> Bool[Array, "B N"]:
-        """Returns the positions that the steps of a block move."""
-        here = (self.block_of == block) & self.on_canvas
-        return here if self.starts is None else here & ~self.starts
-
-    @property
-    def copies(self) -> int:
-        """Rows per sequence in a forward pass.
-
-        Guidance adds one whose prompt is masked.
-        """
-        return 2 if self.options.guidance else 1
-
-    def model_rows(self, x: Array) -> Array:
-        """Repeats [B, ...] for the copies of each sequence: [copies B, ...]."""
-        return jnp.tile(x, (self.copies,) + (1,) * (x.ndim - 1))
 
 
 def decode(
@@ -170,7 +121,7 @@ def _begin_block(context: DecodeContext, state: DecodeState, block: Int[Array, "
 def _write_start(
     context: DecodeContext, step: Step, cache: Carry, state: DecodeState
 ) -> DecodeState:
-    """Writes the first token of a block, the likeliest one after the block before."""
+    """Writes the first token of a block, the block before's likeliest one."""
     assert context.starts is not None
     new = context.starts & (context.block_of == step.block) & context.on_canvas
     new &= ~state.finished[:, None]
@@ -273,7 +224,7 @@ def _belief_of(
     options: BeliefOptions,
     keys: Key[Array, " B"] | None = None,
 ) -> Belief:
-    """Computes the belief of hidden states, whose rows are all copies of the sequences."""
+    """Computes the belief of hidden states [copies B, n, E]."""
     batch = h.shape[0] // context.copies
     guided = h[batch:] if options.guidance else None
     rows = context.model.config.vocab_rows

@@ -65,7 +65,7 @@ def _lowest(
     most: Float[Array, "B N"],
     axis: str | None,
 ) -> Int[Array, "B N"]:
-    """Finds the smallest number such that the weights above it sum to at most `most`.
+    """Finds the smallest number above which at most `most` weighs.
 
     A bisection over all 32 bits finds it exactly, without a sort of the vocabulary.
     """

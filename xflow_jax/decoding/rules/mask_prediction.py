@@ -121,7 +121,7 @@ class MaskPrediction(TokenConstraints):
         return self.top_k > 0 or self.top_p < 1
 
     def adapt(self, config: DecodeConfig) -> DecodeConfig:
-        """Checks the parts of a block, and adds the times of the schedule."""
+        """Checks the parts of a block, and adds the times."""
         if self.sub_block is not None:
             most = -(-config.block_length // config.steps)
             require(

@@ -1,0 +1,65 @@
+"""Everything that stays the same during one decode."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax.numpy as jnp
+
+from xflow_jax.decoding.belief import BeliefOptions
+from xflow_jax.decoding.forward import FullForward
+from xflow_jax.decoding.rules.base import Rule
+from xflow_jax.decoding.state import DecodeConfig
+from xflow_jax.types import Array, Backbone, Bool, Int, Key, Params
+
+Scan: TypeAlias = Callable[..., Any]  # the signature of jax.lax.scan
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DecodeContext:
+    """Model, rule, lengths and layout of one decode.
+
+    Attributes:
+        model, params: the backbone and its parameters.
+        rule: how far each position moves in a step.
+        config: static lengths and switches.
+        forward: computes hidden states of the canvas, with or without a cache.
+        options: constraints and noise of the belief.
+        keys: one random key per sequence, [B].
+        block_of: block of each canvas position, int [B, N].
+        on_canvas: True at positions that the row decodes, bool [B, N].
+        starts: True at positions that begin a block and come from the block before, bool [B, N].
+            None for models without such positions.
+        scan: jax.lax.scan, or a plain loop of its signature.
+    """
+
+    model: Backbone
+    params: Params
+    rule: Rule
+    config: DecodeConfig
+    forward: FullForward
+    options: BeliefOptions
+    keys: Key[Array, " B"]
+    block_of: Int[Array, "B N"]
+    on_canvas: Bool[Array, "B N"]
+    starts: Bool[Array, "B N"] | None
+    scan: Scan
+
+    def positions(self, block: Int[Array, ""]) -> Bool[Array, "B N"]:
+        """Returns the positions that the steps of a block move."""
+        here = (self.block_of == block) & self.on_canvas
+        return here if self.starts is None else here & ~self.starts
+
+    @property
+    def copies(self) -> int:
+        """Rows per sequence in a forward pass.
+
+        Guidance adds one whose prompt is masked.
+        """
+        return 2 if self.options.guidance else 1
+
+    def model_rows(self, x: Array) -> Array:
+        """Repeats [B, ...] for the copies of each sequence: [copies B, ...]."""
+        return jnp.tile(x, (self.copies,) + (1,) * (x.ndim - 1))
