@@ -78,7 +78,10 @@ def inputs(config: ModelConfig, seed: int = 0) -> list[np.ndarray]:
 
 
 def verify(
-    directory: Path, original: LogitsFunction, mask_id: int | None = None
+    directory: Path,
+    original: LogitsFunction,
+    mask_id: int | None = None,
+    block_length: int | None = None,
 ) -> list[Difference]:
     """Compares our logits with those of the original.
 
@@ -86,6 +89,7 @@ def verify(
         directory: Hugging Face directory of the model.
         original: function that computes the original's logits for a list of token ids.
         mask_id: id of the mask token, or None for that of the directory.
+        block_length: positions of a block for block-causal attention, or None for full attention.
 
     Returns:
         The difference for each of CASES.
@@ -98,17 +102,24 @@ def verify(
     gc.collect()
     lm = load(directory)
     return [
-        compare(np.asarray(lm.logits(ids)), logits)
+        compare(np.asarray(lm.logits(ids, block_length=block_length)), logits)
         for ids, logits in zip(cases, expected, strict=True)
     ]
 
 
-def torch_logits(directory: Path, trust: bool) -> LogitsFunction:
+def block_mask(length: int, block_length: int) -> np.ndarray:
+    """Returns the block-causal mask, int [1, 1, L, L], 1 where a query attends to a key."""
+    block = np.arange(length) // block_length
+    return (block[:, None] >= block[None, :]).astype(np.int64)[None, None]
+
+
+def torch_logits(directory: Path, trust: bool, block_length: int | None = None) -> LogitsFunction:
     """Makes a function that computes logits with the directory's own modelling code.
 
     Args:
         directory: Hugging Face directory with modelling code.
         trust: True allows that code to run.
+        block_length: positions of a block, if the code gets a block-causal mask.
 
     Returns:
         The function. It loads the model when it is called.
@@ -136,9 +147,17 @@ def torch_logits(directory: Path, trust: bool) -> LogitsFunction:
         )
 
     def logits(cases: list[np.ndarray]) -> list[np.ndarray]:
-        model = _torch_model(directory, auto_map)
+        model, found = _torch_model(directory, auto_map), []
         with torch.no_grad():
-            return [model(input_ids=torch.from_numpy(ids)).logits.float().numpy() for ids in cases]
+            for ids in cases:
+                options = {}
+                if block_length is not None:
+                    options["attention_mask"] = torch.from_numpy(
+                        block_mask(ids.shape[1], block_length)
+                    )
+                output = model(input_ids=torch.from_numpy(ids), **options)
+                found.append(output.logits.float().numpy())
+        return found
 
     return logits
 
@@ -177,8 +196,10 @@ def _torch_model(directory: Path, auto_map: dict[str, str]) -> Any:
 def main(arguments: argparse.Namespace) -> None:
     """Prints the differences. Exits with status 1 if too large."""
     directory = find_hf_directory(arguments.hf_dir)
-    original = torch_logits(directory, arguments.trust_remote_code)
-    differences = verify(directory, original, arguments.mask_id)
+    size = arguments.block_length
+    require(size is None or size >= 1, f"--block-length must be at least 1, not {size}")
+    original = torch_logits(directory, arguments.trust_remote_code, size)
+    differences = verify(directory, original, arguments.mask_id, size)
     for shape, d in zip(CASES, differences, strict=True):
         print(
             f"ids {list(shape)}: largest difference {d.largest:.2e} "
@@ -211,6 +232,13 @@ if __name__ == "__main__":
         type=int,
         metavar="ID",
         help="id of the mask token (default: that of the directory)",
+    )
+    parser.add_argument(
+        "--block-length",
+        type=int,
+        metavar="N",
+        help="compare under block-causal attention in blocks of N positions, and pass the code a "
+        "mask of it (SDAR needs one; default: full attention, without a mask)",
     )
     parser.add_argument(
         "--tolerance",

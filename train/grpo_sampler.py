@@ -113,8 +113,8 @@ class Sampler:
             tokens = multihost_utils.global_array_to_host_local_array(
                 tokens, self.lm.mesh, P(BATCH)
             )
-        end_id = self.task.config.end_id(self.lm.config.eos_id)
-        texts = decode_responses(self.tokenizer, np.asarray(tokens), end_id)
+        end_ids = self.task.config.end_ids(self.lm.config.stop_ids)
+        texts = decode_responses(self.tokenizer, np.asarray(tokens), end_ids)
         problems = [self.problems[i] for i in self.row_problems(step)[rows]]
         jobs = [self._jobs(*pair) for pair in zip(problems, texts, strict=True)]
         results = iter(self.sandbox.run_many([job for part in jobs for job in part]))

@@ -24,6 +24,7 @@ from xflow_jax.checkpoints import (
     read_hf_params,
     read_record,
     resolve_mask_id,
+    resolve_stop_ids,
 )
 from xflow_jax.errors import UserError, describe
 from xflow_jax.input_files import read_json_object
@@ -253,7 +254,7 @@ def read_model_config(path: str | Path) -> tuple[Path, ModelConfig]:
         config = abstract_model(directory, read_record(directory))[0]
     else:
         config = read_hf_config(directory)
-    return directory, resolve_mask_id(config, directory)
+    return directory, resolve_stop_ids(resolve_mask_id(config, directory), directory)
 
 
 def load(
@@ -300,7 +301,7 @@ def load(
         )
     read = load_params if is_checkpoint(directory) else read_hf_params
     config, params = read(directory, dtype, mesh)
-    config = resolve_mask_id(config, Path(directory), mask_id)
+    config = resolve_stop_ids(resolve_mask_id(config, Path(directory), mask_id), Path(directory))
     float_dtype = compute_dtype(dtype)
     model = build(config, float_dtype, param_dtype=float_dtype)
     tokenizer = load_tokenizer(directory)

@@ -150,8 +150,8 @@ def read_keys(
             raise UserError(f"{where}: the key {key} is missing")
     fields = {}
     hints = typing.get_type_hints(cls)
-    for name in (f.name for f in dataclasses.fields(cls)):
-        if name == "hf" or name not in hf:
+    for name in _key_fields(cls):
+        if name not in hf:
             continue
         try:
             fields[name] = coerce(hf[name], hints[name])
@@ -166,6 +166,11 @@ def read_keys(
         raise UserError(f"{where}: {error}") from None
 
 
+def _key_fields(cls: type[_Dataclass]) -> list[str]:
+    """Lists the fields that are keys of a config.json."""
+    return [f.name for f in dataclasses.fields(cls) if f.metadata.get("key", True)]
+
+
 def write_keys(config: _JsonConfig, template: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the dict of a config.json for a configuration.
 
@@ -177,7 +182,7 @@ def write_keys(config: _JsonConfig, template: Mapping[str, Any]) -> dict[str, An
         The dict that was read, updated with the fields that have changed since. Without one, the
         template and all fields.
     """
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "hf"}
+    fields = {name: getattr(config, name) for name in _key_fields(type(config))}
     if not config.hf:
         return {**template, **fields}
     original = json.loads(config.hf)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
@@ -88,6 +88,8 @@ class ModelConfig(Protocol):
             belong to no token.
         max_length: positions that the model was made for.
         mask_id, eos_id, pad_id: ids of the special tokens.
+        stop_ids: ids that end a text, EOS first.
+        stop_token_names: names in the family's tokenizers of tokens that end a text.
         given_mask_id: the mask token as the configuration has it, or None if only a
             tokenizer names it.
         mask_token_names: names of the mask token in the family's tokenizers.
@@ -95,7 +97,8 @@ class ModelConfig(Protocol):
         is_block_causal: True if a position attends to its own block and earlier ones only.
         default_block_length: positions of a block, or None if the whole response is one block.
 
-    `to_hf()` returns the dict of a config.json, `with_mask_id(id)` a copy with this mask token.
+    `to_hf()` returns the dict of a config.json, `with_mask_id(id)` a copy with this mask token, and
+    `with_stop_ids(ids)` one with further tokens that end a text.
     """
 
     @property
@@ -149,6 +152,10 @@ class ModelConfig(Protocol):
     @property
     def eos_id(self) -> int: ...
     @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+    @property
+    def stop_token_names(self) -> tuple[str, ...]: ...
+    @property
     def pad_id(self) -> int: ...
     @property
     def given_mask_id(self) -> int | None: ...
@@ -162,6 +169,7 @@ class ModelConfig(Protocol):
     def default_block_length(self) -> int | None: ...
     def to_hf(self) -> dict[str, Any]: ...
     def with_mask_id(self, mask_id: int) -> ModelConfig: ...
+    def with_stop_ids(self, stop_ids: Collection[int]) -> ModelConfig: ...
 
 
 @runtime_checkable

@@ -19,6 +19,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from convert import from_hf, to_hf, verify
+from tests.family_helpers import directory as golden_directory
+from tests.family_helpers import golden_arrays, golden_lm
 from tests.helpers import eight
 from tests.hf_helpers import GOLDEN, PREFIX, Q2, TOY, edited, random_params, tensors_of
 from tests.kill_helpers import write_record
@@ -388,6 +390,27 @@ def test_verify_distinguishes_equal_from_different_models():
         verify.verify(
             GOLDEN, lambda cases: [np.asarray(lm.logits(ids))[..., :512] for ids in cases]
         )
+
+
+def test_verify_compares_under_block_causal_attention():
+    name = "sdar_tiny"
+    lm, golden, size = (
+        golden_lm(name),
+        golden_arrays(name),
+        int(golden_arrays(name)["block_size_0"]),
+    )
+    np.testing.assert_array_equal(
+        verify.block_mask(golden["block_allowed_0"].shape[0], size)[0, 0],
+        golden["block_allowed_0"],
+    )
+
+    def original(cases):
+        return [np.asarray(lm.logits(ids, block_length=size)) for ids in cases]
+
+    found = verify.verify(golden_directory(name), original, block_length=size)
+    assert max(d.largest for d in found) == 0
+    full = verify.verify(golden_directory(name), original)
+    assert min(d.relative for d in full) > verify.TOLERANCE
 
 
 # Memory

@@ -26,6 +26,8 @@ def test_read_out_after_the_end(options, finished, wanted):
         forward_passes=jnp.zeros(1, jnp.int32),
         finished=jnp.array([finished]),
     )
-    tokens, progress = read_out(DecodeConfig(6, 6, 2, **options), state, eos_id=9)
+    tokens, progress = read_out(DecodeConfig(6, 6, 2, **options), state, (9,))
     np.testing.assert_array_equal(tokens, [wanted])
     assert progress.shape == (1, 6)
+    several, _ = read_out(DecodeConfig(6, 6, 2, stop_at_eos=True), state, (9, 3))
+    np.testing.assert_array_equal(several, [[3, 9, 9, 9, 9, 9]])

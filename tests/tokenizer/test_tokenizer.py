@@ -67,7 +67,8 @@ def test_responses_end_at_their_first_eos(tokenizer, golden):
     rows = np.array([[*ids, 481, 481], [*ids, eot, 7], [481] * 8, [*ids, 7, 7]])
     text = tokenizer.decode(ids)
     more = [text + tokenizer.decode([7] * n) for n in (1, 2)]
-    assert decode_responses(tokenizer, rows, 481) == [text, more[0], "", more[1]]
+    assert decode_responses(tokenizer, rows, (481,)) == [text, more[0], "", more[1]]
+    assert decode_responses(tokenizer, rows, (481, eot)) == [text, text, "", more[1]]
 
 
 def test_a_directory_without_one(tmp_path):

@@ -12,6 +12,8 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from train.align import AlignRunConfig
+from train.grpo_config import GrpoConfig
+from xflow_jax.models import check_heads
 from xflow_jax.models.presets import PRESETS
 from xflow_jax.parallel.mesh import MESH_AXES
 from xflow_jax.toml_config import load_toml
@@ -42,6 +44,8 @@ def test_it_parses(name):
     [
         ("llada_8b", "llada-8b", 64),
         ("llada2_mini", "llada2-mini", 16),
+        ("dream_7b", "dream-7b", 64),
+        ("llada21_mini", "llada2.1-mini", 16),
         ("trajectory_llada_8b", "llada-8b", 64),
         ("trajectory_llada2_mini", "llada2-mini", 16),
     ],
@@ -53,3 +57,17 @@ def test_large_runs_fit_their_model_and_their_pod(name, preset, chips):
     check_batch(config, mesh)
     data, fsdp, tensor = mesh.shape.values()
     assert data * fsdp * tensor == chips
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [("llada_8b", "llada-8b"), ("dream_7b", "dream-7b"), ("llada21_mini", "llada2.1-mini")],
+)
+def test_large_policies_fit_their_model_and_their_pod(name, preset):
+    config = load_toml(ROOT / f"configs/grpo_{name}.toml", GrpoConfig)
+    mesh = AbstractMesh(tuple(map(int, config.mesh.split(","))), MESH_AXES)
+    check_heads(PRESETS[preset], mesh)
+    assert mesh.size == 64
+    assert (
+        config.prompts_per_step * config.group_size % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+    )

@@ -34,6 +34,7 @@ from xflow_jax.checkpoints.run_lock import (
     locked_by_first_process,
 )
 from xflow_jax.checkpoints.safetensors_reader import CONFIG_FILE, SafetensorsSource, read_hf_leaf
+from xflow_jax.checkpoints.stop_tokens import resolve_stop_ids
 from xflow_jax.checkpoints.weight_map import WeightMapping, map_weights
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "read_stored",
     "refuse_existing",
     "resolve_mask_id",
+    "resolve_stop_ids",
     "release_memory",
     "release_tasks",
     "save_params",

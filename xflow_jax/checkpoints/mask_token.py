@@ -51,23 +51,23 @@ def resolve_mask_id(
 
 def _find_ids(directory: Path, names: tuple[str, ...]) -> Iterator[tuple[str, int]]:
     """Yields (file, id) of each file that has a mask token."""
-    options = _read_object(directory, GENERATION_FILE)
+    options = read_object(directory, GENERATION_FILE)
     if isinstance(token := options.get("mask_token_id"), int):
         yield GENERATION_FILE, token
     for file in TOKENIZER_FILES:
-        for name, token in _added_tokens(_read_object(directory, file)):
+        for name, token in added_tokens(read_object(directory, file)):
             if name in names and isinstance(token, int):
                 yield file, token
 
 
-def _read_object(directory: Path, name: str) -> Mapping[str, object]:
+def read_object(directory: Path, name: str) -> Mapping[str, object]:
     """Returns a JSON object in a directory, or an empty one."""
     file = file_inside(directory, name)
     value = read_json(file) if file.is_file() else {}
     return value if isinstance(value, dict) else {}
 
 
-def _added_tokens(tokenizer: Mapping[str, object]) -> Iterator[tuple[object, object]]:
+def added_tokens(tokenizer: Mapping[str, object]) -> Iterator[tuple[object, object]]:
     """Yields (text, id) of the added tokens in a file of transformers."""
     tokens = tokenizer.get("added_tokens")
     for entry in tokens if isinstance(tokens, list) else []:  # tokenizer.json

@@ -43,7 +43,15 @@ from xflow_jax.decoding.rules.parsing import (
     parse_rule_ranges,
     parse_rules,
 )
-from xflow_jax.decoding.state import SETTLED, DecodeConfig, DecodeState, Step, Trace, read_out
+from xflow_jax.decoding.state import (
+    SETTLED,
+    DecodeConfig,
+    DecodeState,
+    Step,
+    Trace,
+    is_stop,
+    read_out,
+)
 
 __all__ = [
     "Action",
@@ -78,6 +86,7 @@ __all__ = [
     "fit_policy",
     "generate",
     "init_policy",
+    "is_stop",
     "load_policy",
     "make_decode_config",
     "make_forward",

@@ -27,7 +27,7 @@ from xflow_jax.decoding.canvas import onto_canvas
 from xflow_jax.decoding.context import DecodeContext, Scan
 from xflow_jax.decoding.forward import Carry, make_forward
 from xflow_jax.decoding.rules.base import Action, Rule
-from xflow_jax.decoding.state import SETTLED, DecodeConfig, DecodeState, Step, Trace
+from xflow_jax.decoding.state import SETTLED, DecodeConfig, DecodeState, Step, Trace, is_stop
 from xflow_jax.models import make_head
 from xflow_jax.types import Array, Backbone, Bool, Float, Int, Key, Params
 
@@ -114,7 +114,7 @@ def _begin_block(context: DecodeContext, state: DecodeState, block: Int[Array, "
     finished = state.finished
     if config.stop_at_eos:
         in_response = old & (jnp.arange(config.canvas)[None, :] < config.gen_length)
-        finished |= jnp.any(in_response & (state.tokens == model.eos_id), axis=-1)
+        finished |= jnp.any(in_response & is_stop(state.tokens, model.stop_ids), axis=-1)
     return dataclasses.replace(commit_tokens(context.params, state, old), finished=finished)
 
 
@@ -390,7 +390,7 @@ def _find_finished(
     """
     config, index = context.config, jnp.arange(context.config.canvas)[None, :]
     settled = after.t >= SETTLED
-    is_eos = after.tokens == context.model.config.eos_id
+    is_eos = is_stop(after.tokens, context.model.config.stop_ids)
     end = settled & is_eos & (index < config.gen_length)
     first = jnp.argmax(end, axis=-1, keepdims=True)
     finished = jnp.any(end, axis=-1) & jnp.all(settled | (index > first), axis=-1)

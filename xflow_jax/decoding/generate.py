@@ -59,7 +59,7 @@ class Generation:
 
     Attributes:
         tokens: int [B, N].
-        texts: the responses up to their first EOS, or None without a tokenizer.
+        texts: the responses up to their first stop id, or None without a tokenizer.
         progress: final t, float [B, N].
         forward_passes: passes that each sequence took part in, int [B].
         trace: every step, arrays [T, B, N], if asked for.
@@ -169,7 +169,7 @@ def _decode_rows(
         trace = jax.tree.map(lambda x: x[:, : len(rows), : config.gen_length], trace)
     texts = None
     if lm.tokenizer is not None:
-        texts = decode_responses(lm.tokenizer, tokens, lm.config.eos_id)
+        texts = decode_responses(lm.tokenizer, tokens, lm.config.stop_ids)
     return Generation(tokens, texts, progress, passes, trace)
 
 
@@ -208,7 +208,7 @@ def decode_batch(
         Tokens, final progress, forward passes, and the trace [T, B, canvas] or None.
     """
     state, trace = decode(model, params, rule, config, prompt, prompt_mask, keys)
-    return *read_out(config, state, model.config.eos_id), state.forward_passes, trace
+    return *read_out(config, state, model.config.stop_ids), state.forward_passes, trace
 
 
 def _token_rows(lm: LanguageModel, prompts: Prompts) -> list[list[int]]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from xflow_jax.types import Array, Float, Int
+from xflow_jax.types import Array, Bool, Float, Int
 
 SETTLED = 0.99  # progress from which a position counts as decided
 
@@ -40,8 +40,8 @@ class DecodeConfig:
         prompt_every: renew the prompt's keys and values only in the first step of every
             `prompt_every`-th block. Other blocks begin with a pass over the canvas.
         early_exit: skip passes of blocks in which no position is open (see Rule.is_open).
-        stop_at_eos: decode no block after one that holds EOS.
-        eos_early_stop: stop as soon as all positions up to the first EOS are settled.
+        stop_at_eos: decode no block after one that holds EOS, or another of the stop ids.
+        eos_early_stop: stop as soon as all positions up to the first of them are settled.
         trace: return every step.
         notes: with `trace`, include the rule's notes.
         eot_id: id of the end-of-turn token, if a rule constrains it.
@@ -170,21 +170,29 @@ class Step:
     keys: Any = None
 
 
+def is_stop(tokens: Int[Array, "*shape"], stop_ids: tuple[int, ...]) -> Bool[Array, "*shape"]:
+    """Returns True at tokens that end a text."""
+    found = tokens == stop_ids[0]
+    for token in stop_ids[1:]:
+        found |= tokens == token
+    return found
+
+
 def read_out(
-    config: DecodeConfig, state: DecodeState, eos_id: int
+    config: DecodeConfig, state: DecodeState, stop_ids: tuple[int, ...]
 ) -> tuple[Int[Array, "B N"], Float[Array, "B N"]]:
     """Returns (tokens, final progress).
 
-    After the end of a sequence all tokens are EOS. The progress of a sequence is NaN if its logits
-    were not finite.
+    After the end of a sequence all tokens are EOS, the first of `stop_ids`. The progress of a
+    sequence is NaN if its logits were not finite.
     """
     tokens, n = state.tokens[:, : config.gen_length], config.gen_length
     always = config.stop_at_eos or config.cut_at_eos
     if always or config.eos_early_stop:
-        is_eos = tokens == eos_id
+        is_eos = is_stop(tokens, stop_ids)
         after = jnp.cumsum(is_eos, axis=-1) - is_eos > 0
         cut = after if always else after & state.finished[:, None]
-        tokens = jnp.where(cut, eos_id, tokens)
+        tokens = jnp.where(cut, stop_ids[0], tokens)
     progress = state.t[:, :n]
     if state.finite is not None:
         progress = jnp.where(state.finite[:, None], progress, jnp.nan)

@@ -169,7 +169,7 @@ class XFlow(LM):
             by_length.setdefault(length, []).append(number)
         prompts = [self._encode(request.args[0]) for request in requests]
         texts = [""] * len(requests)
-        eos_id = self.lm.config.eos_id
+        stop_ids = self.lm.config.stop_ids
         for length, numbers in by_length.items():
             steps = resolve_steps(self.lm.config, self.budget, length, self.block_length)
             most = self.lm.config.max_length
@@ -191,7 +191,7 @@ class XFlow(LM):
                 self.cache_options,
             )
             for number, row in zip(numbers, rows, strict=True):
-                end = row.index(eos_id) if eos_id in row else len(row)
+                end = next((i for i, token in enumerate(row) if token in stop_ids), len(row))
                 texts[number] = self._tokenizer.decode(row[:end], skip_special_tokens=True)
         for number, request in enumerate(requests):
             until = request.args[1].get("until") or []

@@ -296,7 +296,7 @@ def _decode(
         )
         seconds = time.perf_counter() - began
     assert lm.tokenizer is not None
-    texts = decode_responses(lm.tokenizer, out.tokens, settings.end_id(lm.config.eos_id))
+    texts = decode_responses(lm.tokenizer, out.tokens, settings.end_ids(lm.config.stop_ids))
     return texts, out.forward_passes, max(seconds - covered_seconds(spans), 0.0)
 
 

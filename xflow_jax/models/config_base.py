@@ -7,7 +7,7 @@ import functools
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from xflow_jax.errors import UserError, require
@@ -54,10 +54,15 @@ class HfConfig:
     Attributes:
         hf: the dict that the configuration was read from, as JSON. It keeps the keys that are no
             fields, for `to_hf`.
+        more_stop_ids: tokens beside EOS that end a text. No key has them.
     """
 
-    hf: str = dataclasses.field(default="", repr=False)
+    hf: str = dataclasses.field(default="", repr=False, metadata={"key": False})
+    more_stop_ids: tuple[int, ...] = dataclasses.field(
+        default=(), repr=False, metadata={"key": False}
+    )
 
+    stop_token_names: ClassVar[tuple[str, ...]] = ()
     mask_token_names: ClassVar[tuple[str, ...]] = ()
     logits_shift: ClassVar[bool] = False
     norm_full_precision: ClassVar[bool] = False
@@ -81,6 +86,21 @@ class HfConfig:
             f"the model's configuration has no mask_token_id, and no tokenizer beside it {names}. "
             "Give --mask-id ID, or mask_id=ID to xflow_jax.load."
         )
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the end token, to be defined by the family."""
+        raise NotImplementedError
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a text: EOS, then the others."""
+        return (self.eos_id, *self.more_stop_ids)
+
+    def with_stop_ids(self: ConfigT, stop_ids: Collection[int]) -> ConfigT:
+        """Returns the configuration with further tokens that end a text."""
+        more = sorted({*stop_ids} - {self.eos_id})
+        return dataclasses.replace(self, more_stop_ids=tuple(more))
 
     def with_mask_id(self: ConfigT, mask_id: int) -> ConfigT:
         """Returns the configuration with this mask token."""
@@ -140,11 +160,15 @@ def read_config(
                 f"{where}: {key} is {format_value(value)}, which is not implemented. "
                 f"It must be {format_value(list(words))}."
             )
-    config = read_keys(cls, _flatten_rope(hf, where), where, required, table.fixed)
+    flat, ends = _flatten_rope(hf, where), hf.get("eos_token_id")
+    more = ()
+    if isinstance(ends, list) and ends and all(type(token) is int for token in ends):
+        flat, more = flat | {"eos_token_id": ends[0]}, tuple(ends[1:])
+    config = read_keys(cls, flat, where, required, table.fixed)
     fields = {f.name for f in dataclasses.fields(cls)} - {"hf"}
     known = fields | {*table.fixed, *table.lists, *table.ignored, *IGNORED, *_ROPE_DICTS}
     _warn_unknown(tuple(key for key, value in hf.items() if key not in known and value is not None))
-    return dataclasses.replace(config, hf=json.dumps(hf))
+    return dataclasses.replace(config, hf=json.dumps(hf)).with_stop_ids(more)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ class DreamConfig(LlamaConfig):
     """Dream's configuration: the keys of its config.json that the computation reads."""
 
     family: ClassVar[str] = "dream"
+    stop_token_names: ClassVar[tuple[str, ...]] = ("<|im_end|>",)
     logits_shift: ClassVar[bool] = True
     mask_token_names: ClassVar[tuple[str, ...]] = ("<|mask|>",)
     key_table: ClassVar[KeyTable] = KeyTable(

@@ -90,6 +90,7 @@ class LLaDAMoEConfig(EndTokens, TransformersKeys, HfConfig):
     tie_word_embeddings: bool = False
 
     family: ClassVar[str] = "lladamoe"
+    stop_token_names: ClassVar[tuple[str, ...]] = ("<|role_end|>",)
     mask_token_names: ClassVar[tuple[str, ...]] = ("<|mask|>",)
     head_bias: ClassVar[bool] = False
     rope_full_precision: ClassVar[bool] = False

@@ -23,6 +23,7 @@ class SDARConfig(LlamaConfig):
     block_size: int = 4
 
     family: ClassVar[str] = "sdar"
+    stop_token_names: ClassVar[tuple[str, ...]] = ("<|im_end|>",)
     is_block_causal: ClassVar[bool] = True
     qk_norm: ClassVar[bool] = True
     norm_full_precision: ClassVar[bool] = True

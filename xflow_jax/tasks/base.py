@@ -65,9 +65,9 @@ class TaskConfig:
         require(0 <= self.shots <= most, f"shots must be 0 to {most}, not {self.shots}")
         self.check_template("prompt", self.prompt)
 
-    def end_id(self, eos_id: int) -> int | None:
-        """Returns the id of the answer's last token, None with after_eos."""
-        return None if self.after_eos else eos_id
+    def end_ids(self, stop_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the ids that end an answer, none with after_eos."""
+        return () if self.after_eos else stop_ids
 
     def check_template(self, name: str, template: str) -> None:
         """Raises UserError unless the template has only the parts of a problem."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -60,18 +61,21 @@ def pad_left(
     return ids, mask
 
 
-def decode_responses(tokenizer: Tokenizer, tokens: np.ndarray, eos_id: int | None) -> list[str]:
+def decode_responses(
+    tokenizer: Tokenizer, tokens: np.ndarray, stop_ids: Collection[int]
+) -> list[str]:
     """Converts responses to texts, without special tokens.
 
     Args:
         tokenizer: the tokenizer.
         tokens: responses, int [B, N].
-        eos_id: id of EOS. A text ends before its first EOS. None keeps what follows an EOS.
+        stop_ids: a text ends before the first of these. Without any, all of it stays.
 
     Returns:
         B texts.
     """
-    rows = [
-        row[: row.index(eos_id)] if eos_id in row else row for row in np.asarray(tokens).tolist()
-    ]
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    rows = (
+        itertools.takewhile(lambda token: token not in stop_ids, row)
+        for row in np.asarray(tokens).tolist()
+    )
+    return [tokenizer.decode(list(row), skip_special_tokens=True) for row in rows]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from xflow_jax.decoding import SETTLED, DecodeConfig, Flow, decode, read_out
+from xflow_jax.decoding import SETTLED, DecodeConfig, Flow, decode, is_stop, read_out
 from xflow_jax.training.losses import masked_mean
 from xflow_jax.types import Array, Backbone, Bool, Float, Int, Key, Metrics, Params
 
@@ -78,10 +78,10 @@ def rollout(
     sampling = dataclasses.replace(flow, sample=True)
     state, trace = decode(model, params, sampling, decode_config, prompt, prompt_mask, keys)
     assert trace is not None
-    tokens, progress = read_out(decode_config, state, model.config.eos_id)
+    tokens, progress = read_out(decode_config, state, model.config.stop_ids)
     notes = jax.tree.map(lambda x: x[:, :, : decode_config.gen_length], trace.notes)
     settled = notes["features"][..., PROGRESS] >= SETTLED
-    ended = jnp.cumsum(settled & (notes["tokens"] == model.config.eos_id), axis=-1) > 0
+    ended = jnp.cumsum(settled & is_stop(notes["tokens"], model.config.stop_ids), axis=-1) > 0
     return Rollout(
         tokens=tokens,
         progress=progress,
