@@ -20,10 +20,12 @@ from xflow_jax.checkpoints.weight_map import WEIGHT_TABLES
 from xflow_jax.decoding.generate import generate
 from xflow_jax.decoding.rules.parsing import RULES
 from xflow_jax.errors import UserError
-from xflow_jax.lm import load
+from xflow_jax.lm import BUNDLED, LM, load
 from xflow_jax.models.factory import abstract_params, build
 from xflow_jax.models.llada2 import Block
+from xflow_jax.models.lora import LoraConfig, lora_init
 from xflow_jax.models.presets import PRESETS
+from xflow_jax.parallel import path_name
 
 NAMES = list(GOLDEN_MODELS)
 ONLY_BLOCKS = [("fastdllm2_tiny", "block_ids_0")]  # no golden of it has full attention
@@ -243,3 +245,89 @@ def test_the_exact_cache_changes_nothing(name):
         cached, plain = (decode(lm, ids, RULES[rule](), cache=cache) for cache in (True, False))
         np.testing.assert_array_equal(cached.tokens, plain.tokens)
         np.testing.assert_allclose(cached.trace.confidence, plain.trace.confidence, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_adapters_go_to_attention_and_the_mlps_that_there_are(name):
+    params = abstract_params(golden_lm(name).model)
+    lora = lora_init(jax.random.key(0), params, LoraConfig(rank=2))
+    parts = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(lora)}
+    for part in ("q_proj", "k_proj", "v_proj", "attn_out"):
+        assert any(f"blocks/{part}/" in path for path in parts)
+    has_mlp = any("/up_proj/" in path_name(path) for path in paths_of(params))
+    assert has_mlp == any("/up_proj/" in path for path in parts)
+    assert not any("experts" in path for path in parts)
+
+
+def paths_of(tree):
+    return [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+# --- tokenizers
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "vocab.json"])
+def test_code_beside_a_tokenizer_never_runs(tmp_path, file):
+    """Dream's tokenizer has a Python class of its own. tokenizer.json is enough, if it is there."""
+    folder = shutil.copytree(directory("dream_tiny"), tmp_path / "dream")
+    witness = tmp_path / "witness"
+    code = f"open({str(witness)!r}, 'w').close()\nclass DreamTokenizer: pass\n"
+    (folder / "tokenization_dream.py").write_text(code)
+    about = {
+        "tokenizer_class": "DreamTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        "chat_template": "{{ messages[0]['content'] }}",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    shutil.copy(BUNDLED["tiny"] / "tokenizer.json", folder / file)
+    lm = load(folder)
+    if file == "tokenizer.json":
+        assert lm.tokenizer is not None and lm.tokenizer.encode("1")
+    else:
+        assert lm.tokenizer is None
+        with pytest.raises(UserError) as error:
+            generate(lm, ["1"], RULES["flow"](), gen_length=8, steps=4)
+        assert str(error.value) == (
+            "the model's directory has no tokenizer.json, so prompts must be lists of token ids"
+        )
+    assert not witness.exists()
+
+
+# --- the exact cache on models of all shapes
+
+
+def random_block_causal(seed):
+    """Draws a tiny block-causal model with its block length."""
+    rng = np.random.default_rng(seed)
+    name = [n for n in NAMES if golden_lm(n).config.is_block_causal][seed % 3]
+    config = golden_lm(name).config
+    heads = int(rng.choice([2, 4]))
+    changes = {
+        "num_hidden_layers": int(rng.integers(2, 4)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(rng.choice([1, heads])),
+        "head_dim": int(rng.choice([8, 12])),
+        "rope_theta": float(rng.choice([1e3, 1e6])),
+        "hf": "",
+    }
+    changed = dataclasses.replace(config, **changes)
+    params = jax.tree.map(lambda x: x * 0.3, random_params(changed, seed))
+    return LM(build(changed), changed, params, None), int(rng.integers(2, 7)), rng
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_the_exact_cache_changes_nothing_in_random_models(seed):
+    lm, size, rng = random_block_causal(seed)
+    prompts = [rng.integers(20, 290, int(n)).tolist() for n in rng.integers(1, 14, 3)]
+    rule = RULES[("flow", "mask", "edit")[int(rng.integers(3))]]()
+    n = int(rng.integers(size, 3 * size + 1))
+    cached, plain = (
+        generate(
+            lm, prompts, rule, n, steps_per_block=3, block_length=size, trace=True, cache=cache
+        )
+        for cache in (True, False)
+    )
+    np.testing.assert_array_equal(cached.tokens, plain.tokens)
+    np.testing.assert_allclose(cached.trace.confidence, plain.trace.confidence, atol=2e-3)
+    np.testing.assert_allclose(cached.progress, plain.progress, atol=2e-3)

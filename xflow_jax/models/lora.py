@@ -30,7 +30,7 @@ class LoraConfig:
         rank: width between A and B.
         alpha: the update is scaled by alpha / rank.
         targets: names in the matrices' paths. The default is attention with the dense and shared
-            MLPs. "experts" adds the routed experts.
+            MLPs, as far as the model has them. "experts" adds the routed experts.
     """
 
     rank: int = 16
@@ -98,7 +98,8 @@ def lora_init(key: Key[Array, ""], params: Params, config: LoraConfig) -> dict[s
     leaves = flatten_dict(params, sep="/")
     matrices = {path: x for path, x in leaves.items() if is_layer_matrix(path)}
     names = {name for path in matrices for name in _target_names(path)}
-    for target in config.targets:
+    # The default has MLPs that some mixtures of experts lack.
+    for target in config.targets if config.targets != LoraConfig.targets else ():
         require(
             target in names,
             f"LoRA target {target!r} is no matrix of this model's layers. "
