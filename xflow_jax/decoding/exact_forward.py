@@ -8,7 +8,7 @@ every step and may replace it. B counts the copies for guidance too.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from xflow_jax.parallel import BATCH, LOGICAL, divides
 from xflow_jax.types import Array, Backbone, Bool, Cache, Float, Int, Params
 
 
+@no_type_check  # of the fields, since transforms of trees put other leaves there
 @struct.dataclass
 class ExactCache:
     """Everything before the active block.
