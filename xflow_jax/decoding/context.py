@@ -30,9 +30,9 @@ class DecodeContext:
         keys: one random key per sequence, [B].
         block_of: block of each canvas position, int [B, N].
         on_canvas: True at positions that the row decodes, bool [B, N].
+        scan: jax.lax.scan, or a plain loop of its signature.
         starts: True at positions that begin a block and come from the block before, bool [B, N].
             None for models without such positions.
-        scan: jax.lax.scan, or a plain loop of its signature.
     """
 
     model: Backbone
@@ -44,8 +44,8 @@ class DecodeContext:
     keys: Key[Array, " B"]
     block_of: Int[Array, "B N"]
     on_canvas: Bool[Array, "B N"]
-    starts: Bool[Array, "B N"] | None
     scan: Scan
+    starts: Bool[Array, "B N"] | None = None
 
     def positions(self, block: Int[Array, ""]) -> Bool[Array, "B N"]:
         """Returns the positions that the steps of a block move."""

@@ -71,7 +71,7 @@ def decode(
     forward = make_forward(model, params, config, prompt_x, *masks)
     starts = block_starts(config, prompt_mask) if model.config.logits_shift else None
     context = DecodeContext(
-        model, params, rule, config, forward, options, keys, block_of, on_canvas, starts, scan
+        model, params, rule, config, forward, options, keys, block_of, on_canvas, scan, starts
     )
     start = DecodeState(
         x=jnp.broadcast_to(m, (batch, canvas, m.shape[-1])),
