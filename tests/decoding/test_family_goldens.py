@@ -178,11 +178,14 @@ def test_the_order_origin_writes_each_mask_by_chance():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prompt_every", [1, 2])
 @pytest.mark.parametrize("cache", ["prompt", "prefix", "dual"])
-def test_the_cached_passes_of_dream_equal_the_full_one(cache, prompt_every):
-    """As long as nothing moves. The row before a block predicts its first position."""
-    lm = golden_lm("dream_tiny")
+@pytest.mark.parametrize(
+    "name, prompt_every",
+    [("dream_tiny", 1), ("dream_tiny", 2), ("illada_tiny", 2), ("lladamoe_tiny", 2)],
+)
+def test_the_cached_passes_equal_the_full_one(name, cache, prompt_every):
+    """As long as nothing moves. In Dream the row before a block predicts its first position."""
+    lm = golden_lm(name)
     ids, mask = pad_left([[20, 21, 22, 23, 24], [30, 31]], lm.config.pad_id)
     config = DecodeConfig(8, 4, 2, cache=cache, prompt_every=prompt_every)
     steps = make_schedule(config)

@@ -211,22 +211,33 @@ def test_accumulated_parts_average_their_gradients(setting):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("states", ["masked", "trajectory"])
-def test_models_whose_logits_predict_the_next_position(states):
-    """The cross-entropy of a position is that of the row before it."""
-    lm = golden_lm("dream_tiny")
+@pytest.mark.parametrize(
+    "name, states",
+    [
+        ("dream_tiny", "masked"),
+        ("dream_tiny", "trajectory"),
+        *(
+            pytest.param(name, "masked", marks=pytest.mark.slow)
+            for name in ("fastdllm2_tiny", "sdar_tiny", "illada_tiny", "lladamoe_tiny")
+        ),
+    ],
+)
+def test_every_family_is_aligned_at_the_rows_that_predict(name, states):
+    """The cross-entropy of a position is that of its row, or of the row before it."""
+    lm = golden_lm(name)
     model, params = lm.model, lm.params
-    batch = batch_of()
+    batch, size = batch_of(), 4 if lm.config.is_block_causal else 0
     config = dataclasses.replace(
         ALIGNMENT,
         states=states,
         trajectory=TrajectoryConfig(rules=("threshold",)),
         clean_nll=1.0,
+        block_length=size,
     )
     response = batch["response"]
     if states == "masked":
         key = jax.random.key(3)
-        masked, _ = alignment.draw_noise(key, batch, 0)
+        masked, _ = alignment.draw_noise(key, batch, size)
         found = jax.jit(make_alignment_loss(model, config))(params, batch, key)[1]["masked_nll"]
     else:
         masked = jnp.ones_like(response, bool)
@@ -237,6 +248,8 @@ def test_models_whose_logits_predict_the_next_position(states):
     inputs = jnp.where(masked, lm.config.mask_id, response)
     tokens = jnp.concatenate([batch["prompt"], inputs], axis=1)
     mask = jnp.concatenate([batch["prompt_mask"], jnp.ones_like(masked)], axis=1)
-    logits = lm.logits(tokens, mask)  # row i predicts position i + 1
-    nll = losses.cross_entropy(logits[:, 4:-1], response)
+    logits = lm.logits(tokens, mask, block_length=size or None)
+    # With a shift row i predicts position i + 1.
+    rows = logits[:, 4:-1] if lm.config.logits_shift else logits[:, 5:]
+    nll = losses.cross_entropy(rows, response)
     np.testing.assert_allclose(found, losses.masked_mean(nll, masked), rtol=1e-4)
