@@ -88,7 +88,7 @@ def read_logits(hidden, start, size):
 
 
 @eight
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_sharded_vocabulary_has_the_same_distribution(tied):
     rng = np.random.default_rng(1)
     hidden = jnp.asarray(rng.normal(size=(4, 3, 8)), jnp.float32)
