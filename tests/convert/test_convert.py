@@ -392,6 +392,7 @@ def test_verify_distinguishes_equal_from_different_models():
         )
 
 
+@pytest.mark.slow
 def test_verify_compares_under_block_causal_attention():
     name = "sdar_tiny"
     lm, golden, size = (
