@@ -108,7 +108,10 @@ def verify(
 
 
 def block_mask(length: int, block_length: int) -> np.ndarray:
-    """Returns the block-causal mask, int [1, 1, L, L], 1 where a query attends to a key."""
+    """Returns the block-causal mask, int [1, 1, L, L].
+
+    It is 1 where a query attends to a key.
+    """
     block = np.arange(length) // block_length
     return (block[:, None] >= block[None, :]).astype(np.int64)[None, None]
 
@@ -238,7 +241,7 @@ if __name__ == "__main__":
         type=int,
         metavar="N",
         help="compare under block-causal attention in blocks of N positions, and pass the code a "
-        "mask of it (SDAR needs one; default: full attention, without a mask)",
+        "mask of it, as SDAR's needs (default: full attention, without a mask)",
     )
     parser.add_argument(
         "--tolerance",

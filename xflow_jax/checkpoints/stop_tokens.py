@@ -1,4 +1,4 @@
-"""Tokens beside EOS that end a text, from the files of a model.
+"""Tokens beside EOS that end a text, from a model's files.
 
 Chat models end a turn with a token of its own, which config.json rarely names.
 """
