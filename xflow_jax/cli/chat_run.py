@@ -236,7 +236,7 @@ def show_live(chat: Chat, messages: Messages, console: Console) -> tuple[str, in
 def final_text(lm: LM, last: Snapshot) -> str:
     """Returns the text of the last state, up to its first EOS."""
     assert lm.tokenizer is not None
-    return decode_responses(lm.tokenizer, last.tokens[None], lm.config.eos_id)[0]
+    return decode_responses(lm.tokenizer, last.tokens[None], lm.config.stop_ids)[0]
 
 
 def draw_canvas(lm: LM, texts: list[str], now: Snapshot, before: Snapshot | None) -> Text:
