@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -169,6 +170,14 @@ EVALUATE = ("evaluate", "--task", "microcode", "--model", "{model}")
             "--trace shows one decode",
         ),
         (
+            (*GENERATE, "--model", "{model}", "--beside", "mask"),
+            "--beside is for the page of --trace, so give --trace FILE.html too",
+        ),
+        (
+            (*GENERATE, "--model={model}", "--beside", "flwo", "--trace", "x.html"),
+            "did you mean flow?",
+        ),
+        (
             (*GENERATE, "--model", "{model}", "--dtype", "float16"),
             "it must be float32, bfloat16 or int8",
         ),
@@ -319,9 +328,12 @@ def test_generate(capsys, model, tmp_path):
     assert [line["judged"] for line in lines] == [True, False] and lines[0]["passed"] is False
     assert lines[0]["rule"] == "threshold:tau=0.5" and 1 <= lines[0]["forward_passes"] <= 2
     page = tmp_path / "page.html"
-    assert main.main([*common, "--prompt", PROMPT, "--trace", str(page)]) == 0
+    argv = [*common, "--prompt", PROMPT, "--trace", str(page), "--beside", "mask"]
+    assert main.main(argv) == 0
     printed = capsys.readouterr().out
     assert "[failed: " in printed and f"[wrote {page}]" in printed and PROMPT in page.read_text()
+    labels = re.findall(r'"label":"(.*?)","facts":\{"forward passes":"(\d) for 8', page.read_text())
+    assert labels[1] == ("mask", "2") and labels[0][0] == "threshold:tau=0.5"
 
 
 def test_generate_continues_a_chat(capsys, model, tmp_path, monkeypatch):
