@@ -28,7 +28,7 @@ ANSWER = TOKENIZER("def solve(xs):\n    return len(xs)")["input_ids"]
 
 def model(*tasks: str) -> SimpleNamespace:
     """A model that has no parameters, since `Chat.decode` is replaced."""
-    config = SimpleNamespace(mask_id=MASK, eos_id=EOS, vocab_rows=len(TOKENIZER))
+    config = SimpleNamespace(mask_id=MASK, stop_ids=(EOS,), vocab_rows=len(TOKENIZER))
     return SimpleNamespace(config=config, tokenizer=TOKENIZER, tasks=tasks)
 
 

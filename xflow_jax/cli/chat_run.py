@@ -250,7 +250,7 @@ def draw_canvas(lm: LM, texts: list[str], now: Snapshot, before: Snapshot | None
             is underlined and in reverse, which needs no colour.
     """
     settled = now.progress >= SETTLED
-    ends = np.flatnonzero(settled & (now.tokens == lm.config.eos_id))
+    ends = np.flatnonzero(settled & np.isin(now.tokens, list(lm.config.stop_ids)))
     length = int(ends[0]) if len(ends) else len(now.tokens)
     edited = np.zeros(len(now.tokens), bool)
     if before is not None:
@@ -269,7 +269,7 @@ def _spell(lm: LM, texts: list[str], token: int) -> str:
     """Returns the text of a token without characters that a terminal obeys."""
     if token == lm.config.mask_id:
         return MASK
-    return END if token == lm.config.eos_id else printable(texts[token], keep="\n\t")
+    return END if token in lm.config.stop_ids else printable(texts[token], keep="\n\t")
 
 
 def _style(t: float, is_edited: bool) -> str:
