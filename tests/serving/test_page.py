@@ -169,7 +169,9 @@ def seen() -> Recorded:
 
 @pytest.mark.slow
 def test_two_recorded_decodes_step_together_by_keys_and_are_saved_as_a_page(tmp_path):
-    decodes = [TracedDecode("flow", trace(), 1), TracedDecode("mask", edited(), 1)]
+    second = edited()
+    second.confidence[1, 1] = 0  # it skips another step
+    decodes = [TracedDecode("flow", trace(), 1), TracedDecode("mask", second, 1)]
     chat = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Go."}]
     write_trajectory_page(tmp_path / "two.html", decodes, TEXTS, chat, "tiny")
     with browser() as page:
@@ -178,6 +180,8 @@ def test_two_recorded_decodes_step_together_by_keys_and_are_saved_as_a_page(tmp_
         assert page.inner_text("#where") == "pass 1" and page.locator(".panel").count() == 2
         page.keyboard.press("ArrowRight")
         assert page.inner_text("#where") == "pass 2"
+        steps = [text.split("\n")[1] for text in page.locator(".top").all_inner_texts()]
+        assert steps == ["step 2 of 4", "step 1 of 4"]
         page.keyboard.press("End")
         assert page.locator(".top").all_inner_texts()[1].split("\n")[1] == "step 4 of 4"
         marks = (
