@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         generate,
         load_policy,
         save_policy,
+        stream,
     )
     from xflow_jax.errors import UserError
     from xflow_jax.lm import LM, load
@@ -34,6 +35,7 @@ _MODULES = {
     "Policy": "decoding",
     "load_policy": "decoding",
     "save_policy": "decoding",
+    "stream": "decoding",
     "make_mesh": "parallel",
     "UserError": "errors",
 }
@@ -50,6 +52,7 @@ __all__ = [
     "load_policy",
     "make_mesh",
     "save_policy",
+    "stream",
 ]
 
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": "measure the accuracy of rules and budgets on a task",
     "bench": "measure tokens per second, and the time of each part of a step",
     "bench-device": "measure one GPU or TPU: its rates, decodes, attention, training",
+    "serve": "serve a model over HTTP, with OpenAI's API and a page",
     "plan": "compute the memory and the speed of a program on TPU slices or GPUs",
 }
 

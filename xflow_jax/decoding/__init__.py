@@ -35,6 +35,7 @@ from xflow_jax.decoding.rules.baselines import Threshold
 from xflow_jax.decoding.rules.external import source_hash
 from xflow_jax.decoding.rules.flow import Flow
 from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
+from xflow_jax.decoding.rules.numbers import row_numbers, takes_arrays, with_numbers
 from xflow_jax.decoding.rules.own_loop import adapt_loop
 from xflow_jax.decoding.rules.parsing import (
     parse_budget,
@@ -42,6 +43,16 @@ from xflow_jax.decoding.rules.parsing import (
     parse_rule,
     parse_rule_ranges,
     parse_rules,
+)
+from xflow_jax.decoding.slots import (
+    Lane,
+    Rows,
+    Slots,
+    Snapshot,
+    admit,
+    init_slots,
+    make_row,
+    run_passes,
 )
 from xflow_jax.decoding.state import (
     SETTLED,
@@ -52,6 +63,7 @@ from xflow_jax.decoding.state import (
     is_stop,
     read_out,
 )
+from xflow_jax.decoding.stream import StreamState, slot_config, stream
 
 __all__ = [
     "Action",
@@ -63,17 +75,23 @@ __all__ = [
     "ExactCache",
     "Flow",
     "Generation",
+    "Lane",
     "MaskPrediction",
     "PROMPT_MULTIPLE",
     "Policy",
+    "Rows",
     "Rule",
     "SETTLED",
+    "Slots",
+    "Snapshot",
     "Step",
+    "StreamState",
     "TOP",
     "Threshold",
     "TokenConstraints",
     "Trace",
     "adapt_loop",
+    "admit",
     "block_layout",
     "branch_shares",
     "check_policy_ranges",
@@ -87,9 +105,11 @@ __all__ = [
     "generate",
     "init_policy",
     "is_stop",
+    "init_slots",
     "load_policy",
     "make_decode_config",
     "make_forward",
+    "make_row",
     "make_schedule",
     "move_positions",
     "order_score",
@@ -101,11 +121,17 @@ __all__ = [
     "parse_rules",
     "pass_positions",
     "read_out",
-    "resolve_steps",
     "require_finite",
+    "resolve_steps",
     "row_keys",
+    "row_numbers",
+    "run_passes",
     "save_policy",
     "select_highest",
+    "slot_config",
     "source_hash",
     "static_field",
+    "stream",
+    "takes_arrays",
+    "with_numbers",
 ]

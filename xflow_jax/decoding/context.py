@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 
 from xflow_jax.decoding.belief import BeliefOptions
-from xflow_jax.decoding.forward import FullForward
+from xflow_jax.decoding.forward import Block, FullForward
 from xflow_jax.decoding.rules.base import Rule
 from xflow_jax.decoding.state import DecodeConfig
 from xflow_jax.types import Array, Backbone, Bool, Int, Key, Params
@@ -47,7 +47,7 @@ class DecodeContext:
     scan: Scan
     starts: Bool[Array, "B N"] | None = None
 
-    def positions(self, block: Int[Array, ""]) -> Bool[Array, "B N"]:
+    def positions(self, block: Block) -> Bool[Array, "B N"]:
         """Returns the positions that the steps of a block move."""
         here = (self.block_of == block) & self.on_canvas
         return here if self.starts is None else here & ~self.starts

@@ -6,7 +6,7 @@ x starts at the mask embedding m and moves toward the embedding of the predicted
 
 The loop is an outer scan over blocks and an inner scan over the steps of a block:
 
-    decode -> _decode_block -> _decode_step -> _active_step or _skipped_step
+    decode -> _decode_block -> decode_step -> _active_step or _skipped_step
 
 The schedule is data (blocks.py). Forward passes, with or without a cache, are in forward.py.
 """
@@ -25,7 +25,7 @@ from xflow_jax.decoding.belief import TOP, Belief, BeliefOptions, compute_belief
 from xflow_jax.decoding.blocks import block_layout, block_starts, make_schedule
 from xflow_jax.decoding.canvas import onto_canvas
 from xflow_jax.decoding.context import DecodeContext, Scan
-from xflow_jax.decoding.forward import Carry, make_forward
+from xflow_jax.decoding.forward import Block, Carry, make_forward
 from xflow_jax.decoding.rules.base import Action, Rule
 from xflow_jax.decoding.state import SETTLED, DecodeConfig, DecodeState, Step, Trace, is_stop
 from xflow_jax.models import make_head
@@ -97,18 +97,18 @@ def _decode_block(
     state, cache = carry
     block = steps.block[0]
     if context.config.blocks > 1:
-        state = _begin_block(context, state, block)
+        state = begin_block(context, state, block)
         here = (context.block_of == block) & context.on_canvas
         any_active = jnp.any(here & ~state.finished[:, None])
         cache = context.forward.begin_block(cache, context.model_rows(state.x), block, any_active)
     if context.starts is not None:
         first = jax.tree.map(lambda x: x[0], steps)
         state = _write_start(context, first, cache, state)
-    return context.scan(functools.partial(_decode_step, context), (state, cache), steps)
+    return context.scan(functools.partial(decode_step, context), (state, cache), steps)
 
 
-def _begin_block(context: DecodeContext, state: DecodeState, block: Int[Array, ""]) -> DecodeState:
-    """Commits all tokens of the blocks before `block`."""
+def begin_block(context: DecodeContext, state: DecodeState, block: Block) -> DecodeState:
+    """Commits the blocks before `block`, and finds rows with EOS there."""
     config, model = context.config, context.model.config
     old = (context.block_of < block) & context.on_canvas
     finished = state.finished
@@ -136,10 +136,20 @@ def _write_start(
     return jax.lax.cond(jnp.any(new), write, lambda state: state, state)
 
 
-def _decode_step(
+def decode_step(
     context: DecodeContext, carry: tuple[DecodeState, Carry], step: Step
 ) -> tuple[tuple[DecodeState, Carry], Trace | None]:
-    """Runs one step, or skips it if no sequence needs it."""
+    """Runs one step, or skips it if no sequence needs it.
+
+    Args:
+        context: everything that stays the same.
+        carry: the state and the cache.
+        step: slice of the schedule. Its numbers are scalars, or arrays [B, 1] with rows that are
+            each at their own block and step (slots.py).
+
+    Returns:
+        The new state and cache, and the trace or None.
+    """
     state = carry[0]
     here = context.positions(step.block)
     needed = here & context.rule.is_open(state) if context.config.early_exit else here
@@ -147,7 +157,8 @@ def _decode_step(
     step = dataclasses.replace(step, candidates=here & busy[:, None])
     active = functools.partial(_active_step, context, step, busy)
     skipped = functools.partial(_skipped_step, context, step, active)
-    return jax.lax.cond(jnp.any(busy), active, skipped, *carry)
+    needed = busy if step.writes is None else busy | step.writes
+    return jax.lax.cond(jnp.any(needed), active, skipped, *carry)
 
 
 def _active_step(
@@ -156,8 +167,9 @@ def _active_step(
     """One forward pass, the rule's action, and the move along the flow."""
     config, candidates = context.config, step.candidates
     if context.rule.needs_keys:
-        keys = jax.vmap(jax.random.fold_in, (0, None))(context.keys, step.index)
-        step = dataclasses.replace(step, keys=keys)
+        index = step.index if step.index.ndim == 0 else step.index[:, 0]
+        fold = jax.vmap(jax.random.fold_in, (0, 0 if index.ndim else None))
+        step = dataclasses.replace(step, keys=fold(context.keys, index))
     belief, cache = _compute_belief(context, step, state, cache)
     action = context.rule(belief, state, step)
     after = _move(context, step, state, belief, action)
@@ -242,7 +254,7 @@ def _move(
     config, candidates = context.config, step.candidates
     action = dataclasses.replace(action, notes=None, memory=None)
     move = functools.partial(move_positions, context.params, context.model.config.mask_id)
-    if config.block_causal or config.blocks == 1:
+    if config.block_causal or config.blocks == 1 or step.block.ndim:
         return move(candidates, state, belief, action)
     first, size = step.block * config.block_length, config.block_length
 

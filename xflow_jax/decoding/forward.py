@@ -39,6 +39,8 @@ class ExactCache:
 
 
 Carry: TypeAlias = Cache | ExactCache | None
+# The active block: of all rows, or of each one.
+Block: TypeAlias = Int[Array, ""] | Int[Array, "B 1"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,7 +125,7 @@ class FullForward:
         """
         return self.hidden(cache, x, step)[0][:, :1]
 
-    def block_columns(self, block: Int[Array, ""]) -> Int[Array, "B block"]:
+    def block_columns(self, block: Block) -> Int[Array, "B block"]:
         """Returns the canvas positions of a block.
 
         Under block-causal attention the block grid counts from each row's first token. Positions
@@ -215,17 +217,15 @@ class CachedForward(FullForward):
         assert isinstance(cache, ExactCache)
         return cache.last[:, None]
 
-    def _read(
-        self, cache: Carry, x: Float[Array, "B N E"], block: Int[Array, ""]
-    ) -> tuple[Array, Cache]:
+    def _read(self, cache: Carry, x: Float[Array, "B N E"], block: Block) -> tuple[Array, Cache]:
         tail = self.prompt_x[:, -self.config.block_length :]
         both = jnp.concatenate([tail, x.astype(tail.dtype)], axis=1)
         part = _columns(both, tail.shape[1] + self.block_columns(block))
         return self._apply("hidden_cached", part, _keys(cache), self._first(block))
 
-    def _first(self, block: Int[Array, ""]) -> Int[Array, " B"]:
+    def _first(self, block: Block) -> Int[Array, " B"]:
         """Position of a block's start, counted from the row's first token."""
-        size = self.config.block_length
+        size, block = self.config.block_length, block[:, 0] if block.ndim else block
         return (self.length[:, 0] // size + block) * size
 
 

@@ -118,10 +118,10 @@ def generate(
     Raises:
         UserError: for bad input.
     """
-    _check_kinds(lm, rule, seed)
+    check_kinds(lm, rule, seed)
     options = CacheOptions(cache, refresh, window, prompt_every)
     options.resolve(lm.config)
-    rows = _token_rows(lm, prompts)
+    rows = token_rows(lm, prompts)
     longest = max(map(len, rows))
     config = make_decode_config(lm, longest, gen_length, steps, steps_per_block, block_length)
     config = dataclasses.replace(
@@ -129,12 +129,12 @@ def generate(
         early_exit=rule.early_exit if early_exit is None else early_exit,
         eos_early_stop=eos_early_stop,
         trace=trace,
-        eot_id=_eot_id(lm),
+        eot_id=find_eot_id(lm),
     )
     return _decode_rows(lm, rows, rule, adapt_loop(rule, config), seed)
 
 
-def _check_kinds(lm: object, rule: object, seed: object) -> None:
+def check_kinds(lm: object, rule: object, seed: object) -> None:
     """Raises UserError for a model, rule or seed of a wrong type."""
     if not isinstance(lm, LanguageModel):
         raise UserError(f"lm must be a model from xflow_jax.load, not {describe(lm)}")
@@ -211,7 +211,7 @@ def decode_batch(
     return *read_out(config, state, model.config.stop_ids), state.forward_passes, trace
 
 
-def _token_rows(lm: LanguageModel, prompts: Prompts) -> list[list[int]]:
+def token_rows(lm: LanguageModel, prompts: Prompts) -> list[list[int]]:
     """Converts prompts to lists of token ids, and checks them."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence | np.ndarray | jax.Array):
         what = "one text" if isinstance(prompts, str) else type(prompts).__name__
@@ -324,7 +324,7 @@ def make_decode_config(
     return config
 
 
-def _eot_id(lm: LanguageModel) -> int | None:
+def find_eot_id(lm: LanguageModel) -> int | None:
     """Returns the end-of-turn token if the tokenizer has one."""
     if lm.tokenizer is None:
         return None

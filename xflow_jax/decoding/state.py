@@ -142,21 +142,26 @@ class Trace:
     notes: Any = None
 
 
+@no_type_check  # as for DecodeState
 @struct.dataclass
 class Step:
     """Slice of the schedule, with the positions that may move.
 
+    Numbers are scalars if all rows are at one step. With rows that are each at their own block and
+    step they are arrays [B, 1] (slots.py).
+
     Attributes:
-        index: number of the step in the whole decode, a scalar.
-        block: index of the active block, a scalar.
-        rho: position in the block's steps, 0 to 1, a scalar.
-        quota: masks that mask prediction writes in this step, a scalar.
-        steps_left: steps of the block from this one on, a scalar.
-        cache_pass: pass with an approximate cache, REUSE, RENEW or RENEW_CANVAS, a scalar.
-        share: share of the remaining masks that Dream's times write in this step, a scalar, or
-            None.
+        index: number of the step in the whole decode.
+        block: index of the active block.
+        rho: position in the block's steps, 0 to 1.
+        quota: masks that mask prediction writes in this step.
+        steps_left: steps of the block from this one on.
+        cache_pass: pass with an approximate cache, REUSE, RENEW or RENEW_CANVAS.
+        share: share of the remaining masks that Dream's times write in this step, or None.
         candidates: True at positions of the active block that may move, bool [B, N].
         keys: one random key per sequence [B], or None if the rule draws nothing.
+        writes: True for rows without candidates whose pass serves the cache alone, bool [B], or
+            None.
     """
 
     index: jax.Array
@@ -168,6 +173,7 @@ class Step:
     share: Any = None
     candidates: Any = None
     keys: Any = None
+    writes: Any = None
 
 
 def is_stop(tokens: Int[Array, "*shape"], stop_ids: tuple[int, ...]) -> Bool[Array, "*shape"]:

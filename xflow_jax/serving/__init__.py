@@ -1,4 +1,12 @@
-"""Server of a model: continuous batching, an OpenAI-compatible API, and a page."""
+"""Server of a model: continuous batching, an OpenAI-compatible API, and a page.
+
+All but the page needs the extra `serve`, so it is imported on first use (PEP 562).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
 
 from xflow_jax.serving.page import (
     TracedDecode,
@@ -8,4 +16,40 @@ from xflow_jax.serving.page import (
     write_trajectory_page,
 )
 
-__all__ = ["TracedDecode", "current_tokens", "live_page", "token_texts", "write_trajectory_page"]
+if TYPE_CHECKING:
+    from xflow_jax.serving.api import ApiOptions, make_app
+    from xflow_jax.serving.engine import Engine, EngineOptions
+    from xflow_jax.serving.lanes import Lengths, make_lengths
+    from xflow_jax.serving.server import Server, ServerOptions
+
+_MODULES = {
+    "ApiOptions": "api",
+    "Engine": "engine",
+    "EngineOptions": "engine",
+    "Lengths": "lanes",
+    "Server": "server",
+    "ServerOptions": "server",
+    "make_app": "api",
+    "make_lengths": "lanes",
+}
+__all__ = [
+    "ApiOptions",
+    "Engine",
+    "EngineOptions",
+    "Lengths",
+    "Server",
+    "ServerOptions",
+    "TracedDecode",
+    "current_tokens",
+    "live_page",
+    "make_app",
+    "make_lengths",
+    "token_texts",
+    "write_trajectory_page",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

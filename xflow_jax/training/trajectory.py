@@ -7,18 +7,16 @@ the states by the same forward pass. A decode that is over is replaced by a new 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar, no_type_check
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from xflow_jax.decoding import (
-    TOP,
     Belief,
     BeliefOptions,
     DecodeConfig,
@@ -32,12 +30,12 @@ from xflow_jax.decoding import (
     make_schedule,
     move_positions,
     parse_rule_ranges,
+    takes_arrays,
+    with_numbers,
 )
-from xflow_jax.errors import UserError, require
+from xflow_jax.errors import require
 from xflow_jax.training.state import Batch, TrainState
 from xflow_jax.types import Array, Float, Int, Key, ModelConfig, Params
-
-T = TypeVar("T")
 
 MASKED = "masked"  # a group of rows whose states are those of Eq. 11
 
@@ -91,7 +89,7 @@ class StateMaker:
 
     def rule_of(self, numbers: dict[str, Float[Array, "B 1"]]) -> Rule:
         """Returns the rule with the numbers of each decode."""
-        return _with_numbers(self.rule, numbers)
+        return with_numbers(self.rule, numbers)
 
     def draw(self, key: Key[Array, ""], batch: int) -> dict[str, Float[Array, "B 1"]]:
         """Draws the numbers of new decodes."""
@@ -100,14 +98,6 @@ class StateMaker:
             name: jax.random.uniform(k, (batch, 1), minval=low, maxval=high)
             for k, (name, low, high) in zip(keys, self.ranges, strict=False)
         }
-
-
-def _with_numbers(rule: T, numbers: dict[str, jax.Array]) -> T:
-    """Returns a rule with arrays in the place of numbers."""
-    rule = copy.copy(rule)
-    for name, number in numbers.items():  # the constructor takes one number for all rows
-        object.__setattr__(rule, name, number)
-    return rule
 
 
 def parse_makers(texts: Sequence[str], model: ModelConfig) -> list[StateMaker | None]:
@@ -151,26 +141,12 @@ def parse_makers(texts: Sequence[str], model: ModelConfig) -> list[StateMaker | 
 
 def _check_numbers(text: str, maker: StateMaker) -> None:
     """Raises UserError for a rule that cannot compute with arrays."""
-    no, zero, grid = jnp.zeros((1, 1), bool), jnp.zeros((1, 1)), jnp.zeros((1, 1), jnp.int32)
-    four = jnp.zeros((1, 1, TOP))
-
-    def run(numbers: dict[str, jax.Array], keys: jax.Array) -> None:
-        rule = _with_numbers(maker.rule, numbers)
-        state = DecodeState(four, zero, grid, grid[0], no[0], memory=rule.init_memory(1, 1))
-        step = Step(grid, grid, zero, grid, zero, candidates=no, keys=keys)
-        rule(Belief(grid, zero, four, four.astype(jnp.int32), zero), state, step)
-
-    numbers = {name: jax.ShapeDtypeStruct((1, 1), jnp.float32) for name, _, _ in maker.ranges}
-    try:
-        jax.eval_shape(run, numbers, jax.random.split(jax.random.key(0), 1))
-    except (jax.errors.ConcretizationTypeError, UserError) as error:
-        cause = error.__cause__ if isinstance(error, UserError) else error  # of a rule from a file
-        if not isinstance(cause, jax.errors.ConcretizationTypeError):
-            raise
-        names = " and ".join(name for name, _, _ in maker.ranges)
-        raise UserError(
-            f"the rule {text} decides by {names} which program runs, so it takes no range there"
-        ) from None
+    names = [name for name, _, _ in maker.ranges]
+    require(
+        takes_arrays(maker.rule, names),
+        f"the rule {text} decides by {' and '.join(names)} which program runs, so it takes no "
+        "range there",
+    )
 
 
 @no_type_check  # of the fields, since transforms of trees put other leaves there

@@ -1,0 +1,201 @@
+"""Rows at their own block and step: the tokens of `generate`, whatever the neighbours do."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import eight, random_prompts, toy
+from tests.llada2_helpers import toy2
+from xflow_jax.decoding.generate import generate, make_decode_config
+from xflow_jax.decoding.rules.base import Rule
+from xflow_jax.decoding.rules.baselines import Threshold
+from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
+from xflow_jax.decoding.rules.numbers import row_numbers
+from xflow_jax.decoding.rules.own_loop import adapt_loop
+from xflow_jax.decoding.rules.parsing import parse_rule
+from xflow_jax.decoding.slots import Lane, admit, init_slots, make_row, run_passes
+from xflow_jax.decoding.stream import slot_config, stream
+from xflow_jax.errors import UserError
+from xflow_jax.lm import LM
+
+RULE = Threshold(tau=0.4)
+MODELS = {"bidirectional": toy, "block-causal": toy2}
+PROMPTS = random_prompts([5, 17, 2], 3)
+RULES = [
+    pytest.param("threshold:tau=0.3", marks=pytest.mark.slow),
+    "flow:power=2,early_exit=true",
+    pytest.param("flow:reedit=always", marks=pytest.mark.slow),
+    pytest.param("mask", marks=pytest.mark.slow),
+    pytest.param("mask:order=random,temperature=0.7", marks=pytest.mark.slow),
+    pytest.param("mask:schedule=eps,order=origin", marks=pytest.mark.slow),
+    pytest.param("klass", marks=pytest.mark.slow),
+    pytest.param("edit:tau=0.5,tau_edit=0.3", marks=pytest.mark.slow),
+    pytest.param("dmax", marks=pytest.mark.slow),
+    pytest.param("softmask", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("text", RULES)
+def test_a_stream_ends_with_the_tokens_of_generate(family, text):
+    lm, rule = MODELS[family](), parse_rule(text)[1]
+    options = {"gen_length": 16, "steps": 8, "block_length": 4, "seed": 2**32 - 1}
+    prompts = [*PROMPTS, PROMPTS[0]]
+    states = list(stream(lm, prompts, rule, every=3, **options))
+    expected = generate(lm, prompts, rule, **options)
+    assert np.array_equal(states[-1].tokens, expected.tokens)
+    np.testing.assert_allclose(states[-1].progress, expected.progress, atol=1e-5)
+    assert np.array_equal(states[-1].forward_passes, expected.forward_passes)
+    assert states[0].active.all() and not states[-1].active.any()
+    assert all((a.forward_passes <= b.forward_passes).all() for a, b in itertools.pairwise(states))
+
+
+class Bench:
+    """A lane of a model, which decodes requests in given slots."""
+
+    def __init__(self, lm: LM, slots: int = 6, prompt_length: int = 32) -> None:
+        self.lm, self.rule = lm, RULE
+        rule = RULE
+        # Twelve steps are more than any request takes.
+        config = self.config(rule, 16, steps=12)
+        numbers = row_numbers(rule, lm.config)
+        self.lane = Lane.of(config, slots, prompt_length, numbers)
+        self.slots = init_slots(lm, rule, self.lane)
+        self.live = np.ones(slots, bool)
+
+    def config(self, rule: Rule, gen_length: int, steps: int):
+        config = make_decode_config(self.lm, 32, gen_length, 1, steps, 4)
+        return adapt_loop(rule, slot_config(self.lm, rule, config))
+
+    def admit(
+        self,
+        slot: int,
+        prompt: list[int],
+        rule: Rule | None = None,
+        gen_length: int = 16,
+        steps: int = 2,
+        seed: int = 0,
+    ) -> None:
+        rule = rule or self.rule
+        row = make_row(
+            self.lane, self.lm.config.pad_id, prompt, rule,
+            self.config(rule, gen_length, steps), seed,
+        )  # fmt: skip
+        parts = (self.lm.model, self.lm.params, self.rule, self.lane, self.slots, row)
+        with self.lm.scope():
+            self.slots = admit(*parts, jnp.int32(slot))
+
+    def run(self, passes: int = 1):
+        parts = (self.lm.model, self.lm.params, self.rule, self.lane, self.slots, self.live)
+        with self.lm.scope():
+            self.slots, snapshot = run_passes(*parts, passes)
+        return jax.tree.map(np.asarray, snapshot)
+
+    def finish(self, slot: int):
+        """Returns the slot's part of the last snapshot."""
+        while True:
+            snapshot = self.run()
+            if not snapshot.rows[slot, 2]:
+                return jax.tree.map(lambda x: x[slot], snapshot)
+
+
+def equal(a, b) -> bool:
+    return all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_neighbours_change_nothing(family):
+    bench = Bench(MODELS[family]())
+    mine = random_prompts([11], 8)[0]
+    bench.admit(2, mine, steps=3)
+    alone = bench.finish(2)
+    rng = np.random.default_rng(0)
+    others = random_prompts(rng.integers(1, 30, 12).tolist(), 9)
+    for slot in (0, 1, 4):
+        bench.admit(slot, others.pop(), Threshold(tau=0.2 * slot), int(rng.choice([4, 8, 16])))
+    bench.run(2)
+    bench.admit(5, mine, steps=3)
+    for slot in (0, 3):  # one joins in the middle, and one is replaced
+        bench.run()
+        bench.admit(slot, others.pop(), Threshold(tau=0.9), 16, steps=4)
+    assert equal(bench.finish(5), alone)
+    assert len({tuple(row) for row in (np.asarray(bench.slots.state.tokens)).tolist()}) > 4
+
+
+@pytest.mark.slow
+def test_rows_have_their_own_numbers_lengths_and_steps():
+    lm = toy()
+    bench = Bench(lm)
+    assert bench.lane.numbers == ("tau",)
+    cases = [(0.1, 8, 1), (0.3, 16, 4), (0.95, 12, 2)]
+    for slot, (tau, length, steps) in enumerate(cases):
+        bench.admit(slot, PROMPTS[slot], Threshold(tau=tau), length, steps)
+    for slot, (tau, length, steps) in enumerate(cases):
+        row = bench.finish(slot)
+        expected = generate(
+            lm, [PROMPTS[slot]], Threshold(tau=tau), length, steps_per_block=steps, block_length=4
+        )
+        tokens = row.tokens[:length] & 0xFFFFFF
+        assert np.array_equal(tokens, expected.tokens[0])
+        assert row.rows[1] == expected.forward_passes[0]
+
+
+def test_a_row_that_is_given_up_stops():
+    bench = Bench(toy())
+    bench.admit(0, PROMPTS[0], Threshold(tau=1.0), steps=4)
+    bench.run()
+    bench.live[0] = False
+    assert bench.run().rows[0].tolist() == [0, 1, 0, 1]
+    bench.live[0] = True
+    assert bench.run().rows[0].tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("threshold", ("tau",)),
+        ("mask", ()),
+        ("mask:threshold=0.5,temperature=0.5", ("threshold",)),
+        ("flow:jump=0.4", ("power", "jump", "creep", "reedit_margin", "settled", "reedit_above",
+                           "sure")),
+    ],
+)  # fmt: skip
+def test_numbers_that_a_row_can_have(text, names):
+    assert set(row_numbers(parse_rule(text)[1], toy().config)) >= set(names)
+    assert "temperature" not in row_numbers(parse_rule(text)[1], toy().config)
+
+
+def test_what_slots_cannot_do():
+    with pytest.raises(UserError, match="slots work with cache none or exact, not dual"):
+        stream(toy(), PROMPTS, Threshold(), 16, block_length=4, cache="dual")
+    with pytest.raises(UserError, match="the rule has guidance"):
+        stream(toy2(), PROMPTS, MaskPrediction(cfg_scale=1.0), 16, block_length=4)
+    bench = Bench(toy(), prompt_length=4)
+    with pytest.raises(UserError, match="the prompt has 5 tokens, but there is room for 4"):
+        bench.admit(0, PROMPTS[0])
+    with pytest.raises(UserError, match="exceeds 16 positions with 12 steps"):
+        bench.admit(0, [1], gen_length=20)
+
+
+@eight
+@pytest.mark.slow
+@pytest.mark.parametrize("family", MODELS)
+def test_a_mesh_changes_no_token(family):
+    rule, options = Threshold(tau=0.3), {"gen_length": 16, "steps": 8, "block_length": 4}
+    prompts = random_prompts([5, 17, 2, 9], 3)
+    expected = generate(MODELS[family](), prompts, rule, **options)
+    *_, last = stream(MODELS[family]("2,2,2"), prompts, rule, **options)
+    assert np.array_equal(last.tokens, expected.tokens)
+
+
+def test_a_lane_is_hashable():
+    lane = Bench(toy()).lane
+    assert hash(lane) == hash(dataclasses.replace(lane))

@@ -1,0 +1,66 @@
+"""One server with the bundled model, in a thread of the tests' process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from xflow_jax.decoding import parse_rules
+from xflow_jax.lm import load
+from xflow_jax.serving.api import ApiOptions
+from xflow_jax.serving.engine import Engine, EngineOptions
+from xflow_jax.serving.lanes import Lengths
+from xflow_jax.serving.server import Server, ServerOptions
+
+RULES = "threshold,flow:early_exit=true"
+SLOTS, QUEUE = 4, 40
+
+
+class Running:
+    """A server under test.
+
+    Attributes:
+        server: the server.
+        engine: its engine.
+        url: its address.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self.server, self.engine = server, server.engine
+        self.url = f"http://127.0.0.1:{server.port}"
+        self.status: int | None = None
+        self._thread = threading.Thread(target=self._run)
+        self._ready = threading.Event()
+        self._thread.start()
+
+    def _run(self) -> None:
+        self.status = self.server.run_until_end(self._ready.set)
+
+    def wait_until_ready(self) -> None:
+        assert self._ready.wait(300)
+
+    def end(self) -> int | None:
+        """Drains the server, and returns its exit status."""
+        if self.status is None:
+            self.server.begin_drain()
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        return self.status
+
+
+def start(rules: str = RULES, page: str | None = "<p>the page</p>", **limits) -> Running:
+    lm = load("tiny")
+    lengths = Lengths((48,), (64,), 16, SLOTS)
+    options = EngineOptions(**{"passes": 1, "max_queue": QUEUE, **limits})
+    engine = Engine(lm, parse_rules(rules), lengths, options)
+    return Running(Server(engine, ApiOptions("tiny", page=page), ServerOptions(port=0, drain=20)))
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    found = start()
+    found.wait_until_ready()
+    yield found
+    assert found.end() == 0

@@ -1,0 +1,482 @@
+"""Slots: rows that are each at their own block and step.
+
+A lane is a program with S slots. Each slot decodes one request with its own prompt, canvas, steps,
+key and numbers of the rule. `admit` puts a request into a slot. `run_passes` takes some steps with
+all slots, by the step of decode.py. A row that ends is frozen until its slot is filled again.
+
+The shape of a lane's batch is constant, so a row has the same tokens whatever the other slots do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, no_type_check
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from xflow_jax.decoding.blocks import block_layout, make_schedule
+from xflow_jax.decoding.context import DecodeContext
+from xflow_jax.decoding.decode import begin_block, decode_step, embed
+from xflow_jax.decoding.forward import (
+    CachedForward,
+    Carry,
+    FullForward,
+    constrain_cache,
+)
+from xflow_jax.decoding.rules.base import Rule
+from xflow_jax.decoding.rules.numbers import with_numbers
+from xflow_jax.decoding.state import DecodeConfig, DecodeState, Step
+from xflow_jax.errors import require
+from xflow_jax.models import kv_cache
+from xflow_jax.parallel import batch_sharding, replicated
+from xflow_jax.tokenizer import pad_left
+from xflow_jax.types import Array, Backbone, Bool, Float, Int, Key, LanguageModel, Params
+
+MOST_VOCABULARY = 2**24  # token ids of a snapshot have 24 bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Lane:
+    """Static part of a lane.
+
+    Attributes:
+        config: lengths and steps of the largest request, and switches of all.
+        slots: S.
+        prompt_length: P, positions of the longest prompt.
+        numbers: options of the rule that each row has for itself.
+    """
+
+    config: DecodeConfig
+    slots: int
+    prompt_length: int
+    numbers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        require(
+            self.config.cache in ("none", "exact"),
+            f"slots work with cache none or exact, not {self.config.cache}",
+        )
+
+    @classmethod
+    def of(
+        cls, config: DecodeConfig, slots: int, prompt_length: int, numbers: Sequence[str] = ()
+    ) -> Lane:
+        """Makes the lane of a decode's configuration."""
+        return cls(dataclasses.replace(config, trace=True), slots, prompt_length, tuple(numbers))
+
+
+@struct.dataclass
+class Rows:
+    """Requests in the slots, as arrays of JAX or NumPy.
+
+    Attributes:
+        prompt, prompt_mask: token ids, padded on the left, and False at padding, [S, P].
+        salts: seed, hash of the prompt, and number of the same prompt, uint32 [S, 3].
+        positions: canvas positions that the row decodes, int [S].
+        blocks: blocks that these touch, int [S, 1].
+        steps: steps of a block, int [S, 1].
+        schedule: steps of one block, arrays [S, T].
+        numbers: option of the rule -> its number, float32 [S, 1].
+    """
+
+    prompt: Any
+    prompt_mask: Any
+    salts: Any
+    positions: Any
+    blocks: Any
+    steps: Any
+    schedule: Any
+    numbers: dict[str, Any]
+
+
+@no_type_check  # of the fields, since transforms of trees put other leaves there
+@struct.dataclass
+class Slots:
+    """State of a lane.
+
+    Attributes:
+        rows: the requests.
+        state: the decodes.
+        cache: keys and values, or None.
+        block: the active block, int [S, 1]. It equals rows.blocks at the end.
+        local: steps in it so far, int [S, 1].
+        writing: True if the next pass only writes the block's keys and values, bool [S].
+        active: True if the row takes further passes, bool [S].
+        confidence: of each position's last prediction, float32 [S, N].
+        top, top_tokens: its four likeliest tokens, [S, N, 4].
+        edits: re-edits of each position, modulo 256, uint8 [S, N].
+    """
+
+    rows: Any
+    state: DecodeState
+    cache: Any
+    block: jax.Array
+    local: jax.Array
+    writing: jax.Array
+    active: jax.Array
+    confidence: jax.Array
+    top: jax.Array
+    top_tokens: jax.Array
+    edits: jax.Array
+
+
+@no_type_check  # as above
+@struct.dataclass
+class Snapshot:
+    """State of a lane as the host reads it.
+
+    It has 6 bytes a position.
+
+    Attributes:
+        tokens: token ids, and in the upper 8 bits the re-edits modulo 256, uint32 [S, N].
+        levels: t and the confidence from 0 to 255, uint8 [S, N, 2]. 255 is 1 exactly.
+        rows: finished blocks, forward passes, and 1 if active and 1 if all logits were finite,
+            int [S, 4].
+        top, top_tokens: those of Slots. They are fetched only if a request needs them.
+    """
+
+    tokens: jax.Array
+    levels: jax.Array
+    rows: jax.Array
+    top: jax.Array
+    top_tokens: jax.Array
+
+
+class SlotCacheForward(CachedForward):
+    """Forward pass over each row's active block, with an exact cache.
+
+    Rows are at different blocks. Every pass writes its keys and values, so a finished block takes
+    one more pass, with its final tokens. What earlier passes wrote is overwritten before a query
+    attends to it. The cache has a place for the last block too, since every block is written.
+    """
+
+    def hidden(
+        self, cache: Carry, x: Float[Array, "B N E"], step: Step
+    ) -> tuple[Float[Array, "B n E"], Carry]:
+        """Computes hidden states of the active blocks, [B, block_length, E]."""
+        assert isinstance(cache, dict)  # none of a model with logits_shift
+        h, new = self._read(cache, x, step.block)
+        return h, constrain_cache(kv_cache.write_cache(cache, new, self._first(step.block)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _block_schedule(config: DecodeConfig, length: int) -> Step:
+    """Returns the schedule of one block, arrays [1, length]."""
+    steps = make_schedule(config)
+
+    def pad(x: Array | None) -> np.ndarray | None:
+        if x is None:
+            return None
+        return np.pad(np.asarray(x)[: config.steps], (0, length - config.steps))[None]
+
+    names = ("rho", "quota", "steps_left", "share")
+    parts: dict[str, Any] = {name: pad(getattr(steps, name)) for name in names}
+    parts |= {"index": None, "block": None}
+    return Step(**parts)
+
+
+def make_row(
+    lane: Lane,
+    pad_id: int,
+    prompt: Sequence[int],
+    rule: Rule,
+    config: DecodeConfig,
+    seed: int = 0,
+    repeat: int = 0,
+) -> Rows:
+    """Builds a request of a lane, as NumPy arrays of one row.
+
+    Args:
+        lane: the lane.
+        pad_id: id of the padding.
+        prompt: token ids, at most lane.prompt_length.
+        rule: a rule that differs from the lane's in `lane.numbers` alone.
+        config: lengths and steps, within those of the lane.
+        seed: of rules that draw.
+        repeat: number of an equal prompt with the same seed, for draws of its own.
+
+    Returns:
+        The row.
+
+    Raises:
+        UserError: if the request does not fit the lane.
+    """
+    most, size = lane.config, lane.config.block_length
+    require(
+        len(prompt) <= lane.prompt_length,
+        f"the prompt has {len(prompt)} tokens, but there is room for {lane.prompt_length}",
+    )
+    require(
+        config.gen_length <= most.gen_length and config.steps <= most.steps,
+        f"the canvas of {config.gen_length} positions with {config.steps} steps for each block "
+        f"exceeds {most.gen_length} positions with {most.steps} steps",
+    )
+    ids, mask = pad_left([list(prompt)], pad_id, lane.prompt_length)
+    positions, before = config.gen_length, 0
+    if config.block_causal:
+        before = len(prompt) % size
+        positions = -(-(before + config.gen_length) // size) * size - before
+    digest = zlib.crc32(np.asarray(prompt, np.int32).tobytes())
+    return Rows(
+        prompt=ids,
+        prompt_mask=mask,
+        salts=np.asarray([[seed, digest, repeat]], np.uint32),
+        positions=np.asarray([positions], np.int32),
+        blocks=np.asarray([[-(-(before + positions) // size)]], np.int32),
+        steps=np.asarray([[config.steps]], np.int32),
+        schedule=_block_schedule(config, most.steps),
+        numbers={n: np.asarray([[getattr(rule, n)]], np.float32) for n in lane.numbers},
+    )
+
+
+def init_slots(lm: LanguageModel, rule: Rule, lane: Lane) -> Slots:
+    """Makes the state of a lane without requests.
+
+    Args:
+        lm: the model. With a mesh, slots are sharded over it as a batch is.
+        rule: the rule.
+        lane: the lane.
+    """
+    row = make_row(lane, lm.config.pad_id, [lm.config.pad_id], rule, _one_step(lane.config))
+    rows = jax.tree.map(lambda x: np.repeat(x, lane.slots, axis=0), row)
+    with lm.scope():
+        slots = _init(lm.model, lm.params, rule, lane, rows)
+        if lm.mesh is None:
+            return slots
+        shards = lm.mesh.shape["data"] * lm.mesh.shape["fsdp"]
+        split = lane.slots % shards == 0
+        sharding = batch_sharding(lm.mesh) if split else replicated(lm.mesh)
+        cache = slots.cache
+        placed = jax.device_put(dataclasses.replace(slots, cache=None), sharding)
+        return dataclasses.replace(placed, cache=cache)
+
+
+def _one_step(config: DecodeConfig) -> DecodeConfig:
+    return dataclasses.replace(config, steps=config.extra_steps + 1)
+
+
+@partial(jax.jit, static_argnames=("model", "lane"))
+def _init(model: Backbone, params: Params, rule: Rule, lane: Lane, rows: Rows) -> Slots:
+    s, cache = lane.slots, None
+    if lane.config.cache == "exact":
+        size = lane.config.block_length
+        whole = lane.prompt_length // size * size
+        cache = model.empty_cache(s, whole + lane.config.blocks * size)
+        cache = constrain_cache(cache)
+    rows = jax.tree.map(jnp.asarray, rows)
+    return dataclasses.replace(
+        _fresh(model, params, with_numbers(rule, rows.numbers), lane, rows, cache),
+        active=jnp.zeros(s, bool),
+    )
+
+
+def _fresh(
+    model: Backbone, params: Params, rule: Rule, lane: Lane, rows: Rows, cache: Carry
+) -> Slots:
+    """Returns decodes before their first pass."""
+    batch, canvas = rows.positions.shape[0], lane.config.canvas
+    m = embed(params, jnp.full((1, 1), model.config.mask_id))
+    zero, no = jnp.zeros((batch, canvas)), jnp.zeros(batch, bool)
+    start = jnp.zeros((batch, 1), jnp.int32)
+    state = DecodeState(
+        x=jnp.broadcast_to(m, (batch, canvas, m.shape[-1])),
+        t=zero,
+        tokens=jnp.full((batch, canvas), model.config.mask_id, jnp.int32),
+        forward_passes=jnp.zeros(batch, jnp.int32),
+        finished=no,
+        memory=rule.init_memory(batch, canvas),
+        finite=~no,
+    )
+    four = jnp.zeros((batch, canvas, 4))
+    edits = jnp.zeros((batch, canvas), jnp.uint8)
+    tokens = four.astype(jnp.int32)
+    return Slots(rows, state, cache, start, start, no, ~no, zero, four, tokens, edits)
+
+
+@partial(jax.jit, static_argnames=("model", "lane"), donate_argnames="slots")
+def admit(
+    model: Backbone,
+    params: Params,
+    rule: Rule,
+    lane: Lane,
+    slots: Slots,
+    row: Rows,
+    slot: Int[Array, ""],
+) -> Slots:
+    """Puts a request into a slot, with its prompt in the cache.
+
+    Args:
+        model: the backbone.
+        params: its parameters.
+        rule: the lane's rule.
+        lane: the lane.
+        slots: the state, which is donated.
+        row: the request, from `make_row`.
+        slot: number of the slot.
+
+    Returns:
+        The new state.
+    """
+    row = jax.tree.map(jnp.asarray, row)
+    fresh = _fresh(model, params, with_numbers(rule, row.numbers), lane, row, None)
+    update = jax.lax.dynamic_update_slice_in_dim
+    cache = slots.cache
+    if cache is not None:
+        prompt_x = model.apply({"params": params}, row.prompt, method="embed")
+        on_canvas = jnp.ones((1, lane.config.canvas), bool)
+        forward = CachedForward(model, params, lane.config, prompt_x, row.prompt_mask, on_canvas)
+        whole = lane.prompt_length // lane.config.block_length * lane.config.block_length
+
+        def write(old: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_slice(old, new[:, :, :whole], [0, slot, 0, 0, 0])
+
+        if whole:
+            cache = constrain_cache(jax.tree.map(write, cache, forward.init_cache()))
+    rest = dataclasses.replace(slots, cache=None)
+    rest = jax.tree.map(lambda old, new: update(old, new.astype(old.dtype), slot, 0), rest, fresh)
+    return dataclasses.replace(rest, cache=cache)
+
+
+@partial(jax.jit, static_argnames=("model", "lane", "passes"), donate_argnames="slots")
+def run_passes(
+    model: Backbone,
+    params: Params,
+    rule: Rule,
+    lane: Lane,
+    slots: Slots,
+    live: Bool[Array, " S"],
+    passes: int,
+) -> tuple[Slots, Snapshot]:
+    """Takes some steps with all slots.
+
+    Args:
+        model: the backbone.
+        params: its parameters.
+        rule: the lane's rule.
+        lane: the lane.
+        slots: the state, which is donated.
+        live: False for slots whose request was given up.
+        passes: number of steps.
+
+    Returns:
+        The new state, and the snapshot after the last step.
+    """
+    slots = dataclasses.replace(slots, active=slots.active & live)
+    context = _make_context(model, params, rule, lane, slots.rows)
+    rows, slots = slots.rows, dataclasses.replace(slots, rows=None)
+
+    def one(slots: Slots, _: None) -> tuple[Slots, None]:
+        return _pass(context, lane, rows, slots), None
+
+    slots = jax.lax.scan(one, slots, None, length=passes)[0]
+    return dataclasses.replace(slots, rows=rows), take_snapshot(slots)
+
+
+def _make_context(
+    model: Backbone, params: Params, rule: Rule, lane: Lane, rows: Rows
+) -> DecodeContext:
+    """Builds the context of the decoder's step."""
+    config, mask = lane.config, rows.prompt_mask
+    rule = with_numbers(rule, rows.numbers)
+    block_of = block_layout(config, mask)[0]
+    on_canvas = jnp.arange(config.canvas)[None, :] < rows.positions[:, None]
+    options = rule.belief_options(model.config, config.eot_id)
+    prompt_x = model.apply({"params": params}, rows.prompt, method="embed")
+    kind = SlotCacheForward if config.cache == "exact" else FullForward
+    forward = kind(model, params, config, prompt_x, mask, on_canvas)
+    keys = jax.vmap(_row_key)(rows.salts)
+    return DecodeContext(
+        model, params, rule, config, forward, options, keys, block_of, on_canvas, jax.lax.scan
+    )
+
+
+def _row_key(salts: Array) -> Key[Array, ""]:
+    """Derives a row's key, as generate.row_keys does."""
+    fold = jax.random.fold_in
+    return fold(fold(jax.random.key(salts[0]), salts[1]), salts[2])
+
+
+def _row_step(rows: Rows, slots: Slots) -> Step:
+    """Returns the step of each row, with arrays [S, 1]."""
+    at = jnp.minimum(slots.local, rows.schedule.rho.shape[1] - 1)
+    step = jax.tree.map(lambda x: jnp.take_along_axis(x, at, axis=1), rows.schedule)
+    index = slots.block * rows.steps + slots.local
+    return dataclasses.replace(step, index=index, block=slots.block)
+
+
+def _pass(context: DecodeContext, lane: Lane, rows: Rows, slots: Slots) -> Slots:
+    """Takes one step with each row."""
+    old, exact = slots.state, lane.config.cache == "exact"
+    frozen = old.finished | ~slots.active | slots.writing
+    step = _row_step(rows, slots)
+    if exact:
+        step = dataclasses.replace(step, writes=slots.writing & slots.active)
+    state = dataclasses.replace(old, finished=frozen)
+    (state, cache), trace = decode_step(context, (state, slots.cache), step)
+    assert trace is not None
+    state = dataclasses.replace(state, finished=jnp.where(frozen, old.finished, state.finished))
+    here = (context.block_of == slots.block) & context.on_canvas
+    moved = here & (state.forward_passes > old.forward_passes)[:, None]
+    slots = dataclasses.replace(
+        slots,
+        state=state,
+        cache=cache,
+        confidence=jnp.where(moved, trace.confidence, slots.confidence),
+        top=jnp.where(moved[..., None], trace.top, slots.top),
+        top_tokens=jnp.where(moved[..., None], trace.top_tokens, slots.top_tokens),
+        edits=slots.edits + (trace.reedited & moved).astype(jnp.uint8),
+    )
+    return _next_step(context, rows, slots, here, exact)
+
+
+def _next_step(
+    context: DecodeContext, rows: Rows, slots: Slots, here: Bool[Array, "S N"], exact: bool
+) -> Slots:
+    """Moves each row to its next step, or to its next block."""
+    state, wrote = slots.state, slots.writing
+    is_over = slots.local + 1 >= rows.steps
+    if context.config.early_exit:
+        is_over |= ~jnp.any(here & context.rule.is_open(state), axis=-1, keepdims=True)
+    ends = is_over & (slots.active & ~wrote)[:, None]
+    goes_on = ends & (slots.block + 1 < rows.blocks)
+    # A decode does not commit its last block, and rows that are over stay as they are.
+    first_open = jnp.minimum(slots.block + goes_on, rows.blocks - 1)
+    begin = functools.partial(begin_block, context, block=first_open)
+    state = jax.lax.cond(jnp.any(goes_on), begin, lambda state: state, state)
+    writing = goes_on[:, 0] & ~state.finished if exact else jnp.zeros_like(wrote)
+    leaves = (ends | wrote[:, None]) & ~writing[:, None]
+    block = slots.block + leaves
+    return dataclasses.replace(
+        slots,
+        state=state,
+        block=block,
+        local=jnp.where(leaves, 0, slots.local + 1),
+        writing=writing,
+        active=slots.active & ~state.finished & (block < rows.blocks)[:, 0],
+    )
+
+
+def take_snapshot(slots: Slots) -> Snapshot:
+    """Packs what the host reads.
+
+    Args:
+        slots: the state of a lane.
+    """
+    state = slots.state
+    edits = slots.edits.astype(jnp.uint32) << 24
+    levels = jnp.stack([state.t, slots.confidence], axis=-1)
+    rows = [slots.block[:, 0] + slots.writing, state.forward_passes, slots.active, state.finite]
+    return Snapshot(
+        tokens=state.tokens.astype(jnp.uint32) | edits,
+        levels=jnp.floor(jnp.nan_to_num(levels) * 255).astype(jnp.uint8),
+        rows=jnp.stack([row.astype(jnp.int32) for row in rows], axis=-1),
+        top=slots.top,
+        top_tokens=slots.top_tokens,
+    )

@@ -1,0 +1,517 @@
+"""Engine of the server: a thread that fills slots and runs lanes.
+
+Two calls are in flight: while the host reads the states of one, the device runs the next. A row
+that ends is frozen on the device, and its slot is filled at the next call.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from xflow_jax.decoding import DecodeConfig, Rule, Snapshot
+from xflow_jax.errors import require
+from xflow_jax.lm import LM
+from xflow_jax.serving.lanes import DeviceLane, Lengths, RuleKind, make_kinds, make_lanes
+from xflow_jax.serving.metrics import Metrics
+from xflow_jax.serving.protocol import ApiError
+
+_LOG = logging.getLogger(__name__)
+
+CALL_SECONDS, MOST_PASSES = 0.05, 8  # a call takes about this long
+EDITS, IDS = 24, 0xFFFFFF  # parts of a snapshot's token
+SETTLED = 255  # level of t = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """Limits of an engine.
+
+    Attributes:
+        passes: steps of a call, or None for as many as take about CALL_SECONDS.
+        max_queue: most requests that wait for a slot.
+        timeout: seconds after which a request is given up.
+    """
+
+    passes: int | None = None
+    max_queue: int = 256
+    timeout: float = 300.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowState:
+    """State of a request after a call, arrays over its canvas.
+
+    Attributes:
+        version: number of the state, from 1.
+        tokens: token ids, int [n].
+        t, c: progress and confidence from 0 to 255, uint8 [n].
+        edits: re-edits modulo 256, uint8 [n].
+        blocks: finished blocks.
+        passes: forward passes.
+        final: positions from the start whose tokens stay.
+        top, top_tokens: the four likeliest tokens [n, 4], if the request needs them.
+    """
+
+    version: int
+    tokens: np.ndarray
+    t: np.ndarray
+    c: np.ndarray
+    edits: np.ndarray
+    blocks: int
+    passes: int
+    final: int
+    top: np.ndarray | None = None
+    top_tokens: np.ndarray | None = None
+
+
+class Ticket:
+    """A request in the engine.
+
+    The engine's thread writes it, and others read it.
+
+    Attributes:
+        prompt: token ids.
+        max_tokens: most tokens of the answer.
+        state: the latest state, or None before the first call.
+        finish_reason: "stop", "length" or "cancelled" at the end, else None.
+        end: tokens of the answer, known at the end.
+        error: the failure, if any.
+        created, started, settled, ended: times of time.monotonic, or None.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        label: str,
+        kind: RuleKind,
+        rule: Rule,
+        config: DecodeConfig,
+        max_tokens: int,
+        seed: int = 0,
+        repeat: int = 0,
+        needs_top: bool = False,
+        notify: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Makes a request that is not yet in the engine."""
+        self.number = next(self._numbers)
+        self.prompt, self.label, self.kind, self.rule = list(prompt), label, kind, rule
+        self.config, self.max_tokens = config, max_tokens
+        self.seed, self.repeat, self.needs_top, self.notify = seed, repeat, needs_top, notify
+        self.state: RowState | None = None
+        self.finish_reason: str | None = None
+        self.end = 0
+        self.error: ApiError | None = None
+        self.created = time.monotonic()
+        self.started: float | None = None
+        self.settled: float | None = None
+        self.ended: float | None = None
+        self.is_given_up = False
+        self.place: _Runtime | None = None
+        self.block_of = self._layout()
+
+    def _layout(self) -> np.ndarray:
+        """Returns the block of each position, as decoding.block_layout."""
+        size, before = self.config.block_length, 0
+        if self.config.block_causal:
+            before = len(self.prompt) % size
+        return (before + np.arange(self.config.gen_length)) // size
+
+    @property
+    def is_over(self) -> bool:
+        """True after the end or a failure."""
+        return self.finish_reason is not None or self.error is not None
+
+
+@dataclasses.dataclass
+class _Runtime:
+    """A lane with the requests in its slots."""
+
+    lane: DeviceLane
+    tickets: list[Ticket | None]
+    live: np.ndarray
+
+    def is_busy(self) -> bool:
+        return any(ticket is not None for ticket in self.tickets)
+
+
+@dataclasses.dataclass
+class _Call:
+    """A call in flight."""
+
+    runtime: _Runtime
+    snapshot: Snapshot
+    tickets: list[Ticket | None]
+    began: float
+
+
+class Engine:
+    """Runs requests in lanes.
+
+    `submit` and `cancel` may be called by any thread.
+
+    Attributes:
+        lm: the model.
+        kinds: kinds of rules, the default first.
+        lengths: lengths of the lanes.
+        options: limits.
+        metrics: counters and times.
+        is_ready: True once everything is compiled.
+        is_draining: True if no further request is accepted.
+        failure: the exception that ended the engine, or None.
+    """
+
+    def __init__(
+        self,
+        lm: LM,
+        rules: dict[str, Rule],
+        lengths: Lengths,
+        options: EngineOptions = EngineOptions(),
+        metrics: Metrics | None = None,
+    ) -> None:
+        """Makes the lanes. `start` compiles them."""
+        require(bool(rules), "the server needs at least one rule")
+        rows = lm.config.vocab_rows
+        require(rows <= IDS, f"the model has {rows} tokens, but the server takes at most {IDS}")
+        self.lm, self.lengths, self.options = lm, lengths, options
+        self.metrics = metrics or Metrics()
+        self.kinds = make_kinds(rules, lm)
+        self._runtimes = [
+            _Runtime(lane, [None] * lengths.slots, np.zeros(lengths.slots, bool))
+            for lane in make_lanes(lm, self.kinds, lengths)
+        ]
+        self._waiting: collections.deque[Ticket] = collections.deque()
+        self._calls: collections.deque[_Call] = collections.deque()
+        self._changed = threading.Condition()
+        self._stop = False
+        self._last_fetch: float | None = None
+        self.is_ready = self.is_draining = False
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._main, name="xflow-engine", daemon=True)
+
+    def describe(self) -> str:
+        """Returns the programs in words, for the start of a server."""
+        n, p = self.lengths.gen_lengths, self.lengths.prompt_lengths
+        lanes = f"{len(self._runtimes)} lane{'s' if len(self._runtimes) > 1 else ''}"
+        rules = ", ".join(kind.label for kind in self.kinds)
+        return (
+            f"{lanes} of {self.lengths.slots} slots: canvases {', '.join(map(str, n))}, "
+            f"prompts {', '.join(map(str, p))}, rules {rules}"
+        )
+
+    # --- other threads
+
+    def start(self) -> None:
+        """Compiles all programs, and starts the thread."""
+        for runtime in self._runtimes:
+            self._warm_up(runtime.lane)
+        self.is_ready = True
+        self._thread.start()
+
+    def submit(self, tickets: Sequence[Ticket]) -> None:
+        """Puts requests into the queue, all or none.
+
+        Args:
+            tickets: the requests.
+
+        Raises:
+            ApiError: if the queue is full, or the server is draining or dead.
+        """
+        for ticket in tickets:
+            ticket.place = self._runtime_of(ticket)
+        with self._changed:
+            if self.is_draining or self._stop or self.failure is not None:
+                raise ApiError("the server is shutting down", 503, code="draining")
+            waiting = len(self._waiting)
+            if waiting + len(tickets) > self.options.max_queue:
+                seconds = str(max(1, round(self._seconds_per_request() * waiting)))
+                raise ApiError(
+                    f"{waiting} requests are waiting, which is all that the queue holds: try again "
+                    f"in {seconds} s",
+                    429,
+                    code="queue_full",
+                    headers={"Retry-After": seconds},
+                )
+            self._waiting.extend(tickets)
+            self._changed.notify()
+
+    def cancel(self, ticket: Ticket, reason: str = "cancelled") -> None:
+        """Ends a request. Its slot is free at the next call.
+
+        Args:
+            ticket: the request.
+            reason: its finish_reason.
+        """
+        with self._changed:
+            if not ticket.is_over:
+                ticket.finish_reason, ticket.ended = reason, time.monotonic()
+            ticket.is_given_up = True
+            self._changed.notify()
+
+    def drain(self, seconds: float) -> bool:
+        """Refuses new requests, and waits for the others.
+
+        Args:
+            seconds: the longest time.
+
+        Returns:
+            True if all have ended.
+        """
+        self.is_draining = True
+        until = time.monotonic() + seconds
+        while self.count_running() + self.count_waiting() and time.monotonic() < until:
+            time.sleep(0.02)
+        return not self.count_running() + self.count_waiting()
+
+    def stop(self) -> None:
+        """Ends the thread. Requests that are left fail."""
+        with self._changed:
+            self._stop = True
+            self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        """True if the thread runs."""
+        return self._thread.is_alive() and self.failure is None
+
+    def count_running(self) -> int:
+        """Returns the number of requests in slots."""
+        return sum(t is not None for runtime in self._runtimes for t in runtime.tickets)
+
+    def count_waiting(self) -> int:
+        """Returns the number of requests in the queue."""
+        return len(self._waiting)
+
+    def _seconds_per_request(self) -> float:
+        slots = sum(len(runtime.tickets) for runtime in self._runtimes)
+        return self.metrics.mean_decode_seconds() / max(slots, 1)
+
+    def _runtime_of(self, ticket: Ticket) -> _Runtime:
+        """Returns the smallest lane for a request."""
+        for runtime in self._runtimes:
+            if runtime.lane.fits(ticket.kind, len(ticket.prompt), ticket.config):
+                return runtime
+        most = [max(values) for values in (self.lengths.prompt_lengths, self.lengths.gen_lengths)]
+        if ticket.config.gen_length <= most[1] and len(ticket.prompt) <= most[0]:
+            raise ApiError("the canvas takes more steps than positions", param="xflow.steps")
+        raise ApiError(
+            f"the prompt has {len(ticket.prompt)} tokens and the canvas {ticket.config.gen_length} "
+            f"positions, but the server has room for {most[0]} and {most[1]}",
+            code="context_length_exceeded",
+        )
+
+    # --- the engine's thread
+
+    def _warm_up(self, lane: DeviceLane) -> None:
+        """Compiles a lane's programs, and chooses the passes of a call."""
+        config = lane.lane.config
+        pad = self.lm.config.pad_id
+        row = lane.row([pad], lane.kind.rule, dataclasses.replace(config, trace=False), (0, 0))
+        live = np.ones(lane.lane.slots, bool)
+        lane.admit(0, row)
+        if self.options.passes is None:
+            np.asarray(lane.run(live).rows)
+            began = time.perf_counter()
+            np.asarray(lane.run(live).rows)
+            seconds = time.perf_counter() - began
+            lane.passes = int(np.clip(CALL_SECONDS / max(seconds, 1e-4), 1, MOST_PASSES))
+        else:
+            lane.passes = self.options.passes
+        lane.admit(0, row)
+        lane.run(live)
+        np.asarray(lane.run(~live).rows)
+
+    def _main(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._tick()
+        except BaseException as error:
+            _LOG.exception("the engine has failed")
+            self.failure = error
+        with self._changed:
+            left = [*self._waiting, *(t for r in self._runtimes for t in r.tickets if t)]
+            self._waiting.clear()
+        for ticket in left:
+            code = "draining" if self.failure is None else "engine_failed"
+            self._fail(ticket, ApiError("the server is shutting down", 503, code=code))
+
+    def _wait_for_work(self) -> bool:
+        """Waits until there is something to do. Returns False at the end."""
+        with self._changed:
+            while not (self._stop or self._waiting or self._calls or self._any_busy()):
+                self._last_fetch = None
+                self._changed.wait()
+            return not self._stop
+
+    def _any_busy(self) -> bool:
+        return any(runtime.is_busy() for runtime in self._runtimes)
+
+    def _tick(self) -> None:
+        """Fills slots, dispatches a call of each lane, reads older ones."""
+        self._drop_late()
+        dispatched = 0
+        for runtime in self._runtimes:
+            try:
+                self._fill(runtime)
+                if runtime.is_busy():
+                    self._dispatch(runtime)
+                    dispatched += 1
+            except Exception as error:
+                self._recover(runtime, error)
+        while len(self._calls) > dispatched:
+            self._read(self._calls.popleft())
+        self.metrics.set_load(self.count_running(), self.count_waiting())
+
+    def _drop_late(self) -> None:
+        """Ends requests that were given up, or that took too long."""
+        now, seconds = time.monotonic(), self.options.timeout
+        running = [t for r in self._runtimes for t in r.tickets if t is not None]
+        with self._changed:
+            for ticket in [*self._waiting, *running]:
+                if not ticket.is_over and now - ticket.created > seconds:
+                    ticket.error = ApiError(
+                        f"the request took more than {seconds:g} s", 504, code="timeout"
+                    )
+                    ticket.notify()
+            if any(t.is_over for t in self._waiting):
+                kept = [t for t in self._waiting if not t.is_over]
+                self._waiting.clear()
+                self._waiting.extend(kept)
+        for runtime in self._runtimes:
+            for slot, held in enumerate(runtime.tickets):
+                if held is not None and (held.is_over or held.is_given_up):
+                    self._free(runtime, slot)
+
+    def _fill(self, runtime: _Runtime) -> None:
+        """Puts waiting requests of a lane into its free slots."""
+        for slot, ticket in enumerate(runtime.tickets):
+            if ticket is not None:
+                continue
+            with self._changed:
+                fitting = (t for t in self._waiting if t.place is runtime)
+                found = next(fitting, None)
+                if found is None:
+                    return
+                self._waiting.remove(found)
+                runtime.tickets[slot] = found
+            found.started = time.monotonic()
+            self.metrics.queue_seconds.observe(found.started - found.created)
+            salts = (found.seed, found.repeat)
+            with self.metrics.time_program("admit"):
+                runtime.lane.admit(
+                    slot, runtime.lane.row(found.prompt, found.rule, found.config, salts)
+                )
+            runtime.live[slot] = True
+
+    def _dispatch(self, runtime: _Runtime) -> None:
+        now = time.monotonic()
+        if not self._calls and self._last_fetch is not None:
+            self.metrics.host_gap_seconds.observe(now - self._last_fetch)
+        snapshot = runtime.lane.run(runtime.live.copy())
+        self._calls.append(_Call(runtime, snapshot, list(runtime.tickets), now))
+
+    def _recover(self, runtime: _Runtime, error: Exception) -> None:
+        """Fails the rows of a lane, and makes its state anew."""
+        _LOG.error("a call on the device has failed: %s", error)
+        self._calls = collections.deque(c for c in self._calls if c.runtime is not runtime)
+        for slot, ticket in enumerate(runtime.tickets):
+            if ticket is not None:
+                failure = ApiError("the decode has failed on the device", 500, code="device_error")
+                self._fail(ticket, failure)
+                self._free(runtime, slot)
+        runtime.lane.reset()
+
+    def _fail(self, ticket: Ticket, error: ApiError) -> None:
+        if not ticket.is_over:
+            ticket.error, ticket.ended = error, time.monotonic()
+        ticket.notify()
+
+    def _free(self, runtime: _Runtime, slot: int) -> None:
+        runtime.tickets[slot], runtime.live[slot] = None, False
+
+    def _read(self, call: _Call) -> None:
+        """Fetches the states of a call, and gives each request its own."""
+        try:
+            arrays = [call.snapshot.tokens, call.snapshot.levels, call.snapshot.rows]
+            if any(t is not None and t.needs_top for t in call.tickets):
+                arrays += [call.snapshot.top, call.snapshot.top_tokens]
+            parts = [np.asarray(array) for array in arrays]
+        except Exception as error:
+            self._recover(call.runtime, error)
+            return
+        now = time.monotonic()
+        began = max(call.began, self._last_fetch or 0)
+        self._last_fetch = now
+        self.metrics.count_call(now - began, call.runtime.lane.passes)
+        for slot, ticket in enumerate(call.tickets):
+            if ticket is None or ticket is not call.runtime.tickets[slot] or ticket.is_over:
+                continue
+            if self._publish(ticket, [part[slot] for part in parts]):
+                self._free(call.runtime, slot)
+
+    def _publish(self, ticket: Ticket, parts: list[np.ndarray]) -> bool:
+        """Gives a request its new state. Returns True if it has ended."""
+        n, (packed, levels, row) = ticket.config.gen_length, parts[:3]
+        blocks, passes, active, finite = map(int, row)
+        tokens, old = (packed[:n] & IDS).astype(np.int32), ticket.state
+        t = levels[:n, 0]
+        is_final = ticket.block_of < blocks
+        if not ticket.rule.revises:
+            is_final |= t == SETTLED
+        final = n if not active or is_final.all() else int(np.argmin(is_final))
+        edits = (packed[:n] >> EDITS).astype(np.uint8)
+        top = [part[:n] for part in parts[3:]] if ticket.needs_top else []
+        version = 1 if old is None else old.version + 1
+        state = RowState(version, tokens, t, levels[:n, 1], edits, blocks, passes, final, *top)
+        self._count(ticket, old, state)
+        ticket.state = state
+        now = time.monotonic()
+        if ticket.settled is None and (final or (t == SETTLED).any()):
+            ticket.settled = now
+            self.metrics.first_settled_seconds.observe(now - ticket.created)
+        if not finite:
+            message = "the model's logits are NaN or infinite"
+            self._fail(ticket, ApiError(message, 500, code="not_finite"))
+            return True
+        eos = np.flatnonzero(np.isin(tokens[:final], self.lm.config.stop_ids))
+        end = min(int(eos[0]) if eos.size else n, ticket.max_tokens)
+        is_over = bool(eos.size) or final >= ticket.max_tokens or not active
+        with self._changed:  # a reader may give it up at the same time
+            if is_over and not ticket.is_over:
+                stopped = eos.size and int(eos[0]) < ticket.max_tokens
+                ticket.end, ticket.ended = end, now
+                ticket.finish_reason = "stop" if stopped else "length"
+                self.metrics.end_to_end_seconds.observe(now - ticket.created)
+        ticket.notify()
+        return is_over
+
+    def _count(self, ticket: Ticket, old: RowState | None, new: RowState) -> None:
+        """Counts passes and re-edits."""
+        edits = int(new.edits.sum()) if old is None else int((new.edits - old.edits).sum())
+        self.metrics.count_row(new.passes - (0 if old is None else old.passes), edits)
+
+
+def count_compilations(counter: Callable[[], None]) -> None:
+    """Calls a function at every compilation of this process from now on.
+
+    Args:
+        counter: the function.
+    """
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event.endswith("backend_compile_duration"):
+            counter()
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
