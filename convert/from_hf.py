@@ -38,6 +38,7 @@ from xflow_jax.checkpoints import (
     resolve_mask_id,
 )
 from xflow_jax.errors import UserError
+from xflow_jax.input_files import is_cloud, open_regular, to_path
 from xflow_jax.models import SCALE, abstract_params, abstract_weights, build, shardings
 from xflow_jax.parallel import make_mesh
 
@@ -68,7 +69,7 @@ def convert(
     Raises:
         UserError: for unsuitable input, before anything is written, and for errors of the disk.
     """
-    refuse_existing(Path(dst))
+    refuse_existing(to_path(dst))
     directory = find_hf_directory(src)
     if is_checkpoint(directory):
         raise UserError(
@@ -94,7 +95,7 @@ def convert(
     placement: dict[str, jax.sharding.Sharding] = {}
     if mesh is not None:
         placement = flatten_dict(shardings(abstract, make_mesh(mesh), config.family), sep="/")
-    with destination_lock(Path(dst)):
+    with destination_lock(to_path(dst)):
         files = [*source.files, directory / CONFIG_FILE]
         provenance = {"source": _source_name(src), "files": _hashes(files), "dtype": dtype}
         record = make_record(config, provenance, leaves, mapping.variant, _dtypes(source, mapping))
@@ -155,7 +156,8 @@ def _on_cpu() -> contextlib.AbstractContextManager[Any]:
 
 def _source_name(src: str | Path) -> str:
     """Returns the name on the hub, or a path's last part."""
-    path = Path(src).expanduser()
+    path = to_path(src)
+    path = path if is_cloud(path) else path.expanduser()
     return path.resolve().name if path.exists() else str(src)
 
 
@@ -172,7 +174,7 @@ def _hashes(files: list[Path]) -> dict[str, str]:
     with _progress_bar("hashing", sum(file.stat().st_size for file in files)) as bar:
         for file in files:
             digest = hashlib.sha256()
-            with file.open("rb") as f:
+            with open_regular(file) as f:
                 while block := f.read(HASH_BLOCK):
                     digest.update(block)
                     bar.update(len(block))

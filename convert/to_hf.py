@@ -23,6 +23,7 @@ from xflow_jax.checkpoints import (
     write_tensors,
 )
 from xflow_jax.errors import UserError, require
+from xflow_jax.input_files import is_cloud, to_path
 
 DTYPES = ("source", "bfloat16", "float32")
 
@@ -44,7 +45,8 @@ def convert(
     Raises:
         UserError: for unsuitable input, such as int8, and for errors of the disk.
     """
-    src, dst = Path(src).expanduser(), Path(dst)
+    src, dst = to_path(src), to_path(dst)
+    src = src if is_cloud(src) else src.expanduser()
     refuse_existing(dst)
     if not is_checkpoint(src):
         state = "not a converted checkpoint" if src.is_dir() else "there is no such directory"

@@ -20,6 +20,7 @@ from train.run import Run
 from train.setup import export, run_program
 from xflow_jax.errors import require
 from xflow_jax.evaluation import fingerprint, plot_alignment
+from xflow_jax.input_files import to_path
 from xflow_jax.lm import load, read_model_config, read_tasks
 from xflow_jax.models import merge
 from xflow_jax.parallel import batch_sharding, make_mesh
@@ -234,9 +235,11 @@ def _finish(
     if tasks := read_tasks(directory):  # the model still answers those of its source
         made_by["tasks"] = list(tasks)
     made_by["config"] = dataclasses.asdict(config)
-    export(Path(config.out) / folder, params, model_config, directory, made_by, config.export_dtype)
+    export(
+        to_path(config.out) / folder, params, model_config, directory, made_by, config.export_dtype
+    )
     if run.first_process:
-        plot_alignment(run.metrics(), Path(config.out) / "alignment.png")
+        plot_alignment(run.metrics(), to_path(config.out) / "alignment.png")
 
 
 if __name__ == "__main__":

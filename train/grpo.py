@@ -47,6 +47,7 @@ from xflow_jax.evaluation import (
     open_answers,
     plot_policy_steps,
 )
+from xflow_jax.input_files import to_path
 from xflow_jax.lm import LM, load
 from xflow_jax.parallel import make_mesh, multihost
 from xflow_jax.tasks import Task, get_task
@@ -100,7 +101,7 @@ def main(path: str, overrides: list[str]) -> None:
 
 def _write_policy(config: GrpoConfig, policy: Policy) -> None:
     """Writes and plots the policy."""
-    out = Path(config.out)
+    out = to_path(config.out)
     options = dataclasses.asdict(config)
     # The same run has the same bytes in every folder.
     for place in ("out", "solved"):
@@ -295,7 +296,7 @@ def select_problems(config: GrpoConfig, task: Task, lm: LM) -> list[object]:
 
 
 def _data_file(config: GrpoConfig) -> Path | None:
-    return None if config.data is None else Path(config.data)
+    return None if config.data is None else to_path(config.data)
 
 
 if __name__ == "__main__":

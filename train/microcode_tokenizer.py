@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from xflow_jax.checkpoints import write_atomic
+from xflow_jax.checkpoints import make_directory, write_atomic
 from xflow_jax.errors import UserError, disk_errors
+from xflow_jax.input_files import to_path
 from xflow_jax.tasks import microcode
 
 SAMPLES = 20_000
@@ -81,7 +81,7 @@ def main(directory: str) -> None:
     Args:
         directory: the destination. It is made if necessary.
     """
-    out = Path(directory)
+    out = to_path(directory)
     tokenizer = build()
     names = {
         "bos_token": "<|startoftext|>",
@@ -96,7 +96,7 @@ def main(directory: str) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
+        make_directory(out)
     write_atomic(out / "tokenizer.json", tokenizer.to_str(pretty=True))
     write_atomic(out / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
     write_atomic(out / "special_tokens_map.json", json.dumps(names, indent=2) + "\n")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -21,6 +20,7 @@ from train.run import Run
 from train.setup import export, run_program
 from xflow_jax.decoding import MaskPrediction, generate
 from xflow_jax.errors import UserError, require
+from xflow_jax.input_files import to_path
 from xflow_jax.lm import LM
 from xflow_jax.models import LLaDAConfig, build, init_params
 from xflow_jax.sandbox import run_many
@@ -259,7 +259,7 @@ def train(config: PretrainConfig) -> None:
                 **({"tasks": config.tasks} if config.tasks[1:] else {"task": config.tasks[0]}),
                 "config": dataclasses.asdict(config),
             }
-            folder = Path(config.out) / "hf"
+            folder = to_path(config.out) / "hf"
             export(
                 folder, state.params, model.config, config.tokenizer, made_by, config.export_dtype
             )

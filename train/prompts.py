@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xflow_jax.checkpoints import download_from_hub
-from xflow_jax.errors import UserError, require
-from xflow_jax.input_files import open_regular
+from xflow_jax.errors import UserError, disk_errors, require
+from xflow_jax.input_files import is_cloud, object_sizes, open_regular, to_path
 from xflow_jax.training import read_records
 
 FORMATS = (".jsonl", ".parquet")
@@ -41,7 +41,9 @@ def read_conversations(name: str) -> Iterator[list[dict[str, str]]]:
 def _find_files(name: str) -> list[Path]:
     """Returns the files of a data set."""
     try:
-        path = Path(name).expanduser()
+        path = to_path(name).expanduser()
+        if is_cloud(path):
+            return _find_objects(path)
         if path.is_file():
             return [path]
         is_folder = path.is_dir()
@@ -53,13 +55,23 @@ def _find_files(name: str) -> list[Path]:
     return files
 
 
+def _find_objects(path: Path) -> list[Path]:
+    """Returns an object, or the files in a folder of object storage."""
+    if path.suffix in FORMATS:
+        return [path]
+    with disk_errors(path, reading=True):
+        names = [name for name in object_sizes(path) if name.endswith(FORMATS)]
+    require(bool(names), f"{path}: there is no {' or '.join(FORMATS)} file in it")
+    return [path / name for name in names]
+
+
 def _list_folder(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix in FORMATS and file.is_file())
 
 
 def _download(name: str) -> list[Path]:
     """Downloads a data set OWNER/NAME of the hub."""
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or Path(name).suffix in FORMATS:
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or name.endswith(FORMATS):
         raise UserError(f"{name}: there is no such file")
     patterns = [f"*{suffix}" for suffix in FORMATS]
     return _list_folder(download_from_hub(name, "dataset", "file", patterns))

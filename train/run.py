@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,11 +21,15 @@ from train.event_file import EventFile
 from train.state_store import StateStore
 from xflow_jax.checkpoints import (
     append_text,
+    close_text,
+    exists,
     folder_lock,
     locked_by_first_process,
+    require_orbax,
     write_atomic,
 )
 from xflow_jax.errors import UserError, require
+from xflow_jax.input_files import absolute, is_cloud
 from xflow_jax.parallel import multihost
 from xflow_jax.training import BatchIterator, read_records
 from xflow_jax.types import PyTree
@@ -62,7 +65,8 @@ class Run:
     bar: tqdm
 
     def __init__(self, folder: str | Path, seed: int, keep: int = 2):
-        self.folder, self.seed = Path(folder).absolute(), seed
+        require_orbax(folder)
+        self.folder, self.seed = absolute(folder), seed
         self.first_process = multihost.is_first_process()
         self.metrics_file = self.folder / "metrics.jsonl"
         self.stopped = False
@@ -72,7 +76,7 @@ class Run:
             stack.enter_context(locked_by_first_process(folder_lock(self.folder)))
             self.store = stack.enter_context(StateStore(self.folder / "checkpoints", keep))
             self._drop_metrics()
-            if self.first_process:
+            if self.first_process and not is_cloud(self.folder):  # tensorboardX writes to disks
                 first = 0 if self.latest is None else self.latest + 1
                 self._events = EventFile(self.folder / "tensorboard", first)
                 stack.callback(self._events.close)
@@ -87,6 +91,8 @@ class Run:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self.first_process and error is None:
+            close_text(self.metrics_file)
         self._stack.__exit__(kind, error, traceback)
 
     @property
@@ -159,8 +165,9 @@ class Run:
             f"{self.folder}: the loss is {loss} at step {step}, so the training has diverged. "
             "Start anew with a smaller learning rate.",
         )
-        if self._events is not None:
+        if self.first_process:
             append_text(self.metrics_file, json.dumps({"step": step, **values}) + "\n")
+        if self._events is not None:
             self._events.add(step, values)
 
     def metrics(self) -> list[dict[str, float]]:
@@ -223,7 +230,7 @@ class Run:
 
     def _drop_metrics(self) -> None:
         """Removes the metrics of steps after the last checkpoint from the file."""
-        if not self.first_process or not os.path.lexists(self.metrics_file):
+        if not self.first_process or not exists(self.metrics_file):
             return
         last = -1 if self.latest is None else self.latest
         kept = [m for m in self.metrics() if m["step"] <= last]

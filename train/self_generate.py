@@ -20,14 +20,14 @@ from tqdm import tqdm
 
 from train.prompts import read_conversations
 from train.setup import run_program
-from xflow_jax.checkpoints import append_text, destination_lock, write_atomic
+from xflow_jax.checkpoints import append_text, close_text, destination_lock, write_atomic
 from xflow_jax.decoding import Rule, generate, make_decode_config, parse_rule
 from xflow_jax.errors import UserError, require
 from xflow_jax.evaluation import fingerprint
-from xflow_jax.input_files import read_json, read_json_object
+from xflow_jax.input_files import read_json, read_json_object, to_path
 from xflow_jax.lm import LM, load, read_model_config
 from xflow_jax.models import build
-from xflow_jax.parallel import make_mesh
+from xflow_jax.parallel import MERGE, WHOLE, Shard, make_mesh, parse_shard
 from xflow_jax.sandbox import run_many
 from xflow_jax.tasks import NAMES, Task, get_task
 from xflow_jax.tokenizer import chat_ids, load_tokenizer
@@ -36,7 +36,7 @@ from xflow_jax.training import read_lines, read_records
 from xflow_jax.types import Tokenizer
 
 # Keys that may differ between the calls of one run.
-FREE = ("out", "limit", "batch_size", "mesh")
+FREE = ("out", "limit", "batch_size", "mesh", "shard")
 WEIGHTS = "weights"  # key of the model's fingerprint in the description of a run
 
 
@@ -62,6 +62,8 @@ class SelfGenerateConfig:
         seed: seed of the noise and of a task's requests.
         dtype: dtype of the computation.
         mesh: sizes of data, fsdp and tensor of each process's own devices, or empty for one device.
+        shard: share of an independent worker as i/n, or "auto" (`parallel.parse_shard`). Each
+            worker writes its own file. "merge" makes `out` of all of them, and what they lack.
 
     Raises:
         UserError: if a value is out of range.
@@ -82,6 +84,7 @@ class SelfGenerateConfig:
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     mesh: str = ""
+    shard: str = ""
 
     def __post_init__(self) -> None:
         for name in ("gen_length", "batch_size"):
@@ -211,13 +214,20 @@ def main(path: str, overrides: list[str]) -> None:
         config.block_length or None,
     )
     mesh = make_mesh(config.mesh, jax.local_devices()) if config.mesh else None
-    out = _own_file(Path(config.out))
-    own = {i: ids for i, ids in prompts.items() if i % jax.process_count() == jax.process_index()}
+    merges = config.shard == MERGE
+    share = parse_shard("" if merges else config.shard)
+    if share == WHOLE and not merges:
+        share = Shard(jax.process_index(), jax.process_count())
+    out = to_path(config.out) if merges else _own_file(to_path(config.out), share)
+    own = {i: ids for i, ids in prompts.items() if share.takes(i)}
     with destination_lock(out):  # each process has its own file and its own lock
         done = _resume(out, config, own)
+        if merges:
+            done |= _take_shards(out, config, own, done)
         lm = load(directory, dtype=config.dtype, mesh=mesh)
         _check_weights(out, config, lm)
         _generate(config, lm, own, done, out)
+        close_text(out)
     print(f"{out}: {len(own)} responses")
 
 
@@ -269,17 +279,15 @@ def _decode(
     return out.tokens.tolist()[: len(rows)], (out.texts or [])[: len(rows)]
 
 
-def _own_file(out: Path) -> Path:
+def _own_file(out: Path, share: Shard) -> Path:
     """Returns the file that this process writes.
 
     Raises UserError for files of another number of processes, because prompts would be answered
     twice.
     """
-    count = jax.process_count()
-    own = out
-    if count > 1:
-        own = out.with_suffix(f".{jax.process_index():05d}-of-{count:05d}{out.suffix}")
-    shards = list(out.parent.glob(f"{out.stem}.?????-of-?????{out.suffix}"))
+    count = share.count
+    own = out if count == 1 else out.with_suffix(f".{share.name}{out.suffix}")
+    shards = _shard_files(out)
     others = [file for file in shards if count == 1 or not file.stem.endswith(f"-of-{count:05d}")]
     others += [out] if count > 1 and out.exists() else []
     if others:
@@ -288,6 +296,31 @@ def _own_file(out: Path) -> Path:
             "out, or remove the file."
         )
     return own
+
+
+def _shard_files(out: Path) -> list[Path]:
+    """Returns the files of several processes or workers."""
+    return sorted(out.parent.glob(f"{out.stem}.?????-of-?????{out.suffix}"))
+
+
+def _take_shards(
+    out: Path, config: SelfGenerateConfig, prompts: Mapping[int, list[int]], done: set[int]
+) -> set[int]:
+    """Appends the responses of the workers, in the order of a single process."""
+    lines: dict[int, str] = {}
+    about, weights = out.with_suffix(".about.json"), {}
+    for file in _shard_files(out):
+        _read_indices(file, config, prompts)  # checks its configuration and its prompts
+        lines |= {json.loads(line)["index"]: line for line in read_lines(file)}
+        weights[read_json_object(file.with_suffix(".about.json")).get(WEIGHTS)] = file
+    if not lines:
+        raise UserError(f"{out}: no file of a worker is beside it. Run with shard=i/n before.")
+    if len(weights) > 1:
+        raise UserError(f"{' and '.join(map(str, weights.values()))} were made with other weights")
+    write_atomic(about, json.dumps({**read_json_object(about), WEIGHTS: [*weights][0]}) + "\n")
+    new = sorted(lines.keys() - done, key=lambda i: (len(prompts[i]), i))
+    append_text(out, "".join(lines[i] + "\n" for i in new))
+    return set(new)
 
 
 def _check_weights(out: Path, config: SelfGenerateConfig, lm: LM) -> None:
@@ -310,12 +343,25 @@ def _resume(out: Path, config: SelfGenerateConfig, prompts: Mapping[int, list[in
     It removes a line that a crash cut off, and raises UserError for the file of another run or of
     other prompts.
     """
-    made_by = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
-    about = out.with_suffix(".about.json")
     if not out.exists():
-        write_atomic(about, json.dumps(made_by, indent=2) + "\n")
+        about = json.dumps(_made_by(config), indent=2) + "\n"
+        write_atomic(out.with_suffix(".about.json"), about)
         write_atomic(out, "")
         return set()
+    done = _read_indices(out, config, prompts)
+    write_atomic(out, "".join(line + "\n" for line in read_lines(out)))
+    return done
+
+
+def _made_by(config: SelfGenerateConfig) -> dict[str, object]:
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
+
+
+def _read_indices(
+    out: Path, config: SelfGenerateConfig, prompts: Mapping[int, list[int]]
+) -> set[int]:
+    """Returns the indices in a file. Raises UserError for that of another run or other prompts."""
+    made_by, about = _made_by(config), out.with_suffix(".about.json")
     before = read_json(about) if about.exists() else None
     if isinstance(before, dict):  # earlier versions had no rules
         before = {"rule": SelfGenerateConfig.rule} | before
@@ -333,7 +379,6 @@ def _resume(out: Path, config: SelfGenerateConfig, prompts: Mapping[int, list[in
                 f"{where}: the prompts have changed since. Choose another out, or remove the file."
             )
         done.add(line["index"])
-    write_atomic(out, "".join(line + "\n" for line in read_lines(out)))
     return done
 
 

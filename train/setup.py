@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
-from xflow_jax.checkpoints import save_params, write_atomic, write_hf
+from xflow_jax.checkpoints import delete_directory, exists, save_params, write_atomic, write_hf
 from xflow_jax.cli import run_process
 from xflow_jax.models import abstract_params, build
 from xflow_jax.parallel import find_devices, multihost
@@ -44,8 +43,8 @@ def export(
     params = jax.jit(lambda tree: jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like))(params)
     provenance = json.dumps(made_by, indent=2, default=str) + "\n"
     if jax.process_count() > 1:
-        if multihost.is_first_process() and folder.exists():
-            shutil.rmtree(folder)
+        if multihost.is_first_process() and exists(folder):
+            delete_directory(folder)
         multihost_utils.sync_global_devices("export")
         save_params(folder, params, config, tokenizer_dir, made_by)
         if multihost.is_first_process():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +15,17 @@ import orbax.checkpoint as ocp
 from xflow_jax.checkpoints import (
     CHECKSUM_FILE,
     ORBAX_METADATA,
+    delete_directory,
+    exists,
     find_damage,
+    make_directory,
+    move_directory,
     quiet_orbax,
     release_tasks,
     write_checksums,
 )
 from xflow_jax.errors import UserError, disk_errors
+from xflow_jax.input_files import is_cloud
 from xflow_jax.parallel import multihost, path_name
 from xflow_jax.types import PyTree
 
@@ -55,7 +59,7 @@ class StateStore:
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(quiet_orbax())
         with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)  # Orbax would accept a file in its place
+            make_directory(folder)  # Orbax would accept a file in its place
             multihost.broadcast_from_first(self._remove_damaged)
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
@@ -158,7 +162,10 @@ class StateStore:
     def _add_checksums(self) -> None:
         """Writes the checksums into a checkpoint before it gets its name."""
         if multihost.is_first_process():
-            for directory in self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+            pattern = f"{self._saving}.orbax-checkpoint-tmp*"
+            if is_cloud(self.folder):  # it has its name, and its last file follows
+                pattern = f"{self._saving}"
+            for directory in self.folder.glob(pattern):
                 write_checksums(directory, CHECKSUM_FILE, [ORBAX_METADATA])
 
     def _remove_damaged(self) -> None:
@@ -188,10 +195,10 @@ class StateStore:
         """Moves a damaged checkpoint away, with a warning."""
         directory = self.folder / str(step)
         aside = self.folder.with_name("damaged") / str(step)
-        if aside.exists():
-            shutil.rmtree(aside)
-        aside.parent.mkdir(exist_ok=True)
-        directory.rename(aside)
+        if exists(aside):
+            delete_directory(aside)
+        make_directory(aside.parent)
+        move_directory(directory, aside)
         print(
             f"warning: {directory}: {damage}. It was moved to {aside}, and the run continues from "
             "the checkpoint before it.",

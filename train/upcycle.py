@@ -10,7 +10,6 @@ for their effect.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from train.setup import export, run_program
 from xflow_jax.checkpoints import refuse_existing
 from xflow_jax.errors import UserError, check_seed, require
+from xflow_jax.input_files import to_path
 from xflow_jax.lm import load, read_model_config
 from xflow_jax.models import LLaDA2Config, LLaDAConfig, build, init_params
 from xflow_jax.types import Params
@@ -126,7 +126,7 @@ def main(model: str, rest: list[str]) -> None:
         "--seed", type=int, default=0, metavar="N", help="seed of the routers (default: 0)"
     )
     arguments = parser.parse_args(rest)
-    refuse_existing(Path(arguments.out))
+    refuse_existing(to_path(arguments.out))
     check_seed(arguments.seed, "--seed")
     require(arguments.experts <= MOST_EXPERTS, f"--experts must be at most {MOST_EXPERTS}")
     directory, config = read_model_config(model)
@@ -138,7 +138,7 @@ def main(model: str, rest: list[str]) -> None:
         load(directory).params, config, arguments.experts, jax.random.key(arguments.seed)
     )
     made_by = {"command": "python -m train.upcycle", "model": model, **vars(arguments)}
-    export(Path(arguments.out), params, made, directory, made_by, "float32")
+    export(to_path(arguments.out), params, made, directory, made_by, "float32")
 
 
 if __name__ == "__main__":

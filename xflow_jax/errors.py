@@ -8,11 +8,12 @@ import operator
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import SupportsIndex, cast
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 MOST_SEED = 2**32 - 1  # JAX drops further bits of a seed without 64-bit types
+# Packages whose errors are those of object storage or of the network to it.
+_STORAGE = ("gcsfs", "google", "s3fs", "botocore", "aiobotocore", "aiohttp")
 _LONGEST = 1200  # characters of a message
 _HEAD, _TAIL = 800, 300
 # Control characters, which a terminal obeys, marks that reorder text, and halves of surrogates.
@@ -43,26 +44,43 @@ def require(condition: bool, message: str) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(path: str | Path, note: str = "") -> Iterator[None]:
-    """Converts errors of the disk into a UserError.
+def disk_errors(
+    path: str | os.PathLike[str], note: str = "", reading: bool = False
+) -> Iterator[None]:
+    """Converts errors of the disk, or of object storage, into a UserError.
 
     Args:
-        path: the destination, for the message.
+        path: the place, for the message.
         note: a text to add to the message, about the state of the work.
+        reading: True if the place is read, not written.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
+        if "://" in os.fspath(path) and (reason := _storage_error(error)):
+            verb = "read" if reading else "written"
+            raise UserError(f"{path}: cannot be {verb}: {reason}{note}") from error
         number = _system_error(error)
-        if number is None:
+        if number is None or reading:
             raise
         if number in _DISK_FULL:
             reason = "the disk is full"
         else:
             reason = f"cannot be written: {os.strerror(number)}"
         raise UserError(f"{path}: {reason}{note}") from error
+
+
+def _storage_error(error: BaseException) -> str | None:
+    """Returns the reason behind an error of object storage, or None for another error."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such object"
+    origin = type(error).__module__.partition(".")[0]
+    if origin not in _STORAGE and not isinstance(error, OSError):
+        # tensorstore raises ValueErrors with the status of the request.
+        return "the storage refuses" if re.search(r"HTTP response code: \d+", str(error)) else None
+    return printable(str(error).strip().split("\n")[0][:200]) or type(error).__name__
 
 
 def _system_error(error: BaseException) -> int | None:

@@ -27,7 +27,7 @@ from xflow_jax.checkpoints import (
     resolve_stop_ids,
 )
 from xflow_jax.errors import UserError, describe
-from xflow_jax.input_files import read_json_object
+from xflow_jax.input_files import is_cloud, read_json_object, to_path
 from xflow_jax.models import INT8, build, check_heads, compute_dtype, is_quantized
 from xflow_jax.parallel import (
     batch_sharding,
@@ -232,7 +232,7 @@ def _find_model(path: str | Path) -> Path:
     if name in BUNDLED:
         return BUNDLED[name]
     near = difflib.get_close_matches(name, BUNDLED, n=1, cutoff=0.7)
-    if near and not Path(name).exists():
+    if near and not is_cloud(name) and not to_path(name).exists():
         raise UserError(f"there is no model {name!r}. Did you mean {near[0]}?")
     return find_hf_directory(path)
 
@@ -301,11 +301,11 @@ def load(
         )
     read = load_params if is_checkpoint(directory) else read_hf_params
     config, params = read(directory, dtype, mesh)
-    config = resolve_stop_ids(resolve_mask_id(config, Path(directory), mask_id), Path(directory))
+    config = resolve_stop_ids(resolve_mask_id(config, directory, mask_id), directory)
     float_dtype = compute_dtype(dtype)
     model = build(config, float_dtype, param_dtype=float_dtype)
     tokenizer = load_tokenizer(directory)
-    return LM(model, config, params, tokenizer, mesh, read_tasks(Path(directory)))
+    return LM(model, config, params, tokenizer, mesh, read_tasks(directory))
 
 
 def read_tasks(directory: Path) -> tuple[str, ...]:

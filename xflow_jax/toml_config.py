@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 from xflow_jax.errors import UserError, check_seed, describe, require
-from xflow_jax.input_files import parse_toml, read_toml
+from xflow_jax.input_files import parse_toml, read_toml, to_path
 
 
 class _Dataclass(Protocol):
@@ -80,7 +80,7 @@ def coerce(value: object, hint: object) -> Any:
             raise TypeError("a finite number")
         return float(value)
     elif hint is Path and isinstance(value, str):
-        return Path(value)
+        return to_path(value)
     elif origin is None and isinstance(hint, type) and isinstance(value, hint):
         if hint is int and isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise TypeError("an integer of at most 64 bits")

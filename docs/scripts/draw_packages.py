@@ -37,7 +37,6 @@ BEFORE = {
 }
 NAMES = {"__init__": "xflow_jax", "lm": "lm.py", "errors": "errors.py", "types": "types.py"}
 NAMES |= {"toml_config": "toml_config.py"}
-NAMES |= {"input_files": "input_files.py"}
 HIDDEN = ("__main__",)  # a line that forwards to another module
 BOX, GAP, LANE, ROW, WIDTH = (124, 34), 18, 8, 92, 760
 

@@ -1,6 +1,7 @@
 """Atomic writes: results are built beside their destination and renamed when complete.
 
-Errors of the disk become UserErrors.
+Object storage renames nothing in one step. There, files are uploaded when they are complete, and
+the file that makes a directory a model comes last. Errors of the disk become UserErrors.
 """
 
 from __future__ import annotations
@@ -10,19 +11,48 @@ import ctypes
 import gc
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from xflow_jax.checkpoints.run_lock import destination_lock
+from xflow_jax.checkpoints.run_lock import RunLock, destination_lock
 from xflow_jax.errors import UserError, disk_errors
-from xflow_jax.input_files import file_inside
+from xflow_jax.input_files import (
+    append_object,
+    delete_folder,
+    delete_object,
+    download,
+    file_inside,
+    is_cloud,
+    merge_pieces,
+    move_folder,
+    object_exists,
+    object_sizes,
+    to_path,
+    upload,
+    write_object,
+)
 
 _LARGE_ARRAY = 2**24  # bytes
 
 
+# Files that come last in a directory in object storage. The first completes a Hugging Face model.
+# The second completes a converted checkpoint.
+MARKERS = ("config.json", "files.json")
+CONVERTED = "_CHECKPOINT_METADATA"
+
+
 def refuse_existing(path: Path) -> None:
-    """Raises UserError if the destination exists."""
-    if os.path.lexists(path):
+    """Raises UserError if the destination exists.
+
+    In object storage, a directory that a killed program left incomplete does not count.
+    """
+    if is_cloud(path):
+        with disk_errors(path):
+            exists = object_exists(path) and (not _is_left_over(path) or _is_complete(path))
+    else:
+        exists = os.path.lexists(path)
+    if exists:
         lock = destination_lock(path)
         if lock.file.exists():  # perhaps of a program that was killed after its last rename
             with contextlib.suppress(UserError), lock:
@@ -30,8 +60,53 @@ def refuse_existing(path: Path) -> None:
         raise UserError(f"{path}: the destination exists. Choose another one, or delete it.")
 
 
+def _is_complete(path: Path) -> bool:
+    """Returns True if a directory in object storage has its last file."""
+    model, checkpoint = MARKERS
+    return object_exists(path / model) or (
+        object_exists(path / checkpoint) and object_exists(path / CONVERTED)
+    )
+
+
+def _is_left_over(path: Path) -> bool:
+    """Returns True if a killed program left its lock on a place in object storage."""
+    return destination_lock(path).file.exists()
+
+
+def exists(path: Path) -> bool:
+    """Returns True if there is anything at a place, also a link to nothing."""
+    return object_exists(path) if is_cloud(path) else os.path.lexists(path)
+
+
+def delete_directory(path: Path) -> None:
+    """Deletes a directory and all below it. Errors are ignored on a disk."""
+    if is_cloud(path):
+        delete_folder(path)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def move_directory(source: Path, target: Path) -> None:
+    """Moves a directory to a place that is free."""
+    if is_cloud(source):
+        move_folder(source, target)
+    else:
+        source.rename(target)
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory and its parents. Object storage needs none."""
+    if not is_cloud(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def partial_path(path: Path) -> Path:
-    """Returns the place where a destination is built before it is renamed."""
+    """Returns the place where a destination is built before it is renamed.
+
+    In object storage this is the destination itself, which is complete with one of MARKERS.
+    """
+    if is_cloud(path):
+        return path
     return path.with_name(path.name + ".partial")
 
 
@@ -63,6 +138,10 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     with disk_errors(path), destination_lock(path) as lock:
         if not replace:
             refuse_existing(path)
+        if is_cloud(path):
+            with _uploaded_directory(path, replace, lock) as partial:
+                yield partial
+            return
         for left in (partial, replaced_path(path)):
             if os.path.lexists(left) and not lock.inherited:
                 raise UserError(
@@ -80,6 +159,33 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
             raise
         finally:
             lock.keeps_file = any(map(os.path.lexists, (partial, replaced_path(path))))
+
+
+@contextlib.contextmanager
+def _uploaded_directory(path: Path, replace: bool, lock: RunLock) -> Iterator[Path]:
+    """Builds a directory on the disk and uploads it, with its marker last.
+
+    An earlier directory loses its marker first, so that a mixture never counts as complete.
+    """
+    with tempfile.TemporaryDirectory(prefix="xflow-upload-") as folder:
+        partial = Path(folder) / path.name
+        partial.mkdir()
+        yield partial
+        lock.keeps_file = True
+        before = object_sizes(path)
+        if before and not replace and not lock.inherited:
+            raise UserError(f"{path}: the destination exists. Choose another one, or delete it.")
+        for name in sorted(before, key=_after_markers):
+            delete_object(path / name)
+        names = [str(file.relative_to(partial)) for file in partial.rglob("*") if file.is_file()]
+        for name in sorted(names, key=_after_markers, reverse=True):
+            upload(partial / name, path / name)
+        lock.keeps_file = False
+
+
+def _after_markers(name: str) -> tuple[bool, str]:
+    """Sorts the markers before all other files."""
+    return name not in MARKERS, name
 
 
 def _delete(directory: Path) -> None:
@@ -117,13 +223,23 @@ def matching_files(source: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def copy_files(source: Path, target: Path, patterns: Sequence[str]) -> None:
-    """Copies the files that match one of the patterns.
+    """Copies the files that match one of the patterns, on disks or in object storage.
 
     Raises:
         UserError: if one is a link that leaves the source.
     """
     for file in matching_files(source, patterns):
-        shutil.copyfile(file, target / file.name)
+        copy_file(file, target / file.name)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a small file, on disks or in object storage."""
+    if is_cloud(target):
+        write_object(target, source.read_bytes())
+    elif is_cloud(source):
+        download(source, target)
+    else:
+        shutil.copyfile(source, target)
 
 
 def release_memory(size: int) -> None:
@@ -153,8 +269,12 @@ def write_atomic(path: Path, text: str) -> None:
     Raises:
         UserError: if it cannot be written.
     """
-    with disk_errors(path), atomic_file(path) as temporary:
-        temporary.write_bytes(text.encode())
+    with disk_errors(path):
+        if is_cloud(path):
+            write_object(to_path(path), text.encode())
+            return
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(text.encode())
 
 
 @contextlib.contextmanager
@@ -165,8 +285,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
         path: the file.
 
     Yields:
-        The temporary file to write.
+        The temporary file to write, on a disk.
     """
+    if is_cloud(path):
+        with tempfile.TemporaryDirectory(prefix="xflow-upload-") as folder:
+            yield Path(folder) / path.name
+            upload(Path(folder) / path.name, to_path(path))
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
@@ -179,11 +304,19 @@ def atomic_file(path: Path) -> Iterator[Path]:
         raise
 
 
+def close_text(path: Path) -> None:
+    """Makes one object of a text file that has grown in object storage."""
+    if is_cloud(path):
+        with disk_errors(path):
+            merge_pieces(path)
+
+
 def append_text(path: Path, text: str) -> None:
     """Appends to a text file.
 
     The text is on the disk when this returns. If this fails, the file is as before. A killed
-    program can leave an incomplete last line.
+    program can leave an incomplete last line. In object storage the text is a new piece of the
+    file (`xflow_jax.input_files.object_storage`).
 
     Args:
         path: the file.
@@ -192,6 +325,10 @@ def append_text(path: Path, text: str) -> None:
     Raises:
         UserError: if it cannot be written.
     """
+    if is_cloud(path):
+        with disk_errors(path):
+            append_object(path, text.encode())
+        return
     with disk_errors(path), path.open("ab", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         data = memoryview(text.encode())

@@ -1,11 +1,14 @@
 """Checksums of a directory's files, by which damage is noticed.
 
-CRC-32 finds every flipped bit and every damaged run of up to 32 bits, and misses one of four
-billion other damages. It is no protection against a person who changes files.
+Files on a disk have the CRC-32 of their bytes. Objects of Google's storage have the CRC-32C that it
+computed itself, so nothing is read to write or to compare it. Either finds every flipped bit and
+every damaged run of up to 32 bits, and misses one of four billion other damages. It is no
+protection against a person who changes files.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import zlib
@@ -17,8 +20,8 @@ from typing import cast
 import jax
 
 from xflow_jax.checkpoints.atomic_write import write_atomic
-from xflow_jax.errors import UserError
-from xflow_jax.input_files import open_regular, read_json
+from xflow_jax.errors import UserError, disk_errors
+from xflow_jax.input_files import is_cloud, list_objects, open_regular, read_json, to_path
 
 CHECKSUM_FILE = "files.json"  # of a converted checkpoint and of an exported model
 BLOCK = 2**22  # bytes read at a time
@@ -26,12 +29,22 @@ SMALL = 2**20  # bytes of a file that is always compared
 MOST_THREADS = 8
 # Set to 0, it leaves out the comparison of large files, which reads a model once more.
 SWITCH = "XFLOW_VERIFY"
+CRC32C = "crc32c:"  # before a checksum of Google's storage
 
+CHANGED = "has another checksum than when it was written"
 Listed = Mapping[str, object]  # file -> [size, checksum], or its size alone in old directories
 
 
-def file_checksum(path: Path) -> str:
-    """Computes the CRC-32 of a file, at about 3 GB a second."""
+def file_checksum(path: Path, like: str = "") -> str:
+    """Computes the CRC-32 of a file, at about 3 GB a second.
+
+    Args:
+        path: the file.
+        like: a checksum to compare with. If it is a CRC-32C, so is the result, or `like` itself
+            without the package google-crc32c.
+    """
+    if like.startswith(CRC32C):
+        return _file_crc32c(path) or like
     checksum = 0
     with open_regular(path) as file:
         while block := file.read(BLOCK):
@@ -39,8 +52,23 @@ def file_checksum(path: Path) -> str:
     return f"{checksum:08x}"
 
 
+def _file_crc32c(path: Path) -> str | None:
+    try:
+        import google_crc32c  # comes with the extra gcs
+    except ImportError:
+        return None
+    checksum = google_crc32c.Checksum()
+    with open_regular(path) as file:
+        while block := file.read(BLOCK):
+            checksum.update(block)
+    return CRC32C + base64.b64encode(checksum.digest()).decode()
+
+
 def list_files(directory: Path) -> Iterator[Path]:
     """Yields all files below a directory."""
+    if is_cloud(directory):
+        yield from (directory / name for name in list_objects(directory))
+        return
     for folder, _, names in sorted(os.walk(directory)):
         yield from (Path(folder) / name for name in sorted(names))
 
@@ -68,9 +96,13 @@ def write_checksums(
         for other, file in found.items()
         if other not in (name, *without) and (only is None or other in only)
     }
+    known = _look_up(directory, files)
+    todo = [other for other in files if not known[other][1]]
     with ThreadPoolExecutor(_threads()) as pool:
-        checksums = dict(zip(files, pool.map(file_checksum, files.values()), strict=True))
-    listed = {other: [file.stat().st_size, checksums[other]] for other, file in files.items()}
+        computed = dict(zip(todo, pool.map(file_checksum, map(files.get, todo)), strict=True))
+    listed = {
+        other: [size, checksum or computed[other]] for other, (size, checksum) in known.items()
+    }
     write_atomic(directory / name, json.dumps(listed, indent=1) + "\n")
 
 
@@ -85,11 +117,12 @@ def find_damage(directory: Path, name: str) -> str | None:
         The first damage, as the end of a sentence, or None. A directory without checksums counts
         as whole.
     """
+    directory = to_path(directory)
     if not (directory / name).exists():
         return None
     try:
         listed = cast("Listed", read_json(directory / name))
-        damage = first_damage(directory, listed, large=True)
+        damage = first_damage(directory, listed, large=not is_cloud(directory))
     except (UserError, ValueError, TypeError, AttributeError):
         return f"{name} is damaged"
     except OSError as error:
@@ -118,30 +151,52 @@ def first_damage(
         ValueError: as TypeError.
     """
     todo: dict[str, str] = {}
+    known = _look_up(directory, listed)
     for number, (name, entry) in enumerate(listed.items()):
         size, checksum = entry if isinstance(entry, list) else (entry, None)
         if not isinstance(size, int):
             raise TypeError(f"{name}: {size!r} is no size")
-        file = directory / name
-        if not file.exists():
+        if name not in known:
             return name, "is missing"
-        if file.stat().st_size != size:
-            return name, f"has {file.stat().st_size} bytes, not {size}"
+        if known[name][0] != size:
+            return name, f"has {known[name][0]} bytes, not {size}"
+        if checksum is not None and checksum.startswith(CRC32C) and known[name][1]:
+            if checksum != known[name][1]:
+                return name, CHANGED
+            continue
         mine = not shared or number % jax.process_count() == jax.process_index()
         if checksum is not None and (size < SMALL or (large and mine)):
             todo[name] = checksum
     with ThreadPoolExecutor(_threads()) as pool:
-        found = pool.map(lambda name: file_checksum(directory / name), todo)
+        found = pool.map(lambda name: file_checksum(directory / name, todo[name]), todo)
         for (name, checksum), actual in zip(todo.items(), found, strict=True):
             if actual != checksum:
                 pool.shutdown(wait=False, cancel_futures=True)
-                return name, "has another checksum than when it was written"
+                return name, CHANGED
     return None
 
 
-def compares_large_files() -> bool:
-    """Returns False if the environment variable XFLOW_VERIFY is 0."""
-    return os.environ.get(SWITCH, "1") != "0"
+def _look_up(directory: Path, names: Collection[str]) -> dict[str, tuple[int, str]]:
+    """Returns (size, checksum of the storage or "") of those of the files that exist."""
+    if is_cloud(directory):
+        with disk_errors(directory, reading=True):
+            found = list_objects(directory)
+        return {
+            name: (size, CRC32C + checksum if checksum else "")
+            for name, (size, checksum) in found.items()
+            if name in names
+        }
+    files = {name: directory / name for name in names}
+    return {name: (file.stat().st_size, "") for name, file in files.items() if file.exists()}
+
+
+def compares_large_files(directory: Path) -> bool:
+    """Returns True if a load compares the checksums of large files.
+
+    XFLOW_VERIFY is 1 or 0 for yes or no. Without it, files on a disk are compared. Objects are not,
+    because their storage has checksums of its own and they would be transferred twice.
+    """
+    return os.environ.get(SWITCH, "0" if is_cloud(directory) else "1") != "0"
 
 
 def _threads() -> int:

@@ -24,6 +24,7 @@ from xflow_jax.checkpoints.leaf_shards import copy_cast
 from xflow_jax.checkpoints.safetensors_reader import CONFIG_FILE, DTYPES, INDEX, SINGLE
 from xflow_jax.checkpoints.weight_map import TensorSlice, WeightMapping, map_weights
 from xflow_jax.errors import UserError, describe, require
+from xflow_jax.input_files import to_path
 from xflow_jax.models import abstract_params, build
 from xflow_jax.types import ModelConfig, Params
 
@@ -74,7 +75,7 @@ def write_hf(
         return np.asarray(jax.device_get(leaves[name]))
 
     write_tensors(
-        Path(path),
+        to_path(path),
         mapping,
         dtypes,
         config.to_hf(),
@@ -148,7 +149,7 @@ def write_tensors(
         }.items():
             (folder / name).write_text(text)
         if companions is not None:
-            copy_companions(Path(companions), folder, config)
+            copy_companions(to_path(companions), folder, config)
         for shard in shards:
             (folder / shard.name).write_bytes(shard.header)
         if len(shards) > 1:

@@ -12,7 +12,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
-from xflow_jax.checkpoints.atomic_write import copy_files, matching_files, partial_path
+from xflow_jax.checkpoints.atomic_write import (
+    CONVERTED,
+    copy_files,
+    matching_files,
+    partial_path,
+)
 from xflow_jax.checkpoints.checksums import CHECKSUM_FILE
 from xflow_jax.checkpoints.safetensors_reader import (
     CONFIG_FILE,
@@ -22,8 +27,8 @@ from xflow_jax.checkpoints.safetensors_reader import (
     read_hf_leaf,
 )
 from xflow_jax.checkpoints.weight_map import TensorSlice, map_weights
-from xflow_jax.errors import UserError, require
-from xflow_jax.input_files import file_inside, read_json
+from xflow_jax.errors import UserError, disk_errors, require
+from xflow_jax.input_files import file_inside, is_cloud, object_exists, read_json, to_path
 from xflow_jax.models import (
     INT8,
     SCALE,
@@ -130,8 +135,14 @@ def find_hf_directory(name: str | Path) -> Path:
     Raises:
         UserError: if neither exists.
     """
+    if is_cloud(name):
+        folder = to_path(name)
+        with disk_errors(folder, reading=True):
+            found = any(object_exists(folder / file) for file in (CONFIG_FILE, CONVERTED))
+        require(found, f"{folder}: there is no model, since it has no {CONFIG_FILE}")
+        return folder
     try:
-        path = Path(name).expanduser()
+        path = to_path(name).expanduser()
         if path.is_dir():
             return path
         partial = partial_path(path)

@@ -9,7 +9,6 @@ and renamed when it is complete.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
+from xflow_jax.checkpoints.atomic_write import CONVERTED, exists
 from xflow_jax.checkpoints.checksums import (
     CHECKSUM_FILE,
     Listed,
@@ -34,13 +34,13 @@ from xflow_jax.checkpoints.finite_values import is_finite
 from xflow_jax.checkpoints.hf_export import check_shapes
 from xflow_jax.checkpoints.leaf_shards import LeafShards
 from xflow_jax.checkpoints.orbax_logging import quiet_orbax
-from xflow_jax.errors import UserError, require
-from xflow_jax.input_files import file_inside, read_json
+from xflow_jax.errors import UserError, disk_errors, require
+from xflow_jax.input_files import absolute, file_inside, is_cloud, read_json, to_path
 from xflow_jax.models import INT8, SCALE, abstract_weights, model_config, quantize, shardings
 from xflow_jax.types import ModelConfig
 
 FORMAT = "xflow-jax parameters, version 1"
-ORBAX_METADATA = "_CHECKPOINT_METADATA"  # Orbax writes the time of the commit into it at last
+ORBAX_METADATA = CONVERTED  # Orbax writes the time of the commit into it at last
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class CheckpointRecord:
 
 def is_checkpoint(directory: str | Path) -> bool:
     """Returns True for a converted checkpoint, complete or not."""
-    return os.path.lexists(Path(directory) / ORBAX_METADATA)
+    with disk_errors(directory, reading=True):
+        return exists(to_path(directory) / ORBAX_METADATA)
 
 
 def read_record(directory: str | Path, large: bool = False) -> CheckpointRecord:
@@ -88,7 +89,7 @@ def read_record(directory: str | Path, large: bool = False) -> CheckpointRecord:
     Raises:
         UserError: if the checkpoint is incomplete, damaged or of another format.
     """
-    directory = Path(directory).absolute()
+    directory = absolute(directory)
     record = read_partial_record(directory)
     incomplete = UserError(
         f"{directory}: an incomplete checkpoint. Run the program that makes it to its end."
@@ -97,7 +98,9 @@ def read_record(directory: str | Path, large: bool = False) -> CheckpointRecord:
         raise incomplete
     try:
         listed = cast("Listed", read_json(directory / CHECKSUM_FILE))
-        damage = first_damage(directory, listed, large and compares_large_files(), shared=True)
+        damage = first_damage(
+            directory, listed, large and compares_large_files(directory), shared=True
+        )
     except (OSError, ValueError, TypeError, AttributeError):
         raise incomplete from None
     if damage is not None:
@@ -135,7 +138,7 @@ def read_leaf(
     else:
         shape = tuple(record.leaves[path][1:])
         restore_args = ocp.ArrayRestoreArgs(dtype=dtype, sharding=sharding, global_shape=shape)
-    item = Path(directory).absolute() / item_name(path)
+    item = absolute(directory) / item_name(path)
     args = ocp.args.PyTreeRestore({"value": 0}, restore_args={"value": restore_args})
     try:
         with quiet_orbax():
@@ -275,7 +278,8 @@ def _check_files(directory: Path) -> None:
 
     Orbax would wait for a pipe, and read a device for ever.
     """
-    for file in list_files(directory):
+    require_orbax(directory)
+    for file in () if is_cloud(directory) else list_files(directory):
         place = file_inside(directory, str(file.relative_to(directory)))
         require(
             place.is_file(),
@@ -283,6 +287,16 @@ def _check_files(directory: Path) -> None:
         )
     if (directory / ORBAX_METADATA).exists():
         read_json(directory / ORBAX_METADATA)
+
+
+def require_orbax(place: str | Path) -> None:
+    """Raises UserError for storage that Orbax cannot write to."""
+    text = str(place)
+    if is_cloud(text) and not text.startswith("gs://"):
+        raise UserError(
+            f"{text}: converted checkpoints and runs are on a disk or on gs://. Models in the "
+            "Hugging Face format, data and results may be on s3://."
+        )
 
 
 def item_name(path: str) -> str:

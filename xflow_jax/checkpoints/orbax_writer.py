@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,24 +16,34 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
-from xflow_jax.checkpoints.atomic_write import partial_path, refuse_existing
+from xflow_jax.checkpoints.atomic_write import (
+    delete_directory,
+    exists,
+    make_directory,
+    partial_path,
+    refuse_existing,
+)
 from xflow_jax.checkpoints.checksums import CHECKSUM_FILE, write_checksums
 from xflow_jax.checkpoints.finite_values import is_finite
 from xflow_jax.checkpoints.hf_export import check_shapes
 from xflow_jax.checkpoints.huggingface import copy_companions
 from xflow_jax.checkpoints.orbax_checkpoint import (
     FORMAT,
+    ORBAX_METADATA,
     CheckpointRecord,
     item_name,
     read_partial_record,
+    require_orbax,
 )
 from xflow_jax.checkpoints.orbax_logging import quiet_orbax
 from xflow_jax.checkpoints.run_lock import destination_lock, locked_by_first_process
 from xflow_jax.errors import UserError, disk_errors, require
+from xflow_jax.input_files import absolute, is_cloud, object_exists, object_sizes, to_path
 from xflow_jax.models import abstract_params, build
 from xflow_jax.types import ModelConfig, Params
 
 TEMPORARY = ".orbax-checkpoint-tmp*"  # what Orbax adds to a name until the directory is complete
+COMMITTED = "commit_success.txt"  # what Orbax writes last into an item in object storage
 # A host that reads a slice of a parameter decodes complete chunks of it. By default Orbax would
 # write one chunk per shard.
 CHUNK_BYTES = 2**24
@@ -75,7 +84,7 @@ def make_record(
 
 
 class PartialCheckpoint:
-    """A checkpoint that is being written, in `path`.partial.
+    """A checkpoint that is being written, in `path`.partial, or in object storage in `path`.
 
     If a partial checkpoint with the same record exists, it is continued. Errors of the disk become
     UserErrors, and the partial directory then stays. All processes of a run make the same calls,
@@ -93,14 +102,15 @@ class PartialCheckpoint:
         Raises:
             UserError: if the destination exists, or a partial checkpoint with another record.
         """
-        self.path, self.record = Path(path).absolute(), record
+        require_orbax(path)
+        self.path, self.record = absolute(path), record
         self.partial, self.note = partial_path(self.path), note
         refuse_existing(self.path)
         with disk_errors(self.path, note):
             self._open()
 
     def _open(self) -> None:
-        if self.partial.exists():
+        if exists(self.partial / ORBAX_METADATA if is_cloud(self.partial) else self.partial):
             if read_partial_record(self.partial) != self.record:
                 raise UserError(
                     f"{self.partial}: begun from another source or with other options. Delete it, "
@@ -118,19 +128,31 @@ class PartialCheckpoint:
 
     def _make_parent(self) -> None:
         """Makes the parent directory, without the remains of a killed start."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if is_cloud(self.path):
+            if any(not name.startswith("config/") for name in object_sizes(self.path)):
+                raise UserError(
+                    f"{self.path}: the destination exists. Choose another one, or delete it."
+                )
+            delete_directory(self.path)
+            return
+        make_directory(self.path.parent)
         for directory in self.path.parent.glob(f"{glob.escape(self.partial.name)}{TEMPORARY}"):
-            shutil.rmtree(directory)
+            delete_directory(directory)
 
     def _delete_incomplete(self) -> None:
         """Deletes items that a stopped program did not complete."""
         for item in self.partial.glob(f"*{TEMPORARY}"):
-            shutil.rmtree(item)
+            delete_directory(item)
+        if is_cloud(self.partial):
+            for path in self.record.leaves:
+                if not self.has(path):
+                    delete_directory(self.partial / item_name(path))
 
     def has(self, path: str) -> bool:
         """Returns True if a parameter is already written."""
-        # Orbax gives an item its name when it is complete.
-        return (self.partial / item_name(path)).exists()
+        # Orbax gives an item its name when it is complete, and in object storage this file.
+        item = self.partial / item_name(path)
+        return object_exists(item / COMMITTED) if is_cloud(item) else item.exists()
 
     def write(self, path: str, leaf: jax.Array | np.ndarray) -> None:
         """Writes one parameter. Each process writes its own shards.
@@ -158,7 +180,7 @@ class PartialCheckpoint:
     def discard(self) -> None:
         """Deletes the partial checkpoint."""
         if jax.process_index() == 0:
-            shutil.rmtree(self.partial, ignore_errors=True)
+            delete_directory(self.partial)
 
     def finish(self, companions: str | Path | None = None) -> None:
         """Renames the checkpoint to its destination.
@@ -175,11 +197,12 @@ class PartialCheckpoint:
 
         def close() -> None:
             if companions is not None:
-                copy_companions(Path(companions), self.partial, self.record.config)
+                copy_companions(to_path(companions), self.partial, self.record.config)
             (self.partial / CHECKSUM_FILE).unlink(missing_ok=True)
             write_checksums(self.partial, CHECKSUM_FILE)
-            refuse_existing(self.path)
-            self.partial.rename(self.path)
+            if self.partial != self.path:
+                refuse_existing(self.path)
+                self.partial.rename(self.path)
 
         with disk_errors(self.path, self.note):
             _in_first_process(close)
@@ -210,15 +233,16 @@ def save_params(
     """
     leaves = flatten_dict(params, sep="/")
     check_shapes(abstract_params(build(config)), {name: x.shape for name, x in leaves.items()})
-    record, partial = make_record(config, provenance, leaves), partial_path(Path(path).absolute())
-    refuse_existing(Path(path))
-    with locked_by_first_process(destination_lock(Path(path))):
-        stale = partial.exists()
+    path = absolute(path)
+    record, partial = make_record(config, provenance, leaves), partial_path(path)
+    refuse_existing(path)
+    with locked_by_first_process(destination_lock(path)):
+        stale = exists(partial)
         if stale:
             read_partial_record(partial)  # deletes nothing that is not a converted checkpoint
         _in_first_process(lambda: None)  # all processes check before the first one deletes
         if stale:
-            _in_first_process(lambda: shutil.rmtree(partial))
+            _in_first_process(lambda: delete_directory(partial))
         try:
             checkpoint = PartialCheckpoint(path, record)
             for name, leaf in leaves.items():
@@ -230,7 +254,7 @@ def save_params(
             checkpoint.finish(tokenizer_dir)
         except BaseException:
             if jax.process_index() == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+                delete_directory(partial)
             raise
 
 

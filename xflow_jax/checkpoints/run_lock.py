@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from xflow_jax.errors import UserError, disk_errors
+from xflow_jax.input_files import is_cloud, to_path
 from xflow_jax.parallel import multihost
 
 try:
@@ -67,7 +68,7 @@ class RunLock:
             stays too. The next program then takes the lock over.
     """
 
-    def __init__(self, place: Path, file: Path):
+    def __init__(self, place: Path, file: Path) -> None:
         self.place, self.file = place, file
         self.inherited = self.keeps_file = False
         self._descriptor: int | None = None
@@ -84,7 +85,7 @@ class RunLock:
                 if self._try():
                     return
                 time.sleep(0.01)
-        raise UserError(self._refusal(None))
+        raise UserError(self.refusal(None))
 
     def release(self) -> None:
         """Unlocks the file and deletes it, if the lock is held."""
@@ -128,7 +129,7 @@ class RunLock:
         if not _flock(descriptor, before):
             if before is None:  # its holder is about to write the record
                 return False
-            raise UserError(self._refusal(before))
+            raise UserError(self.refusal(before))
         if not self._is_named(descriptor):  # deleted before it was locked
             return False
         before = self._read_holder(descriptor)
@@ -144,9 +145,11 @@ class RunLock:
         try:
             return Holder(**json.loads(data))
         except (ValueError, TypeError):
-            raise UserError(
-                f"{self.file}: not the lock of a program, whose place it has. Delete or rename it."
-            ) from None
+            raise UserError(self.not_a_lock()) from None
+
+    def not_a_lock(self) -> str:
+        """Returns the message on another file in the lock's place."""
+        return f"{self.file}: not the lock of a program, whose place it has. Delete or rename it."
 
     def _is_named(self, descriptor: int) -> bool:
         """Returns True if the open file still has the lock's name."""
@@ -155,7 +158,8 @@ class RunLock:
         except FileNotFoundError:
             return False
 
-    def _refusal(self, holder: Holder | None) -> str:
+    def refusal(self, holder: Holder | None) -> str:
+        """Returns the message on a lock that another process holds."""
         if holder is None:
             return f"{self.place}: another process is writing it. Wait until it ends."
         return (
@@ -169,7 +173,7 @@ def folder_lock(folder: Path) -> RunLock:
 
     Its file is inside, so that it is the same under every name of the folder.
     """
-    return RunLock(folder, folder / FOLDER_LOCK)
+    return _make_lock(folder, to_path(folder) / FOLDER_LOCK)
 
 
 def destination_lock(path: Path) -> RunLock:
@@ -177,8 +181,17 @@ def destination_lock(path: Path) -> RunLock:
 
     Its file is beside the destination, which does not exist at first.
     """
-    resolved = path.absolute().parent.resolve() / path.name
-    return RunLock(path, resolved.with_name(resolved.name + ".lock"))
+    path = to_path(path)
+    resolved = path if is_cloud(path) else path.absolute().parent.resolve() / path.name
+    return _make_lock(path, resolved.with_name(resolved.name + ".lock"))
+
+
+def _make_lock(place: Path, file: Path) -> RunLock:
+    if is_cloud(file):
+        from xflow_jax.checkpoints.object_lock import ObjectLock  # which builds on this module
+
+        return ObjectLock(place, file)
+    return RunLock(place, file)
 
 
 @contextlib.contextmanager
@@ -230,8 +243,7 @@ def _flock(descriptor: int, before: Holder | None) -> bool:
 
 def _write_holder(descriptor: int, is_new: bool, file: Path) -> None:
     """Writes this process's record, or deletes a new file without it."""
-    pid, now = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
-    record = json.dumps(asdict(Holder(socket.gethostname(), pid, _start_time(pid), now)))
+    record = json.dumps(asdict(this_process()))
     try:
         os.pwrite(descriptor, record.encode().ljust(_RECORD_BYTES), 0)
         os.fsync(descriptor)
@@ -239,6 +251,12 @@ def _write_holder(descriptor: int, is_new: bool, file: Path) -> None:
         if is_new:
             file.unlink()
         raise
+
+
+def this_process() -> Holder:
+    """Describes this process as a holder from now on."""
+    pid, now = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
+    return Holder(socket.gethostname(), pid, _start_time(pid), now)
 
 
 def _start_time(pid: int) -> str:

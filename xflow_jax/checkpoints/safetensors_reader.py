@@ -26,8 +26,15 @@ from xflow_jax.checkpoints.checksums import CHECKSUM_FILE, compares_large_files,
 from xflow_jax.checkpoints.finite_values import is_finite
 from xflow_jax.checkpoints.leaf_shards import LeafShards
 from xflow_jax.checkpoints.weight_map import TensorSlice, WeightMapping
-from xflow_jax.errors import UserError, describe
-from xflow_jax.input_files import file_inside, open_regular, parse_json, read_json
+from xflow_jax.errors import UserError, describe, disk_errors
+from xflow_jax.input_files import (
+    file_inside,
+    is_cloud,
+    open_regular,
+    parse_json,
+    read_json,
+    read_range,
+)
 from xflow_jax.models import INT8, quantize
 
 CONFIG_FILE, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -92,7 +99,7 @@ class SafetensorsSource:
                         f"{file}: the tensor {name} is already in {self.entries[name].file.name}"
                     )
                 self.entries[name] = entry
-        if compares_large_files():
+        if compares_large_files(directory):
             self._compare_checksums()
 
     def _compare_checksums(self) -> None:
@@ -117,12 +124,10 @@ class SafetensorsSource:
         """Reads the values of a tensor, in their dtype."""
         entry = self.entries[name]
         data = np.empty(entry.shape, entry.dtype)
-        with entry.file.open("rb") as f:
-            f.seek(entry.start)
-            if f.readinto(data.reshape(-1).view(np.uint8).data) != entry.nbytes:
-                raise UserError(
-                    f"{entry.file}: the file ends inside the tensor {name}. Fetch it again."
-                )
+        if _read_into(data.reshape(-1).view(np.uint8).data, entry) != entry.nbytes:
+            raise UserError(
+                f"{entry.file}: the file ends inside the tensor {name}. Fetch it again."
+            )
         return data
 
     def check(self, mapping: WeightMapping) -> None:
@@ -176,6 +181,16 @@ class SafetensorsSource:
         return np.dtype(jnp.result_type(*{self.entries[part.tensor].dtype for part in slices}))
 
 
+def _read_into(target: memoryview, entry: TensorEntry) -> int:
+    """Reads a tensor into memory and returns the number of bytes."""
+    if is_cloud(entry.file):
+        with disk_errors(entry.file, reading=True):
+            return read_range(entry.file, entry.start, target)
+    with entry.file.open("rb") as file:
+        file.seek(entry.start)
+        return file.readinto(target)
+
+
 def _count_experts(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Counts the experts by the names of tensors or their shapes."""
     single = [
@@ -207,13 +222,13 @@ def _weight_files(directory: Path) -> list[str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: not a JSON object with a weight_map of tensors to files")
     for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+        if not isinstance(name, str) or os.path.basename(name) != name or name in ("", ".", ".."):
             raise UserError(f"{index}: {describe(name)} is not the name of a file beside it")
     files = sorted(set(weight_map.values()))
     for name in files:
-        if not os.path.exists(file_inside(directory, name)):  # Path.exists fails for long names
+        if not _exists(file_inside(directory, name)):
             raise UserError(f"{directory / name}: the file is missing, but {INDEX} names it")
-    if SINGLE not in files and os.path.exists(directory / SINGLE):
+    if SINGLE not in files and _exists(directory / SINGLE):
         raise UserError(
             f"{directory}: it has both {SINGLE} and {INDEX}, which names other files. "
             "Remove the one that is out of date."
@@ -221,10 +236,16 @@ def _weight_files(directory: Path) -> list[str]:
     return files
 
 
+def _exists(file: Path) -> bool:
+    # Path.exists fails for long names.
+    return file.exists() if is_cloud(file) else os.path.exists(file)
+
+
 def _read_header(file: Path) -> dict[str, TensorEntry]:
     """Reads a file's header and checks the file's size."""
     with open_regular(file) as f:
-        size = os.fstat(f.fileno()).st_size
+        size = f.seek(0, os.SEEK_END)
+        f.seek(0)
         start = f.read(8)
         if start == b"version ":
             raise UserError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from xflow_jax.errors import UserError, check_seed, describe, disk_errors, require
+from xflow_jax.input_files import is_cloud, object_exists
 
 MODEL = (
     "tiny (the bundled model), a directory (Hugging Face format or converted), or a name on the hub"
@@ -82,6 +83,10 @@ def check_output_file(path: Path) -> None:
     Raises:
         UserError: if it cannot.
     """
+    if is_cloud(path):
+        with disk_errors(path):
+            object_exists(path)  # fails without a bucket or without rights
+        return
     require(
         not path.exists() or path.is_file(),
         f"{path} cannot be written: it is a folder, a pipe or a device",

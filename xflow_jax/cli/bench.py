@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 from tqdm import tqdm
@@ -40,6 +39,7 @@ from xflow_jax.cli.arguments import (
 from xflow_jax.cli.process import print_text
 from xflow_jax.decoding import CacheOptions, DecodeConfig, Rule, make_decode_config, parse_rule
 from xflow_jax.errors import UserError, require
+from xflow_jax.input_files import to_path
 from xflow_jax.lm import LM
 
 
@@ -101,8 +101,8 @@ def run(args: argparse.Namespace) -> None:
     sizes = _batch_sizes(args.batch_sizes)
     require_positive(args, "prompt_length", "rounds")
     if args.json:
-        refuse_existing(Path(args.json))
-        check_output_file(Path(args.json))
+        refuse_existing(to_path(args.json))
+        check_output_file(to_path(args.json))
     label, rule = parse_rule(args.rule)
     lm = load_or_make(args.model, args.dtype, args.mesh, args.mask_id)
     steps = max(args.gen_length // 4, 1) if args.steps is None else args.steps
@@ -200,7 +200,7 @@ def _compare_cache(
 def _write_json(args: argparse.Namespace, results: Mapping[str, object]) -> None:
     """Writes the arguments and the results to the file of --json."""
     options = {k: v for k, v in vars(args).items() if isinstance(v, str | int | float | None)}
-    write_atomic(Path(args.json), json.dumps(options | dict(results), indent=1) + "\n")
+    write_atomic(to_path(args.json), json.dumps(options | dict(results), indent=1) + "\n")
 
 
 def _batch_sizes(text: str) -> list[int]:

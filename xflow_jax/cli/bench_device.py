@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from xflow_jax.benchmarks import SECTIONS, SHAPES, Numbers, run_sections
 from xflow_jax.checkpoints import refuse_existing, write_atomic
 from xflow_jax.cli.arguments import add_dtype_argument, add_number, require_positive
 from xflow_jax.errors import UserError, require
+from xflow_jax.input_files import to_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"--sections has {unknown[0]!r}, but it must be some of {', '.join(SECTIONS)}"
         )
-    file = Path(args.json)
+    file = to_path(args.json)
     refuse_existing(file)
 
     def keep(numbers: Numbers) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from xflow_jax.cli.arguments import add_number, require_positive
+from xflow_jax.input_files import to_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,4 +25,4 @@ def run(args: argparse.Namespace) -> None:
     # Imported here because the help and a wrong option must not wait for JAX.
     from xflow_jax.cli.demo_run import run_demo
 
-    run_demo(Path(args.out), args.limit)
+    run_demo(to_path(args.out), args.limit)

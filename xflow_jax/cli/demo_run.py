@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from xflow_jax.benchmarks import count_parameters
-from xflow_jax.checkpoints import save_params
+from xflow_jax.checkpoints import make_directory, save_params
 from xflow_jax.cli.process import print_text
 from xflow_jax.decoding import MaskPrediction, Rule, generate, parse_rule
 from xflow_jax.errors import UserError
@@ -52,7 +52,7 @@ def run_demo(out: Path, limit: int) -> None:
         UserError: if the folder cannot be made.
     """
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_directory(out)
     except OSError as error:
         raise UserError(f"{out} cannot be made an output folder: {error.strerror}") from None
     began, task = time.perf_counter(), get_task(microcode.TASK.name, [BLOCK])

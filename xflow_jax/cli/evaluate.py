@@ -82,6 +82,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for every answer, the tables and the plot. The same command continues there",
     )
+    parser.add_argument(
+        "--shard",
+        default="",
+        metavar="I/N",
+        help="answer only every N-th batch, from the I-th on, for independent workers with one "
+        "--out. auto reads I and N from Slurm or Kubernetes, merge makes the tables of all",
+    )
     add_number(parser, "--batch-size", "problems that are decoded together", 64)
     add_cache_arguments(parser)
     add_device_arguments(parser)

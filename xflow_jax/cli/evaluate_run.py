@@ -12,13 +12,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from xflow_jax.cli.arguments import cache_arguments
 from xflow_jax.cli.process import print_text
 from xflow_jax.decoding import CacheOptions, Flow, Rule, parse_budgets, parse_rules
-from xflow_jax.errors import UserError, printable
+from xflow_jax.errors import UserError, printable, require
 from xflow_jax.evaluation import (
     Answer,
     Answers,
@@ -39,11 +38,13 @@ from xflow_jax.evaluation import (
     read_answers,
     rows_to_text,
     score_answers,
+    shard_folder,
     table_legend,
     write_report,
 )
+from xflow_jax.input_files import to_path
 from xflow_jax.lm import LM, load
-from xflow_jax.parallel import default_mesh, multihost
+from xflow_jax.parallel import MERGE, WHOLE, Shard, default_mesh, multihost, parse_shard
 from xflow_jax.tasks import Task, get_task
 
 MOST_FAILURES = 10  # failed answers from elsewhere that are printed with their reasons
@@ -76,7 +77,8 @@ def evaluate_task(args: argparse.Namespace) -> None:
         UserError: for bad input.
     """
     task = get_task(args.task, args.set)
-    data = None if args.data is None else Path(args.data)
+    shard = _find_shard(args)
+    data = None if args.data is None else to_path(args.data)
     problems = task.problems(data, args.limit)
     about: dict[str, Any] = {"format": 2, **describe_task(task, data), "limit": args.limit}
     tables: list[tuple[str, str]] = []
@@ -84,17 +86,30 @@ def evaluate_task(args: argparse.Namespace) -> None:
         if args.canonical or args.answers is not None:
             rows = [_score_given(args, task, problems, about, stack)]
         else:
-            rows, tables = _score_model(args, task, problems, about, stack)
+            rows, tables = _score_model(args, task, problems, about, stack, shard)
         if not multihost.is_first_process():
+            return
+        if shard != WHOLE:
+            print(f"{shard_folder(to_path(args.out), shard)}: share {args.shard} of the answers")
             return
         ending = "The answers were not kept. --out DIR keeps them, with the tables and a plot."
         if args.out is not None:
             # Files come before the output, whose reader may close the pipe early.
-            files = write_report(Path(args.out), task, rows, _notes(task, about), tables)
+            files = write_report(to_path(args.out), task, rows, _notes(task, about), tables)
             ending = f"Wrote {', '.join(map(str, files))}."
     parts = [rows_to_text(rows), *(f"{title}\n\n{text}" for title, text in tables if text)]
     parts += [table_legend(task), *_cache_note(about), ending]
     print_text("\n" + "\n\n".join(parts))
+
+
+def _find_shard(args: argparse.Namespace) -> Shard:
+    """Parses --shard, and raises UserError where it has no effect."""
+    if args.shard:
+        require(
+            args.model is not None and args.out is not None,
+            "--shard is for independent workers with --model and --out",
+        )
+    return parse_shard("" if args.shard == MERGE else args.shard)
 
 
 def _notes(task: Task, about: Mapping[str, Any]) -> list[str]:
@@ -142,10 +157,10 @@ def _score_given(
     else:
         label = "answers"
         # The file may hold answers to problems that --limit leaves out.
-        everything = task.problems(args.data and Path(args.data), None)
+        everything = task.problems(args.data and to_path(args.data), None)
         known = [task.task_id(problem) for problem in everything]
-        texts = read_answers(Path(args.answers), wanted, known + wanted)
-        about["answers"] = hash_file(Path(args.answers))
+        texts = read_answers(to_path(args.answers), wanted, known + wanted)
+        about["answers"] = hash_file(to_path(args.answers))
     about["source"] = label
     answers = stack.enter_context(open_answers(args.out, about))
     row, failed = score_answers(task, problems, texts, label, answers)
@@ -172,6 +187,7 @@ def _score_model(
     problems: Sequence[object],
     about: dict[str, Any],
     stack: contextlib.ExitStack,
+    shard: Shard,
 ) -> tuple[list[Row], list[tuple[str, str]]]:
     """Decodes and scores all rules at all budgets.
 
@@ -191,14 +207,18 @@ def _score_model(
     base_name = args.base or ("tiny-base" if args.model in ("tiny", "tiny-aligned") else None)
     base = load(base_name, dtype=args.dtype, mesh=mesh) if args.ablate and base_name else None
     about |= _describe_run(args, protocol, lm, base) | describe_inputs(lm, task, problems)
-    answers = stack.enter_context(open_answers(args.out, about))
+    folder = args.out if shard == WHOLE else shard_folder(to_path(args.out), shard)
+    answers = stack.enter_context(open_answers(folder, about, args.shard == MERGE))
     options = {name: getattr(args, name) for name in ("batch_size", "seed", "samples", "k")}
-    rows = evaluate(lm, task, problems, cells, answers, cache=cache, **options)
+    options |= {"cache": cache, "shard": shard}
+    rows = evaluate(lm, task, problems, cells, answers, **options)
     if base is not None and protocol.flow is not None:
         label, flow = protocol.flow
         unaligned = {f"{label} without alignment": flow}
         cells = make_cells(base, task, unaligned, protocol.budgets, cache)
-        rows += evaluate(base, task, problems, cells, answers, cache=cache, **options)
+        rows += evaluate(base, task, problems, cells, answers, **options)
+    if shard != WHOLE:
+        return rows, []
     ids = [task.task_id(problem) for problem in problems]
     return rows, _tables(args, protocol, lm.config.family, rows, answers, ids)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from xflow_jax.cli.arguments import (
     MODEL,
@@ -15,6 +14,7 @@ from xflow_jax.cli.arguments import (
     check_output_file,
 )
 from xflow_jax.errors import UserError, describe, require
+from xflow_jax.input_files import to_path
 from xflow_jax.tasks import microcode
 
 
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     # Zero would read as "not given" further on.
     require(args.block_length != 0, "block_length must be a whole number of at least 1, not 0")
     if args.trace is not None:
-        page = Path(args.trace)
+        page = to_path(args.trace)
         require(
             page.suffix in (".html", ".htm"), f"--trace writes a page: {page} must end in .html"
         )

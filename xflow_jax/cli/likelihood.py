@@ -6,9 +6,10 @@ import argparse
 import json
 from pathlib import Path
 
-from xflow_jax.checkpoints import write_atomic
+from xflow_jax.checkpoints import make_directory, write_atomic
 from xflow_jax.errors import UserError
 from xflow_jax.evaluation import log_likelihoods, read_pairs
+from xflow_jax.input_files import to_path
 from xflow_jax.lm import load
 from xflow_jax.parallel import default_mesh, multihost
 
@@ -32,7 +33,7 @@ def print_likelihood(args: argparse.Namespace) -> None:
         raise UserError("--set changes the protocol of a task, and likelihood has none")
     mesh = default_mesh(args.mesh)
     lm = load(args.model, dtype=args.dtype, mesh=mesh, mask_id=args.mask_id)
-    pairs = read_pairs(Path(args.data), lm, args.limit)
+    pairs = read_pairs(to_path(args.data), lm, args.limit)
     samples = SAMPLES if args.samples is None else args.samples
     bounds = log_likelihoods(
         lm,
@@ -52,14 +53,14 @@ def print_likelihood(args: argparse.Namespace) -> None:
         f"{bounds.sum() / tokens:.4f} a token"
     )
     if args.out is not None:
-        file = _write_bounds(Path(args.out), lengths, bounds.tolist())
+        file = _write_bounds(to_path(args.out), lengths, bounds.tolist())
         print(f"Wrote {file}.")
 
 
 def _write_bounds(folder: Path, lengths: list[int], bounds: list[float]) -> Path:
     """Writes a line of JSON for each response."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_directory(folder)
     except OSError as error:
         raise UserError(f"{folder} cannot be made an output folder: {error.strerror}") from None
     rows = [

@@ -28,7 +28,7 @@ from xflow_jax.cli.arguments import (
 )
 from xflow_jax.decoding import CacheOptions
 from xflow_jax.errors import UserError, require
-from xflow_jax.input_files import read_json
+from xflow_jax.input_files import read_json, to_path
 from xflow_jax.models import PRESETS
 from xflow_jax.planning import (
     DEVICES,
@@ -132,9 +132,9 @@ def run(args: argparse.Namespace) -> int:
         # cache reports less about itself.
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_enable_compilation_cache", False)
-    file = Path(args.json) if args.json else None
+    file = to_path(args.json) if args.json else None
     for name in filter(None, (args.json, args.markdown)):
-        check_output_file(Path(name))
+        check_output_file(to_path(name))
     previous_rows = _read_rows(file) if file and file.exists() else []
     rows = []
     for row in plan_rows(request, previous_rows):
@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
             write_atomic(file, json.dumps({"rows": rows + others}, indent=1) + "\n")
     print(plan_table(rows))
     if args.markdown:
-        write_atomic(Path(args.markdown), markdown_page(rows, request, _command(args)))
+        write_atomic(to_path(args.markdown), markdown_page(rows, request, _command(args)))
     return 0 if all(row["fits"] for row in rows) else 1
 
 
@@ -205,7 +205,7 @@ def _request(args: argparse.Namespace) -> PlanRequest:
         gen_length=args.gen_length,
         steps=args.steps,
         overrides=tuple(args.set),
-        hlo_folder=Path(args.hlo) if args.hlo else None,
+        hlo_folder=to_path(args.hlo) if args.hlo else None,
         block_length=args.block_length,
         cache=CacheOptions(**cache_arguments(args)),
         dtype=args.dtype,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,14 @@ import numpy as np
 
 from xflow_jax.decoding.policy import FEATURES, Policy
 from xflow_jax.errors import UserError, describe, disk_errors
-from xflow_jax.input_files import open_regular, parse_json
+from xflow_jax.input_files import (
+    is_cloud,
+    local_file,
+    open_regular,
+    parse_json,
+    to_path,
+    write_object,
+)
 from xflow_jax.toml_config import coerce
 
 BUNDLED = Path(__file__).parents[1] / "tiny_aligned" / "policy.safetensors"
@@ -26,7 +34,7 @@ _RANGES = ("a_min", "a_max", "kappa_min", "kappa_max")
 _CHECKSUM = "crc32"  # key of the metadata. Files of other programs may lack it.
 
 
-def load_policy(path: str | Path) -> Policy:
+def load_policy(path: str | os.PathLike[str]) -> Policy:
     """Reads a policy from a safetensors file.
 
     Args:
@@ -38,7 +46,7 @@ def load_policy(path: str | Path) -> Policy:
     return read_policy(path)[0]
 
 
-def read_policy(path: str | Path) -> tuple[Policy, str]:
+def read_policy(path: str | os.PathLike[str]) -> tuple[Policy, str]:
     """Reads a policy and the options of its training.
 
     Args:
@@ -71,16 +79,16 @@ def _compute_checksum(
     return f"{checksum:08x}"
 
 
-def _read_tensors(path: str | Path) -> tuple[dict[str, jax.Array], dict[str, str]]:
+def _read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, jax.Array], dict[str, str]]:
     """Reads the tensors of a policy as float32, and the metadata."""
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).exists():
+    if not is_cloud(path) and not to_path(path).exists():
         raise UserError(f"{path}: no such file. A policy is a .safetensors file.")
     open_regular(path).close()  # safe_open would wait for a pipe
     try:
         # As JAX arrays, since NumPy alone has no bfloat16.
-        with safe_open(str(path), framework="flax") as file:
+        with local_file(path) as local, safe_open(str(local), framework="flax") as file:
             names, metadata = set(file.keys()), file.metadata() or {}
             if missing := sorted(set(_TENSORS) - names):
                 raise UserError(f"{path} is no policy: it lacks the tensors {', '.join(missing)}")
@@ -94,7 +102,9 @@ def _read_tensors(path: str | Path) -> tuple[dict[str, jax.Array], dict[str, str
     return tensors, metadata
 
 
-def _check_tensors(path: str | Path, tensors: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _check_tensors(
+    path: str | os.PathLike[str], tensors: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
     """Returns the tensors in their shapes, or raises UserError."""
     width = max(tensors["b1"].size, 1)
     shapes = {
@@ -119,7 +129,7 @@ def _check_tensors(path: str | Path, tensors: dict[str, jax.Array]) -> dict[str,
     return {name: tensors[name].reshape(shape) for name, shape in shapes.items()}
 
 
-def _read_ranges(path: str | Path, metadata: dict[str, str]) -> dict[str, float]:
+def _read_ranges(path: str | os.PathLike[str], metadata: dict[str, str]) -> dict[str, float]:
     """Returns the ranges in the metadata, or raises UserError."""
     if missing := [name for name in _RANGES if name not in metadata]:
         raise UserError(f"{path} is no policy: its metadata lack {', '.join(missing)}")
@@ -158,7 +168,7 @@ def check_policy_ranges(a_min: float, a_max: float, kappa_min: float, kappa_max:
         raise UserError(f"its ranges {ranges} must be {right}")
 
 
-def save_policy(path: str | Path, policy: Policy, **metadata: object) -> None:
+def save_policy(path: str | os.PathLike[str], policy: Policy, **metadata: object) -> None:
     """Writes a file for `load_policy`.
 
     The file is complete as soon as it exists. Equal policies have equal bytes.
@@ -174,7 +184,7 @@ def save_policy(path: str | Path, policy: Policy, **metadata: object) -> None:
     """
     from safetensors.numpy import save
 
-    path = Path(path)
+    path = to_path(path)
     text = {name: json.dumps(getattr(policy, name)) for name in _RANGES}
     text |= {name: str(value) for name, value in metadata.items()}
     tensors = {name: np.asarray(value, np.float32) for name, value in policy.params.items()}
@@ -182,6 +192,9 @@ def save_policy(path: str | Path, policy: Policy, **metadata: object) -> None:
     data = _sort_header(save(tensors, text))
     temporary = path.with_name(path.name + ".tmp")
     with disk_errors(path):
+        if is_cloud(path):
+            write_object(path, data)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_bytes(data)

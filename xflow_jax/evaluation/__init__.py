@@ -1,6 +1,6 @@
 """Evaluation of rules on tasks: answers, statistics, tables and plots."""
 
-from xflow_jax.evaluation.answers import Answer, Answers, Row
+from xflow_jax.evaluation.answers import Answer, Answers, Row, shard_folder
 from xflow_jax.evaluation.fingerprint import (
     describe_inputs,
     describe_rule,
@@ -48,6 +48,7 @@ __all__ = [
     "read_pairs",
     "rows_to_text",
     "score_answers",
+    "shard_folder",
     "table_legend",
     "verdict_sentence",
     "write_report",

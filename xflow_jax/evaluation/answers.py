@@ -11,12 +11,15 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from xflow_jax.checkpoints import append_text, write_atomic
-from xflow_jax.errors import UserError, disk_errors
+from xflow_jax.checkpoints import append_text, close_text, make_directory, write_atomic
+from xflow_jax.errors import UserError, disk_errors, require
 from xflow_jax.evaluation.statistics import pass_at_k, wilson_interval
-from xflow_jax.input_files import open_regular, parse_json, read_json
+from xflow_jax.input_files import is_cloud, open_regular, parse_json, read_json, to_path
+from xflow_jax.parallel import Shard
 from xflow_jax.sandbox import SAME_INTERPRETER
 from xflow_jax.toml_config import coerce
+
+SHARD = "shard-"  # before the name of a share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +131,11 @@ def summarize_answers(
     )
 
 
+def shard_folder(folder: Path, shard: Shard) -> Path:
+    """Returns the folder of a worker's answers inside the folder of the run."""
+    return folder / f"{SHARD}{shard.name}"
+
+
 class Answers:
     """All answers of a run, in memory and in a folder.
 
@@ -144,14 +152,14 @@ class Answers:
     """
 
     def __init__(self, folder: str | Path | None, run: Mapping[str, object]) -> None:
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else to_path(folder)
         self._answers: dict[tuple[str, str, str], list[Answer]] = {}
         self._verdicts: dict[tuple[str, str], tuple[bool, str]] = {}
         if self.folder is None:
             return
         self._file = self.folder / "answers.jsonl"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_directory(self.folder)
         except OSError as error:
             raise UserError(f"{folder} cannot be made an output folder: {error.strerror}") from None
         description = self.folder / "run.json"
@@ -196,9 +204,38 @@ class Answers:
                     f"{self._file}, line {number} is no answer. "
                     "Correct the line, or choose another folder."
                 ) from None
-        if len(whole) < len(data):
+        if len(whole) < len(data) and not is_cloud(self._file):
             with disk_errors(self._file), self._file.open("r+b") as file:
                 file.truncate(len(whole))
+
+    def take_shards(self, run: Mapping[str, object]) -> None:
+        """Adds the answers of independent workers, which are in folders of this one.
+
+        Args:
+            run: description of the run, which must be that of each worker.
+
+        Raises:
+            UserError: if there are none, or if one is of another run.
+        """
+        assert self.folder is not None
+        shards = sorted(self.folder.glob(f"{SHARD}*-of-*"))
+        require(
+            bool(shards),
+            f"{self.folder}: no shares of workers are in it. Run the command with --shard i/n "
+            "before.",
+        )
+        for shard in shards:
+            kept = Answers(shard, run).all()
+            self.add([a for a in kept if not self.has(a.rule, a.budget, a.task_id, a.seed)])
+
+    def close(self) -> None:
+        """Makes one object of the answers in object storage.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        if self.folder is not None:
+            close_text(self._file)
 
     def _keep(self, answer: Answer) -> None:
         self._answers.setdefault((answer.rule, answer.budget, answer.task_id), []).append(answer)

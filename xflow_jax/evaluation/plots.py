@@ -13,6 +13,7 @@ from xflow_jax.checkpoints import atomic_file
 from xflow_jax.decoding import Policy, features
 from xflow_jax.errors import disk_errors
 from xflow_jax.evaluation.answers import Row
+from xflow_jax.input_files import to_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -236,5 +237,5 @@ def _style_axes(axes: Axes) -> None:
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    with disk_errors(path), atomic_file(Path(path)) as temporary:
+    with disk_errors(path), atomic_file(to_path(path)) as temporary:
         figure.savefig(temporary, format="png")

@@ -25,7 +25,8 @@ from xflow_jax.checkpoints import folder_lock, locked_by_first_process
 from xflow_jax.decoding import CacheOptions, Rule, generate, make_decode_config, resolve_steps
 from xflow_jax.errors import UserError
 from xflow_jax.evaluation.answers import Answer, Answers, Row, summarize_answers
-from xflow_jax.parallel import multihost
+from xflow_jax.input_files import to_path
+from xflow_jax.parallel import WHOLE, Shard, multihost
 from xflow_jax.sandbox import run_many
 from xflow_jax.tasks import Task
 from xflow_jax.tokenizer import chat_ids, decode_responses
@@ -106,6 +107,7 @@ def evaluate(
     samples: int = 1,
     k: int = 1,
     cache: CacheOptions = NO_CACHE,
+    shard: Shard = WHOLE,
 ) -> list[Row]:
     """Makes the missing answers and computes a row for each cell.
 
@@ -125,6 +127,8 @@ def evaluate(
             makes one.
         k: k of pass@k.
         cache: keys and values that a decode keeps.
+        shard: the batches to answer, every n-th. Workers with the other shares make the rest. The
+            batches are those of the whole, so the answers are too.
 
     Raises:
         UserError: for bad input.
@@ -136,15 +140,12 @@ def evaluate(
     turns = [
         (cell, seed + i) for cell in cells for i in range(samples if cell.rule.needs_keys else 1)
     ]
+    mine = [item for number, item in enumerate(items) if shard.takes(number // size)]
     missing = [
-        {
-            item.task_id
-            for item in items
-            if not answers.has(c.label, str(c.budget), item.task_id, at)
-        }
+        {item.task_id for item in mine if not answers.has(c.label, str(c.budget), item.task_id, at)}
         for c, at in turns
     ]
-    total = len(turns) * len(items)
+    total = len(turns) * len(mine)
     with progress_bar(total, total - sum(map(len, missing))) as bar:
         for (cell, at), todo in zip(turns, missing, strict=True):
             bar.set_description(f"{cell.label} at {cell.budget}")
@@ -330,7 +331,9 @@ def covered_seconds(spans: Sequence[tuple[float, float]]) -> float:
 
 
 @contextlib.contextmanager
-def open_answers(folder: str | Path | None, run: Mapping[str, object]) -> Iterator[Answers]:
+def open_answers(
+    folder: str | Path | None, run: Mapping[str, object], merge: bool = False
+) -> Iterator[Answers]:
     """Opens the store of answers of a run, and locks its folder.
 
     With several processes, only the first one uses the folder. All get the answers in it.
@@ -338,6 +341,7 @@ def open_answers(folder: str | Path | None, run: Mapping[str, object]) -> Iterat
     Args:
         folder: the output folder, or None to keep answers in memory only.
         run: description of the run in JSON's types.
+        merge: add the answers of the shares in the folder (`shard_folder`).
 
     Yields:
         The store. The folder is locked until the block ends.
@@ -349,16 +353,19 @@ def open_answers(folder: str | Path | None, run: Mapping[str, object]) -> Iterat
 
     def read() -> list[dict[str, Any]]:
         opened.append(Answers(folder, run))
+        if merge:
+            opened[0].take_shards(run)
         if jax.process_count() == 1:
             return []
         return [dataclasses.asdict(answer) for answer in opened[0].all()]
 
     with contextlib.ExitStack() as stack:
         if folder is not None:
-            stack.enter_context(locked_by_first_process(folder_lock(Path(folder))))
+            stack.enter_context(locked_by_first_process(folder_lock(to_path(folder))))
         kept = multihost.broadcast_from_first(read)
         if opened:
             yield opened[0]
+            opened[0].close()
         else:
             answers = Answers(None, run)
             answers.add([Answer(**fields) for fields in kept])

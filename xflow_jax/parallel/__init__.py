@@ -23,11 +23,15 @@ from xflow_jax.parallel.partitioning import (
     path_name,
     replicated,
 )
+from xflow_jax.parallel.shards import MERGE, WHOLE, Shard, parse_shard
 
 __all__ = [
     "BATCH",
     "LOGICAL",
+    "MERGE",
     "MESH_AXES",
+    "WHOLE",
+    "Shard",
     "batch_sharding",
     "computation_scope",
     "constrain_batch",
@@ -41,6 +45,7 @@ __all__ = [
     "multihost",
     "nearest_divisor",
     "parse_mesh",
+    "parse_shard",
     "path_name",
     "platform",
     "put_sharded",

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from xflow_jax.checkpoints import write_atomic
+from xflow_jax.checkpoints import make_directory, write_atomic
 from xflow_jax.errors import UserError, disk_errors
 from xflow_jax.parallel import LOGICAL
 from xflow_jax.planning.cost_model import (
@@ -87,7 +87,7 @@ def compile_row(
     text = compiled.as_text() or ""
     if hlo_file:
         with disk_errors(hlo_file.parent):
-            hlo_file.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(hlo_file.parent)
         write_atomic(hlo_file, text)
     cost = program_cost(text, _expert_count(config, mesh), program.branch_shares)
     memory = _memory_of_program(compiled) | {"capacity": topology.chip.memory}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from xflow_jax.errors import UserError, require
-from xflow_jax.input_files import file_inside, open_regular
+from xflow_jax.input_files import file_inside, is_cloud, open_regular, read_bytes, to_path
 from xflow_jax.tokenizer.chat_template import render_chat
 from xflow_jax.types import Tokenizer
 
@@ -40,9 +41,15 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
     Raises:
         UserError: if the file cannot be read as a tokenizer.
     """
-    directory = Path(directory)
+    directory = to_path(directory)
     if not file_inside(directory, _FILES[0]).exists():
         return None
+    if is_cloud(directory):
+        with tempfile.TemporaryDirectory(prefix="xflow-tokenizer-") as folder:
+            for name in _FILES:
+                if (directory / name).exists():
+                    (Path(folder) / name).write_bytes(read_bytes(directory / name, MOST_BYTES))
+            return load_tokenizer(folder)
     for name in _FILES:
         _check_file(file_inside(directory, name))
     # Without this, transformers warns every user that PyTorch is missing. It is not needed here.
@@ -62,7 +69,7 @@ def _check_file(file: Path) -> None:
     if not file.exists():
         return
     with open_regular(file) as opened:
-        size = os.fstat(opened.fileno()).st_size
+        size = opened.seek(0, os.SEEK_END)
     require(size <= MOST_BYTES, f"{file}: cannot be read: it has more than {MOST_BYTES} bytes")
 
 

@@ -6,10 +6,10 @@ grain reads the batches. It is imported only if a run needs them.
 from __future__ import annotations
 
 import glob
+import os
 import random
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from xflow_jax.errors import UserError, require
-from xflow_jax.input_files import read_json_lines, read_jsonl
+from xflow_jax.input_files import is_cloud, read_json_lines, read_jsonl, to_path
 from xflow_jax.tasks import Task
 from xflow_jax.tokenizer import chat_ids, pad_left
 from xflow_jax.training.state import Batch
@@ -171,7 +171,7 @@ class Responses:
 
     def __init__(
         self,
-        paths: Sequence[str | Path],
+        paths: Sequence[str | os.PathLike[str]],
         config: ModelConfig,
         prompt_length: int,
         gen_length: int,
@@ -257,16 +257,20 @@ def _make_example(
     return {"prompt": ids[0], "prompt_mask": mask[0], "response": np.asarray(response, np.int32)}
 
 
-def _expand_patterns(paths: Sequence[str | Path]) -> list[str]:
+def _expand_patterns(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
     """Replaces each pattern by its files. Without a match it stays."""
-    return [
-        file
-        for path in map(str, paths)
-        for file in (sorted(glob.glob(path)) if "*" in path else [path]) or [path]
-    ]
+    files: list[str] = []
+    for path in map(str, paths):
+        found: list[str] = []
+        if "*" in path and is_cloud(path):
+            found = sorted(map(str, to_path(path).parent.glob(to_path(path).name)))
+        elif "*" in path:
+            found = sorted(glob.glob(path))
+        files += found or [path]
+    return files
 
 
-def read_lines(path: str | Path) -> list[str]:
+def read_lines(path: str | os.PathLike[str]) -> list[str]:
     """Reads the lines of a jsonl file, without an incomplete last line.
 
     Args:
@@ -282,7 +286,7 @@ def read_lines(path: str | Path) -> list[str]:
     return [line for _, line, _ in read_json_lines(path, cut_end=True)]
 
 
-def read_records(path: str | Path) -> Iterator[tuple[str, object]]:
+def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[str, object]]:
     """Parses the lines of `read_lines`.
 
     Args:

@@ -17,6 +17,7 @@ from typing import Any
 
 from xflow_jax.decoding.rules.base import Action
 from xflow_jax.errors import UserError, require
+from xflow_jax.input_files import is_cloud, to_path
 
 MEMBERS = (
     "early_exit",
@@ -107,7 +108,7 @@ def source_hash(cls: type) -> str | None:
     if cls.__module__.partition(".")[0] == __name__.partition(".")[0]:
         return None
     file = inspect.getsourcefile(cls)
-    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    return None if file is None else hashlib.sha256(to_path(file).read_bytes()).hexdigest()[:16]
 
 
 def _is_local(value: type, module: ModuleType) -> bool:
@@ -115,7 +116,9 @@ def _is_local(value: type, module: ModuleType) -> bool:
 
 
 def _load_file(source: str) -> ModuleType:
-    path = Path(source).expanduser().resolve()
+    if is_cloud(source):
+        raise UserError(f"{source}: a rule is a file on a disk, FILE.py:Class. Copy it there.")
+    path = to_path(source).expanduser().resolve()
     if not path.is_file():
         raise UserError(f"{source}: there is no such file. A rule of your own is FILE.py:Class.")
     return _run_file(path, path.stat().st_mtime_ns)

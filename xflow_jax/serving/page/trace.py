@@ -13,6 +13,7 @@ import numpy as np
 
 from xflow_jax.checkpoints import write_atomic
 from xflow_jax.decoding import Trace
+from xflow_jax.input_files import to_path
 from xflow_jax.types import LanguageModel
 
 # Fields of the trace that the page needs.
@@ -111,7 +112,7 @@ def write_trajectory_page(
     data = json.dumps({"title": title, "messages": chat, "runs": runs}, separators=(",", ":"))
     page = live_page().replace("/*DATA*/null", data.replace("<", "\\u003c"), 1)
     page = page.replace("<!--PLAIN-->", _plain(decodes, chat), 1)
-    write_atomic(Path(path), page)
+    write_atomic(to_path(path), page)
 
 
 def _plain(decodes: Sequence[TracedDecode], chat: Sequence[Mapping[str, str]]) -> str:

@@ -6,19 +6,23 @@ a device. Sizes and depths are limited, so a small file cannot fill the memory.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
 import os
 import re
 import stat
+import tempfile
 import tomllib
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from xflow_jax.errors import UserError, require
+from xflow_jax.errors import UserError, disk_errors, require
+from xflow_jax.input_files.object_storage import download, open_object
+from xflow_jax.input_files.paths import is_cloud, to_path
 
 MOST_BYTES = 2**26  # of a JSON or TOML file, and of a line of jsonl
 MOST_DEPTH = 100  # lists and objects inside each other
@@ -34,12 +38,15 @@ _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _LONG_KEY = re.compile(r"(?:\.[ \t]*(?:[\w-]+|\"[^\"\n]*\"|'[^'\n]*')[ \t]*){64}")
 
 
-def open_regular(path: str | Path) -> BinaryIO:
-    """Opens a regular file for reading.
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a regular file, or an object, for reading.
 
     Raises:
         UserError: if there is no such file, or if it is a folder, a pipe or a device.
     """
+    if is_cloud(path):
+        with disk_errors(path, reading=True):
+            return open_object(to_path(path))
     try:
         # Without O_NONBLOCK this would wait for a writer of a pipe.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -55,14 +62,14 @@ def open_regular(path: str | Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def read_bytes(path: str | Path, most: int = MOST_BYTES) -> bytes:
+def read_bytes(path: str | os.PathLike[str], most: int = MOST_BYTES) -> bytes:
     """Reads a file of limited size.
 
     Raises:
         UserError: if it cannot be read, or if it has more than `most` bytes.
     """
     try:
-        with open_regular(path) as file:
+        with disk_errors(path, reading=True), open_regular(path) as file:
             data = file.read(most + 1)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
@@ -70,7 +77,7 @@ def read_bytes(path: str | Path, most: int = MOST_BYTES) -> bytes:
     return data
 
 
-def read_text(path: str | Path, most: int = MOST_BYTES) -> str:
+def read_text(path: str | os.PathLike[str], most: int = MOST_BYTES) -> str:
     """Reads a text file in UTF-8.
 
     A byte order mark at its beginning is left out.
@@ -88,7 +95,7 @@ def _decode(data: bytes, where: str) -> str:
         raise UserError(f"{where} is not UTF-8 text: {error}") from None
 
 
-def read_json(path: str | Path) -> object:
+def read_json(path: str | os.PathLike[str]) -> object:
     """Reads a JSON file.
 
     Raises:
@@ -97,7 +104,7 @@ def read_json(path: str | Path) -> object:
     return parse_json(read_text(path), f"{path}: not valid JSON")
 
 
-def read_json_object(path: str | Path) -> dict[str, object]:
+def read_json_object(path: str | os.PathLike[str]) -> dict[str, object]:
     """Reads a JSON file that holds an object.
 
     Raises:
@@ -167,7 +174,7 @@ def _deeper_than(value: object, levels: int) -> bool:
     return True
 
 
-def read_toml(path: str | Path) -> dict[str, object]:
+def read_toml(path: str | os.PathLike[str]) -> dict[str, object]:
     """Reads a TOML file.
 
     Raises:
@@ -203,7 +210,7 @@ def parse_toml(text: str, where: str) -> dict[str, object]:
     return table
 
 
-def read_jsonl(path: str | Path, cut_end: bool = False) -> Iterator[tuple[int, object]]:
+def read_jsonl(path: str | os.PathLike[str], cut_end: bool = False) -> Iterator[tuple[int, object]]:
     """Yields (line number, value) for the lines of a jsonl file.
 
     Arguments and errors are those of `read_json_lines`.
@@ -211,7 +218,9 @@ def read_jsonl(path: str | Path, cut_end: bool = False) -> Iterator[tuple[int, o
     return ((number, value) for number, _, value in read_json_lines(path, cut_end))
 
 
-def read_json_lines(path: str | Path, cut_end: bool = False) -> Iterator[tuple[int, str, object]]:
+def read_json_lines(
+    path: str | os.PathLike[str], cut_end: bool = False
+) -> Iterator[tuple[int, str, object]]:
     """Yields (line number, text, value) for the lines of a jsonl file.
 
     The file may be compressed by gzip. Empty lines are left out.
@@ -236,7 +245,7 @@ def read_json_lines(path: str | Path, cut_end: bool = False) -> Iterator[tuple[i
         yield number, text, value
 
 
-def _lines(path: str | Path) -> Iterator[tuple[int, bytes, bool]]:
+def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes, bool]]:
     """Yields (line number, line, ends with a line break), without empty lines."""
     number, start = 1, b""
     for chunk in _chunks(path):
@@ -257,12 +266,12 @@ def _lines(path: str | Path) -> Iterator[tuple[int, bytes, bool]]:
         yield number, start, False
 
 
-def _chunks(path: str | Path) -> Iterator[bytes]:
+def _chunks(path: str | os.PathLike[str]) -> Iterator[bytes]:
     """Yields the bytes of a file, decompressed, without a byte order mark."""
     with open_regular(path) as raw:
         compressed = raw.read(2) == _GZIP
+        size = raw.seek(0, os.SEEK_END)
         raw.seek(0)
-        size = os.fstat(raw.fileno()).st_size
         most, total, first = MOST_BYTES + MOST_GROWTH * size, 0, True
         file: io.BufferedIOBase | BinaryIO = gzip.GzipFile(fileobj=raw) if compressed else raw
         while True:
@@ -300,6 +309,8 @@ def file_inside(folder: Path, name: str) -> Path:
         UserError: if the file is a link that leaves the folder.
     """
     path = folder / name
+    if is_cloud(path):
+        return path
     if not os.path.islink(path):  # Path.is_symlink fails for long names
         return path
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
@@ -311,3 +322,23 @@ def file_inside(folder: Path, name: str) -> Path:
     raise UserError(
         f"{path}: it is a link that leaves the folder of the model. Put the file itself there."
     )
+
+
+@contextlib.contextmanager
+def local_file(name: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a file of the disk with the content of a place.
+
+    It serves libraries that know disks only. An object is copied for the time of the block.
+
+    Raises:
+        UserError: if an object cannot be read.
+    """
+    path = to_path(name)
+    if not is_cloud(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="xflow-download-") as folder:
+        copy = Path(folder) / path.name
+        with disk_errors(path, reading=True):
+            download(path, copy)
+        yield copy

@@ -43,7 +43,7 @@ def test_right_files(tmp_path, bom):
 
 
 def test_lines_across_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("xflow_jax.input_files._CHUNK", 3)
+    monkeypatch.setattr("xflow_jax.input_files.readers._CHUNK", 3)
     file = tmp_path / "x.jsonl"
     file.write_bytes(b'\n\n[1, 2]\n\n\n"abcdefgh"\n3')
     assert list(read_jsonl(file)) == [(3, [1, 2]), (6, "abcdefgh"), (7, 3)]
@@ -156,7 +156,7 @@ def test_large_files(tmp_path):
 
 @pytest.mark.parametrize("filler", [b"\n", b"\0", b" ", b" \n"])
 def test_a_gzip_bomb(tmp_path, monkeypatch, filler):
-    monkeypatch.setattr("xflow_jax.input_files.MOST_BYTES", 2**22)
+    monkeypatch.setattr("xflow_jax.input_files.readers.MOST_BYTES", 2**22)
     file = tmp_path / "x.jsonl.gz"
     block = filler * (2**24 // len(filler))
     with gzip.open(file, "wb", compresslevel=9) as f:
