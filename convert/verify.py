@@ -17,10 +17,13 @@ import numpy as np
 
 from convert import run_program
 from xflow_jax.checkpoints import (
+    CHECKSUM_FILE,
     CONFIG_FILE,
     SafetensorsSource,
     find_hf_directory,
+    is_checkpoint,
     read_hf_config,
+    read_record,
     resolve_mask_id,
 )
 from xflow_jax.errors import UserError, require
@@ -196,9 +199,33 @@ def _torch_model(directory: Path, auto_map: dict[str, str]) -> Any:
     return model.float().eval()
 
 
+def check_files(directory: Path) -> str:
+    """Reads all files of a model and compares them with their checksums.
+
+    Args:
+        directory: a converted checkpoint, or a directory in the Hugging Face format.
+
+    Returns:
+        The end of a sentence on what was compared.
+
+    Raises:
+        UserError: that names the first damaged file.
+    """
+    if is_checkpoint(directory):
+        read_record(directory, large=True, always=True)
+        return "the files have the sizes and checksums of files.json"
+    source = SafetensorsSource(directory, always=True)
+    if not (directory / CHECKSUM_FILE).exists():
+        return f"its {len(source.files)} files of weights are whole, but it has no {CHECKSUM_FILE}"
+    return f"its {len(source.files)} files of weights have the checksums of {CHECKSUM_FILE}"
+
+
 def main(arguments: argparse.Namespace) -> None:
     """Prints the differences. Exits with status 1 if too large."""
     directory = find_hf_directory(arguments.hf_dir)
+    if arguments.checksums:
+        print(f"{directory}: {check_files(directory)}")
+        return
     size = arguments.block_length
     require(size is None or size >= 1, f"--block-length must be at least 1, not {size}")
     original = torch_logits(directory, arguments.trust_remote_code, size)
@@ -226,6 +253,11 @@ if __name__ == "__main__":
     parser.add_argument(
         "hf_dir",
         help="Hugging Face directory with modelling code, or name of a model on the hub",
+    )
+    parser.add_argument(
+        "--checksums",
+        action="store_true",
+        help="only compare all files with the checksums of files.json. Converted checkpoints too",
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code that comes with the model"

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from train.event_file import EventFile
 from train.state_store import StateStore
+from xflow_jax.benchmarks import StepProfiler
 from xflow_jax.checkpoints import (
     append_text,
     close_text,
@@ -55,6 +56,8 @@ class Run:
         frozen: fingerprint of the weights that the run does not change, or None. Once it is set,
             only a run of the same ones is continued.
         stopped: True after SIGTERM.
+        profile: folder and number of steps of a trace, as `--profile` gives them.
+        ended_early: True if the last run of this program was stopped before its last step.
         bar: the progress bar, while `steps` runs.
 
     Raises:
@@ -63,6 +66,8 @@ class Run:
     """
 
     bar: tqdm
+    ended_early: ClassVar[bool] = False
+    profile: ClassVar[str] = ""
 
     def __init__(self, folder: str | Path, seed: int, keep: int = 2):
         require_orbax(folder)
@@ -70,6 +75,7 @@ class Run:
         self.first_process = multihost.is_first_process()
         self.metrics_file = self.folder / "metrics.jsonl"
         self.stopped = False
+        Run.ended_early = False
         self.frozen: str | None = None
         self._events: EventFile | None = None
         with contextlib.ExitStack() as stack:
@@ -208,17 +214,23 @@ class Run:
             disable=not self.first_process,
         )
         try:
-            for step in self.bar:
-                if jax.process_count() > 1:  # all processes must leave after the same step
-                    self.stopped = bool(
-                        multihost_utils.process_allgather(np.asarray(self.stopped)).any()
-                    )
-                yield step
-                if self.stopped:
-                    break
+            with StepProfiler(self.profile) as profiler:
+                yield from self._steps(last, profiler)
         finally:
             signal.signal(signal.SIGTERM, before)
             self.bar.close()
+
+    def _steps(self, last: int, profiler: StepProfiler) -> Iterator[int]:
+        for step in self.bar:
+            profiler.step()
+            if jax.process_count() > 1:  # all processes must leave after the same step
+                self.stopped = bool(
+                    multihost_utils.process_allgather(np.asarray(self.stopped)).any()
+                )
+            yield step
+            if self.stopped:
+                Run.ended_early = step + 1 < last
+                break
 
     def wait(self) -> None:
         """Waits until all checkpoints are on the disk.

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
+from train.run import Run
 from xflow_jax.checkpoints import delete_directory, exists, save_params, write_atomic, write_hf
 from xflow_jax.cli import run_process
 from xflow_jax.models import abstract_params, build
@@ -61,19 +62,26 @@ def export(
 def run_program(main: Callable[[str, list[str]], None], usage: str) -> None:
     """Runs a program with the arguments of the command line.
 
-    Errors end it as those of a command (`run_process`).
+    Errors end it as those of a command (`run_process`). After SIGTERM the status is 75, so that a
+    scheduler starts the program again.
 
     Args:
         main: function of the first argument, a configuration, and the rest, the overrides.
         usage: the form of the command, for a message if there is no configuration.
     """
+    arguments = sys.argv[2:]
+    if "--profile" in arguments[:-1]:
+        at = arguments.index("--profile")
+        Run.profile = arguments[at + 1]
+        del arguments[at : at + 2]
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        print(f"usage: {usage}", file=sys.stderr)
+        print(f"usage: {usage} [--profile DIR[:STEPS]]", file=sys.stderr)
         sys.exit(2)
 
-    def run() -> None:
+    def run() -> int:
         multihost.configure_process()
         find_devices()
-        main(sys.argv[1], sys.argv[2:])
+        main(sys.argv[1], arguments)
+        return multihost.RESTART_STATUS if Run.ended_early else 0
 
     sys.exit(run_process(run, interrupted="interrupted. The same command continues."))

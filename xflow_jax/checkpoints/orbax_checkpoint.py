@@ -76,7 +76,9 @@ def is_checkpoint(directory: str | Path) -> bool:
         return exists(to_path(directory) / ORBAX_METADATA)
 
 
-def read_record(directory: str | Path, large: bool = False) -> CheckpointRecord:
+def read_record(
+    directory: str | Path, large: bool = False, always: bool = False
+) -> CheckpointRecord:
     """Reads the record of a complete checkpoint.
 
     The sizes of all files are compared with those of files.json, and the checksums.
@@ -85,6 +87,7 @@ def read_record(directory: str | Path, large: bool = False) -> CheckpointRecord:
         directory: the checkpoint.
         large: True compares the checksums of large files as well, unless XFLOW_VERIFY is 0. False
             suits programs that read no parameters.
+        always: compare all checksums whatever XFLOW_VERIFY is.
 
     Raises:
         UserError: if the checkpoint is incomplete, damaged or of another format.
@@ -98,9 +101,8 @@ def read_record(directory: str | Path, large: bool = False) -> CheckpointRecord:
         raise incomplete
     try:
         listed = cast("Listed", read_json(directory / CHECKSUM_FILE))
-        damage = first_damage(
-            directory, listed, large and compares_large_files(directory), shared=True
-        )
+        reads = always or (large and compares_large_files(directory))
+        damage = first_damage(directory, listed, reads, shared=True)
     except (OSError, ValueError, TypeError, AttributeError):
         raise incomplete from None
     if damage is not None:

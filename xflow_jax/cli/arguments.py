@@ -77,6 +77,15 @@ def seed_number(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def add_profile_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --profile."""
+    parser.add_argument(
+        "--profile",
+        metavar="DIR[:CALLS]",
+        help="trace further calls of the compiled decode with jax.profiler (3 without CALLS)",
+    )
+
+
 def check_output_file(path: Path) -> None:
     """Checks that a file can be written, before its content is made.
 

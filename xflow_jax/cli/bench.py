@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 from tqdm import tqdm
@@ -19,6 +20,7 @@ from xflow_jax.benchmarks import (
     matmul_rate,
     measure_decode,
     measure_variants,
+    profile_calls,
     ratio_sentence,
     timing_table,
 )
@@ -32,6 +34,7 @@ from xflow_jax.cli.arguments import (
     add_mask_argument,
     add_mesh_argument,
     add_number,
+    add_profile_argument,
     cache_arguments,
     check_output_file,
     require_positive,
@@ -78,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("torch",),
         help="compare mask prediction with the same model in plain PyTorch",
     )
+    add_profile_argument(parser)
     add_cache_arguments(parser)
     parser.set_defaults(refresh=None)
     parser.add_argument(
@@ -152,6 +156,8 @@ def _measure(
         for batch in tqdm(sizes, desc="batch sizes", leave=False, disable=None)
     ]
     print(timing_table(timings))
+    again = partial(measure_decode, lm, rule, decode_config, sizes[0], args.prompt_length, rate, 1)
+    profile_calls(args.profile, again)
     return {"timings": [dataclasses.asdict(t) for t in timings]}
 
 

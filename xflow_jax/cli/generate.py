@@ -11,6 +11,7 @@ from xflow_jax.cli.arguments import (
     add_cache_arguments,
     add_device_arguments,
     add_number,
+    add_profile_argument,
     check_output_file,
 )
 from xflow_jax.errors import UserError, describe, require
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="decode with this rule as well, and show both decodes side by side on the page of "
         "--trace",
     )
+    add_profile_argument(parser)
     add_device_arguments(parser)
 
 

@@ -12,6 +12,7 @@ from functools import partial
 from textwrap import shorten
 from typing import Any
 
+from xflow_jax.benchmarks import profile_calls
 from xflow_jax.cli.arguments import cache_arguments
 from xflow_jax.cli.process import print_text
 from xflow_jax.decoding import Generation, generate, parse_budget, parse_rule, resolve_steps
@@ -86,6 +87,7 @@ def answer_prompts(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     out = decode(rule=rule)
     seconds = time.perf_counter() - began
+    profile_calls(args.profile, partial(decode, rule=rule))
     answers = _judge(chats, out, notes)
     if args.trace is not None:
         decodes = [_traced(label, out, answers[0], length)]

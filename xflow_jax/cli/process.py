@@ -23,7 +23,8 @@ def run_process(
 
     Returns:
         The exit status: that of the program or 0, 1 if the reader of the output is gone, 2 for a
-        mistake of the user, 130 if interrupted.
+        mistake of the user, 75 if it can be started again (`multihost.RESTART_STATUS`), 130 if
+        interrupted.
     """
     is_closed = sys.stdout is None
     open_streams()
@@ -51,11 +52,25 @@ def run_process(
     except ValueError as error:
         if "embedded null byte" in str(error):
             return _fail("a name holds the character NUL, so no file can have it")
+        _end_if_alone(error)
         raise
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             return _fail(f"there is not enough memory on the device: {_first_line(error)}")
+        _end_if_alone(error)
         raise
+
+
+def _end_if_alone(error: Exception) -> None:
+    """Ends this process at once if another process of the run is gone.
+
+    The usual end would wait for the other process.
+    """
+    multihost = sys.modules.get("xflow_jax.parallel.multihost")
+    sentence = None if multihost is None else multihost.lost_process(error)
+    if multihost is not None and sentence is not None:
+        _fail(sentence)
+        os._exit(multihost.RESTART_STATUS)
 
 
 def open_streams() -> None:

@@ -22,6 +22,22 @@ from xflow_jax.errors import UserError
 from xflow_jax.types import PyTree
 
 T = TypeVar("T")
+# Time after which a process that gives no sign of life counts as dead. The others then end.
+HEARTBEAT_SECONDS = 60
+# Status of a program that ends before its work is done, and that goes on when it is started again:
+# EX_TEMPFAIL of sysexits.h.
+RESTART_STATUS = 75
+# Texts of the errors of a collective operation or of the coordinator if a process is gone.
+_LOST = (
+    "coordination service",
+    "CoordinationService",
+    "heartbeat",
+    "Gloo",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "NCCL",
+    "Socket closed",
+)
 
 
 def configure_process() -> None:
@@ -52,12 +68,36 @@ def initialize_processes() -> None:
     count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
     try:
         jax.distributed.initialize(
-            num_processes=int(count) if count else None, process_id=int(index) if index else None
+            num_processes=int(count) if count else None,
+            process_id=int(index) if index else None,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(f"the processes cannot find each other: {error}") from None
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
+
+
+def lost_process(error: BaseException) -> str | None:
+    """Returns the sentence on an error that another process of the run has caused by its end.
+
+    Args:
+        error: any error.
+
+    Returns:
+        The sentence, or None for other errors and in a single process.
+    """
+    if "jax" not in sys.modules or not jax.distributed.is_initialized():
+        return None
+    text = str(error)
+    if not any(sign in text for sign in _LOST):
+        return None
+    return (
+        f"another process of this run has ended, so process {jax.process_index()} of "
+        f"{jax.process_count()} ends too. Start all of them again, and the run continues from its "
+        f"last checkpoint ({text.strip().splitlines()[0][:200]})"
+    )
 
 
 def configure_types() -> None:

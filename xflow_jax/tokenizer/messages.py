@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from xflow_jax.errors import UserError, describe, require
-from xflow_jax.input_files import read_json, read_jsonl
+from xflow_jax.input_files import read_json, read_jsonl, to_path
 
 ROLES = ("system", "user", "assistant")
 Messages = list[dict[str, str]]
@@ -76,7 +76,7 @@ def read_messages(path: str | Path) -> Messages:
     Raises:
         UserError: if the file cannot be read, or as `check_messages`.
     """
-    if Path(path).suffix in (".jsonl", ".gz"):
+    if to_path(path).suffix in (".jsonl", ".gz"):
         return check_messages([value for _, value in read_jsonl(path)], str(path))
     value = read_json(path)
     if isinstance(value, dict) and "messages" in value:  # the body of a request to a server
