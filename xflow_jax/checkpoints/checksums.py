@@ -35,16 +35,8 @@ CHANGED = "has another checksum than when it was written"
 Listed = Mapping[str, object]  # file -> [size, checksum], or its size alone in old directories
 
 
-def file_checksum(path: Path, like: str = "") -> str:
-    """Computes the CRC-32 of a file, at about 3 GB a second.
-
-    Args:
-        path: the file.
-        like: a checksum to compare with. If it is a CRC-32C, so is the result, or `like` itself
-            without the package google-crc32c.
-    """
-    if like.startswith(CRC32C):
-        return _file_crc32c(path) or like
+def file_checksum(path: Path) -> str:
+    """Computes the CRC-32 of a file, at about 3 GB a second."""
     checksum = 0
     with open_regular(path) as file:
         while block := file.read(BLOCK):
@@ -52,11 +44,17 @@ def file_checksum(path: Path, like: str = "") -> str:
     return f"{checksum:08x}"
 
 
-def _file_crc32c(path: Path) -> str | None:
+def _checksum_like(path: Path, like: str) -> str:
+    """Computes the checksum of a file in the kind of another one.
+
+    A CRC-32C counts as equal without the package google-crc32c.
+    """
+    if not like.startswith(CRC32C):
+        return file_checksum(path)
     try:
         import google_crc32c  # comes with the extra gcs
     except ImportError:
-        return None
+        return like
     checksum = google_crc32c.Checksum()
     with open_regular(path) as file:
         while block := file.read(BLOCK):
@@ -168,7 +166,7 @@ def first_damage(
         if checksum is not None and (size < SMALL or (large and mine)):
             todo[name] = checksum
     with ThreadPoolExecutor(_threads()) as pool:
-        found = pool.map(lambda name: file_checksum(directory / name, todo[name]), todo)
+        found = pool.map(lambda name: _checksum_like(directory / name, todo[name]), todo)
         for (name, checksum), actual in zip(todo.items(), found, strict=True):
             if actual != checksum:
                 pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# bash configs/launch/tpu_pod.sh NAME ZONE gs://BUCKET COMMAND...
+# Runs one command on every host of a Cloud TPU slice, here a v6e-64 (8x8, 16 hosts of 4 chips). A queued resource waits
+# for the slice. The hosts find each other, since XFLOW_DISTRIBUTED=1 makes JAX look for them.
+#
+#   bash configs/launch/tpu_pod.sh align us-east5-a gs://my-bucket \
+#     python -m train.align configs/align_llada_8b.toml mesh=32,2,1 \
+#     model=gs://my-bucket/llada-8b data='["gs://my-bucket/self_generate/responses*.jsonl"]' out=gs://my-bucket/align
+set -eu
+name=$1 zone=$2 bucket=$3
+shift 3
+
+gcloud compute tpus queued-resources create "$name" --node-id "$name" --zone "$zone" \
+  --accelerator-type v6e-64 --runtime-version v2-alpha-tpuv6e --spot
+until [ "$(gcloud compute tpus queued-resources describe "$name" --zone "$zone" --format='value(state.state)')" = ACTIVE ]; do
+  sleep 30
+done
+
+on_all_hosts() {
+  gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker=all --command "$1"
+}
+on_all_hosts "git clone https://github.com/OWNER/xflow-jax && cd xflow-jax && python3 -m venv .venv && \
+  .venv/bin/pip install -q -c constraints.txt -e '.[tpu,gcs]'"
+# Status 75 means that the run was interrupted and goes on from its last checkpoint.
+until on_all_hosts "cd xflow-jax && . .venv/bin/activate && \
+  XFLOW_DISTRIBUTED=1 JAX_COMPILATION_CACHE_DIR=$bucket/programs $(printf '%q ' "$@")"; do
+  [ $? = 75 ] || exit 1
+done
