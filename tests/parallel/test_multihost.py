@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def test_arrays_and_keys_are_sharded_and_fetched(spec):
 
 PROCESS = """
 import sys
+import time
 import jax
 
 rank, port, out = sys.argv[1:]
@@ -173,3 +175,52 @@ def test_a_missing_platform_is_one_sentence(monkeypatch, error, reason):
         ) as caught:
             call()
         assert reason in str(caught.value) and ".." not in str(caught.value)
+
+
+GATHER = """
+import os, sys, time
+os.environ |= {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:" + sys.argv[2], "JAX_NUM_PROCESSES": "2"}
+os.environ |= {"JAX_PROCESS_ID": sys.argv[1], "JAX_ENABLE_COMPILATION_CACHE": "false"}
+from xflow_jax.cli.process import run_process
+from xflow_jax.parallel import multihost
+
+def run():
+    multihost.configure_process()
+    for step in range(10000):
+        multihost.gather_objects([step])
+        print("step", step, file=sys.stderr, flush=True)
+        time.sleep(0.2)
+
+sys.exit(run_process(run))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_the_others_in_time(tmp_path, victim):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    logs = [tmp_path / f"{rank}.log" for rank in (0, 1)]
+    runs = []
+    for rank in (0, 1):
+        with logs[rank].open("w") as log:
+            command = [sys.executable, "-c", GATHER, str(rank), str(port)]
+            environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+            runs.append(
+                subprocess.Popen(
+                    command, cwd=Path(__file__).parents[2], env=environment, stderr=log
+                )
+            )
+    while not all("step 1\n" in log.read_text() for log in logs):
+        assert all(run.poll() is None for run in runs)
+        time.sleep(0.2)
+    runs[victim].kill()
+    began = time.monotonic()
+    survivor = runs[1 - victim]
+    assert survivor.wait(120) != 0
+    text = logs[1 - victim].read_text()
+    print(f"{time.monotonic() - began:.0f} s, status {survivor.returncode}", text[-3000:])
+    runs[victim].wait()
+    assert survivor.returncode == 75 or survivor.returncode < 0
+    assert "another process of this run has ended" in text or "coordinat" in text.lower()
