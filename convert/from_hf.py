@@ -38,7 +38,7 @@ from xflow_jax.checkpoints import (
     resolve_mask_id,
 )
 from xflow_jax.errors import UserError
-from xflow_jax.input_files import is_cloud, open_regular, to_path
+from xflow_jax.input_files import file_size, is_cloud, open_regular, to_path
 from xflow_jax.models import SCALE, abstract_params, abstract_weights, build, shardings
 from xflow_jax.parallel import make_mesh
 
@@ -171,7 +171,7 @@ def _dtypes(source: SafetensorsSource, mapping: WeightMapping) -> dict[str, str]
 def _hashes(files: list[Path]) -> dict[str, str]:
     """Returns the sha256 of each file, by its name."""
     digests = {}
-    with _progress_bar("hashing", sum(file.stat().st_size for file in files)) as bar:
+    with _progress_bar("hashing", sum(map(file_size, files))) as bar:
         for file in files:
             digest = hashlib.sha256()
             with open_regular(file) as f:

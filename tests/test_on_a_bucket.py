@@ -159,6 +159,7 @@ def test_a_killed_alignment_equals_one_on_a_disk(bucket, model, converted, tmp_p
     command = [sys.executable, "-m", *there]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as running:
         wait_for(lambda: "checkpoints/2/commit_success.txt" in object_sizes(out), running)
+        running.send_signal(signal.SIGSTOP)  # it is alive, and does not end meanwhile
         second = program(*there, check=False)
         assert second.returncode == 2 and "is writing it" in second.stderr
         running.send_signal(signal.SIGKILL)
@@ -178,7 +179,8 @@ def test_sigterm_ends_with_a_status_to_restart_on(bucket, converted):
     words += [f"model={converted}", f'data=["{bucket}/responses.jsonl"]', f"out={out}"]
     command = [sys.executable, "-m", *words]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as running:
-        wait_for(lambda: "metrics.jsonl" in object_sizes(out), running)
+        pieces = re.compile(r"metrics\.jsonl\..*")  # of the steps, behind the line of step 0
+        wait_for(lambda: any(map(pieces.fullmatch, object_sizes(out))), running)
         running.send_signal(signal.SIGTERM)
         assert running.wait(300) == 75
     assert "run.lock" not in object_sizes(out)

@@ -306,7 +306,7 @@ def _shard_files(out: Path) -> list[Path]:
 def _take_shards(
     out: Path, config: SelfGenerateConfig, prompts: Mapping[int, list[int]], done: set[int]
 ) -> set[int]:
-    """Appends the responses of the workers, in the order of a single process."""
+    """Appends the workers' responses in the order of a single process."""
     lines: dict[int, str] = {}
     about, weights = out.with_suffix(".about.json"), {}
     for file in _shard_files(out):
@@ -360,7 +360,10 @@ def _made_by(config: SelfGenerateConfig) -> dict[str, object]:
 def _read_indices(
     out: Path, config: SelfGenerateConfig, prompts: Mapping[int, list[int]]
 ) -> set[int]:
-    """Returns the indices in a file. Raises UserError for that of another run or other prompts."""
+    """Returns the indices in a file.
+
+    Raises UserError for the file of another run or of other prompts.
+    """
     made_by, about = _made_by(config), out.with_suffix(".about.json")
     before = read_json(about) if about.exists() else None
     if isinstance(before, dict):  # earlier versions had no rules

@@ -73,7 +73,7 @@ def disk_errors(
 
 
 def _storage_error(error: BaseException) -> str | None:
-    """Returns the reason behind an error of object storage, or None for another error."""
+    """Returns the reason of an error of object storage, or None."""
     if isinstance(error, FileNotFoundError):
         return "there is no such object"
     origin = type(error).__module__.partition(".")[0]

@@ -140,7 +140,7 @@ def test_a_second_run_is_refused_and_a_dead_one_taken_over(bucket, monkeypatch):
     assert not exists(folder / "run.lock")
     # A holder on another machine that counts, and then one that does not.
     with folder_lock(folder), monkeypatch.context() as patch:
-        patch.setattr("xflow_jax.checkpoints.run_lock.socket.gethostname", lambda: "other")
+        patch.setattr("socket.gethostname", lambda: "other")
         with pytest.raises(UserError, match="process .* is writing it"):
             folder_lock(folder).acquire()
     record = {"host": "other", "pid": 1, "started": "", "since": "", "token": "t", "count": 3}

@@ -19,7 +19,9 @@ FIRST = 2  # steps before it, in which programs are compiled
 
 
 class StepProfiler:
-    """Traces some steps of a program, behind those that compile. It is a context manager.
+    """Traces steps of a program behind those that compile.
+
+    It is a context manager.
 
     Args:
         option: "DIR" or "DIR:STEPS", or empty for no trace.
@@ -51,7 +53,7 @@ class StepProfiler:
 
 
 def profile_calls(option: str | None, call: Callable[[], object]) -> None:
-    """Traces calls of a function that has been called before, so that its programs are compiled.
+    """Traces calls of a function whose programs are compiled.
 
     Args:
         option: "DIR" or "DIR:CALLS" for 3 or CALLS of them, or None for no trace.

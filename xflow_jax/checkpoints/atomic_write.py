@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from xflow_jax.checkpoints.object_lock import ObjectLock
 from xflow_jax.checkpoints.run_lock import RunLock, destination_lock
 from xflow_jax.errors import UserError, disk_errors
 from xflow_jax.input_files import (
@@ -69,17 +70,17 @@ def _is_complete(path: Path) -> bool:
 
 
 def _is_left_over(path: Path) -> bool:
-    """Returns True if a killed program left its lock on a place in object storage."""
+    """Returns True if a place in object storage has a lock."""
     return destination_lock(path).file.exists()
 
 
 def exists(path: Path) -> bool:
-    """Returns True if there is anything at a place, also a link to nothing."""
+    """Returns True if there is anything at a place."""
     return object_exists(path) if is_cloud(path) else os.path.lexists(path)
 
 
 def delete_directory(path: Path) -> None:
-    """Deletes a directory and all below it. Errors are ignored on a disk."""
+    """Deletes a directory with its content, on a disk without errors."""
     if is_cloud(path):
         delete_folder(path)
     else:
@@ -162,8 +163,8 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _uploaded_directory(path: Path, replace: bool, lock: RunLock) -> Iterator[Path]:
-    """Builds a directory on the disk and uploads it, with its marker last.
+def _uploaded_directory(path: Path, replace: bool, lock: RunLock | ObjectLock) -> Iterator[Path]:
+    """Builds a directory on the disk, and uploads its marker last.
 
     An earlier directory loses its marker first, so that a mixture never counts as complete.
     """
@@ -223,7 +224,7 @@ def matching_files(source: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def copy_files(source: Path, target: Path, patterns: Sequence[str]) -> None:
-    """Copies the files that match one of the patterns, on disks or in object storage.
+    """Copies the files that match one of the patterns.
 
     Raises:
         UserError: if one is a link that leaves the source.
@@ -305,7 +306,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def close_text(path: Path) -> None:
-    """Makes one object of a text file that has grown in object storage."""
+    """Makes one object of the pieces of a text file."""
     if is_cloud(path):
         with disk_errors(path):
             merge_pieces(path)

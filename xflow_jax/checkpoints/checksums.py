@@ -175,7 +175,7 @@ def first_damage(
 
 
 def _look_up(directory: Path, names: Collection[str]) -> dict[str, tuple[int, str]]:
-    """Returns (size, checksum of the storage or "") of those of the files that exist."""
+    """Returns (size, the storage's checksum or "") of existing files."""
     if is_cloud(directory):
         with disk_errors(directory, reading=True):
             found = list_objects(directory)

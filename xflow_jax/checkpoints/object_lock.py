@@ -14,8 +14,9 @@ import time
 import uuid
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 
-from xflow_jax.checkpoints.run_lock import Holder, RunLock, this_process
+from xflow_jax.checkpoints.lock_holder import Holder, not_a_lock, refusal, this_process
 from xflow_jax.errors import UserError, disk_errors
 from xflow_jax.input_files import create_object, delete_object, read_bytes, write_object
 
@@ -24,11 +25,15 @@ STALE = 60.0  # seconds without a count, after which its holder is gone
 POLL = 2.0  # seconds between two looks at the lock of another machine
 
 
-class ObjectLock(RunLock):
-    """The lock of one place in object storage. It is a context manager."""
+class ObjectLock:
+    """The lock of a place in object storage. A context manager.
+
+    Its attributes are those of `RunLock`.
+    """
 
     def __init__(self, place: Path, file: Path) -> None:
-        super().__init__(place, file)
+        self.place, self.file = place, file
+        self.inherited = self.keeps_file = False
         self._token = uuid.uuid4().hex
         self._holder: Holder | None = None
         self._count = 0
@@ -36,7 +41,7 @@ class ObjectLock(RunLock):
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Takes the lock, and waits up to STALE seconds for the end of a lost one.
+        """Takes the lock. Waits up to STALE seconds for a lost one.
 
         Raises:
             UserError: if another process holds it, or if its object cannot be written.
@@ -62,6 +67,18 @@ class ObjectLock(RunLock):
                 if self._read()[1].get("token") == self._token:
                     delete_object(self.file)
 
+    def __enter__(self) -> ObjectLock:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
     def _record(self) -> bytes:
         assert self._holder is not None
         return json.dumps(
@@ -69,7 +86,7 @@ class ObjectLock(RunLock):
         ).encode()
 
     def _beat(self) -> None:
-        """Counts until the lock is released. A count that fails is left out."""
+        """Counts until the lock is released."""
         while not self._ended.wait(BEAT):
             self._count += 1
             with contextlib.suppress(Exception):  # of the network, which may come back
@@ -77,11 +94,11 @@ class ObjectLock(RunLock):
                     write_object(self.file, self._record())
 
     def _delete_abandoned(self, token: str) -> bool:
-        """Deletes the lock of a process that is gone, unless another process did so before."""
+        """Deletes the lock of a process that is gone, only once."""
         # Of several processes that find it, only the one that makes this object may delete.
         claim = self.file.with_name(f"{self.file.name}.{token}")
         if not create_object(claim, b"claimed"):
-            raise UserError(self.refusal(None))
+            raise UserError(refusal(self.place, None))
         mine = self._read()[1].get("token") == token
         if mine:
             delete_object(self.file)
@@ -107,20 +124,20 @@ class ObjectLock(RunLock):
                 names = ("host", "pid", "started", "since")
                 holder = Holder(**{name: fields[name] for name in names})  # type: ignore[arg-type]
             except (KeyError, TypeError):
-                raise UserError(self.not_a_lock()) from None
+                raise UserError(not_a_lock(self.file)) from None
             token = str(fields.get("token"))
             if holder.is_gone():
                 return token
             now = (token, fields.get("count"))
             first = first or now
             if now != first or holder.host == this_process().host:
-                raise UserError(self.refusal(holder))
+                raise UserError(refusal(self.place, holder))
             if time.monotonic() > end:
                 return token
             time.sleep(POLL)
 
     def _read(self) -> tuple[bytes, dict[str, object]]:
-        """Returns the object, and the fields in it. Both are empty if there is none."""
+        """Returns the object and its fields, both empty without one."""
         try:
             data = read_bytes(self.file)
         except UserError as error:

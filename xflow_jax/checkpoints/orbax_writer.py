@@ -84,7 +84,9 @@ def make_record(
 
 
 class PartialCheckpoint:
-    """A checkpoint that is being written, in `path`.partial, or in object storage in `path`.
+    """A checkpoint that is being written, in `path`.partial.
+
+    In object storage it is in `path`, and incomplete without files.json.
 
     If a partial checkpoint with the same record exists, it is continued. Errors of the disk become
     UserErrors, and the partial directory then stays. All processes of a run make the same calls,

@@ -11,13 +11,14 @@ import contextlib
 import errno
 import json
 import os
-import socket
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
+from xflow_jax.checkpoints.lock_holder import Holder, not_a_lock, refusal, this_process
+from xflow_jax.checkpoints.object_lock import ObjectLock
 from xflow_jax.errors import UserError, disk_errors
 from xflow_jax.input_files import is_cloud, to_path
 from xflow_jax.parallel import multihost
@@ -32,28 +33,6 @@ FOLDER_LOCK = "run.lock"
 _RECORD_BYTES = 512
 _NO_FLOCK = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _ATTEMPTS = 100  # lock files that vanish or are still empty, while their holders come and go
-
-
-@dataclass(frozen=True)
-class Holder:
-    """Process that holds a lock, as recorded in the lock's file.
-
-    Attributes:
-        host: name of its machine.
-        pid: its number there.
-        started: time at which the system started the process, which tells it from a later process
-            of the same number. Empty if the system does not tell.
-        since: time at which it took the lock.
-    """
-
-    host: str
-    pid: int
-    started: str
-    since: str
-
-    def is_gone(self) -> bool:
-        """Returns True if the process ran on this machine and has ended."""
-        return self.host == socket.gethostname() and self.started != _start_time(self.pid)
 
 
 class RunLock:
@@ -85,7 +64,7 @@ class RunLock:
                 if self._try():
                     return
                 time.sleep(0.01)
-        raise UserError(self.refusal(None))
+        raise UserError(refusal(self.place, None))
 
     def release(self) -> None:
         """Unlocks the file and deletes it, if the lock is held."""
@@ -129,7 +108,7 @@ class RunLock:
         if not _flock(descriptor, before):
             if before is None:  # its holder is about to write the record
                 return False
-            raise UserError(self.refusal(before))
+            raise UserError(refusal(self.place, before))
         if not self._is_named(descriptor):  # deleted before it was locked
             return False
         before = self._read_holder(descriptor)
@@ -145,11 +124,7 @@ class RunLock:
         try:
             return Holder(**json.loads(data))
         except (ValueError, TypeError):
-            raise UserError(self.not_a_lock()) from None
-
-    def not_a_lock(self) -> str:
-        """Returns the message on another file in the lock's place."""
-        return f"{self.file}: not the lock of a program, whose place it has. Delete or rename it."
+            raise UserError(not_a_lock(self.file)) from None
 
     def _is_named(self, descriptor: int) -> bool:
         """Returns True if the open file still has the lock's name."""
@@ -158,17 +133,8 @@ class RunLock:
         except FileNotFoundError:
             return False
 
-    def refusal(self, holder: Holder | None) -> str:
-        """Returns the message on a lock that another process holds."""
-        if holder is None:
-            return f"{self.place}: another process is writing it. Wait until it ends."
-        return (
-            f"{self.place}: process {holder.pid} on {holder.host} is writing it since "
-            f"{holder.since}. Wait until it ends, or choose another place."
-        )
 
-
-def folder_lock(folder: Path) -> RunLock:
+def folder_lock(folder: Path) -> RunLock | ObjectLock:
     """Makes the lock of a folder that several calls fill.
 
     Its file is inside, so that it is the same under every name of the folder.
@@ -176,7 +142,7 @@ def folder_lock(folder: Path) -> RunLock:
     return _make_lock(folder, to_path(folder) / FOLDER_LOCK)
 
 
-def destination_lock(path: Path) -> RunLock:
+def destination_lock(path: Path) -> RunLock | ObjectLock:
     """Makes the lock of a file or directory that a program makes.
 
     Its file is beside the destination, which does not exist at first.
@@ -186,16 +152,14 @@ def destination_lock(path: Path) -> RunLock:
     return _make_lock(path, resolved.with_name(resolved.name + ".lock"))
 
 
-def _make_lock(place: Path, file: Path) -> RunLock:
+def _make_lock(place: Path, file: Path) -> RunLock | ObjectLock:
     if is_cloud(file):
-        from xflow_jax.checkpoints.object_lock import ObjectLock  # which builds on this module
-
         return ObjectLock(place, file)
     return RunLock(place, file)
 
 
 @contextlib.contextmanager
-def locked_by_first_process(lock: RunLock) -> Iterator[None]:
+def locked_by_first_process(lock: RunLock | ObjectLock) -> Iterator[None]:
     """Holds a lock in the first of the processes of one run.
 
     All processes must call this.
@@ -251,19 +215,3 @@ def _write_holder(descriptor: int, is_new: bool, file: Path) -> None:
         if is_new:
             file.unlink()
         raise
-
-
-def this_process() -> Holder:
-    """Describes this process as a holder from now on."""
-    pid, now = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
-    return Holder(socket.gethostname(), pid, _start_time(pid), now)
-
-
-def _start_time(pid: int) -> str:
-    """Returns the boot and clock tick of a process's start, or ""."""
-    try:
-        # The name of the program, in brackets, may contain spaces.
-        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {ticks}"
-    except OSError:
-        return ""

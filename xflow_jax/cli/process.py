@@ -62,7 +62,7 @@ def run_process(
 
 
 def _end_if_alone(error: Exception) -> None:
-    """Ends this process at once if another process of the run is gone.
+    """Ends this process if another process of the run is gone.
 
     The usual end would wait for the other process.
     """

@@ -132,7 +132,7 @@ def summarize_answers(
 
 
 def shard_folder(folder: Path, shard: Shard) -> Path:
-    """Returns the folder of a worker's answers inside the folder of the run."""
+    """Returns the folder of a worker's answers in a run."""
     return folder / f"{SHARD}{shard.name}"
 
 
@@ -209,7 +209,7 @@ class Answers:
                 file.truncate(len(whole))
 
     def take_shards(self, run: Mapping[str, object]) -> None:
-        """Adds the answers of independent workers, which are in folders of this one.
+        """Adds the answers of independent workers, from folders of this one.
 
         Args:
             run: description of the run, which must be that of each worker.

@@ -44,14 +44,15 @@ def storage(name: Name) -> AbstractFileSystem:
 
 
 def object_sizes(folder: Name) -> dict[str, int]:
-    """Returns the size of every object below a folder, by its name in the folder."""
+    """Returns name -> size of the objects below a folder."""
     return {name: int(size) for name, (size, _) in list_objects(folder).items()}
 
 
 def list_objects(folder: Name) -> dict[str, tuple[int, str]]:
-    """Returns (size, CRC-32C in base64 or "") of every object below a folder.
+    """Returns name -> (size, CRC-32C or "") of objects below a folder.
 
-    Google's storage computes the checksum when it stores an object.
+    The names are those in the folder. Google's storage computes the checksum, in base64, when it
+    stores an object.
     """
     files, url = storage(folder), os.fspath(folder)
     root = files._strip_protocol(url).rstrip("/") + "/"
@@ -66,12 +67,12 @@ def list_objects(folder: Name) -> dict[str, tuple[int, str]]:
 
 
 def object_exists(name: Name) -> bool:
-    """Returns True if there is an object of this name, or a folder of objects."""
+    """Returns True for an object or a folder of objects."""
     return bool(storage(name).exists(os.fspath(name)))
 
 
 def open_object(name: Name) -> BinaryIO:
-    """Opens an object for reading. A file that grows is read with its pieces.
+    """Opens an object for reading, with its pieces if it grows.
 
     Raises:
         FileNotFoundError: if there is no object.
@@ -159,9 +160,10 @@ def move_folder(source: Name, target: Name) -> None:
 
 
 def append_object(name: Name, data: bytes) -> None:
-    """Appends to a file that grows. Only one process may do so at a time.
+    """Appends to a file that grows.
 
-    The text is stored when this returns. If this fails, the file is as before.
+    Only one process may do so at a time. The text is stored when this returns. If this fails, the
+    file is as before.
     """
     url = os.fspath(name)
     names = _listing(url)
@@ -199,7 +201,7 @@ def _measure(url: str, names: dict[str, int]) -> tuple[int, int]:
 
 
 def _listing(url: str) -> dict[str, int]:
-    """Returns the size of an object and of its pieces, by their names."""
+    """Returns name -> size of an object and its pieces."""
     folder, name = posixpath.split(url)
     with contextlib.suppress(FileNotFoundError):
         entries = storage(url).ls(folder, detail=True)

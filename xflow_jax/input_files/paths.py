@@ -1,7 +1,8 @@
-"""Places that a user names: on a disk, or in object storage (gs://, s3://).
+"""Places that a user names, on a disk or in object storage.
 
-`to_path` is the one way from a name to a path. A disk gives a pathlib.Path. Object storage gives an
-etils.epath.Path, which has those methods of pathlib.Path that this project uses.
+`to_path` is the one way from a name, perhaps gs:// or s3://, to a path. A disk gives a
+pathlib.Path. Object storage gives an etils.epath.Path, which has those methods of pathlib.Path that
+this project uses.
 """
 
 from __future__ import annotations

@@ -62,6 +62,16 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def file_size(path: str | os.PathLike[str]) -> int:
+    """Returns the bytes of a regular file or of an object.
+
+    Raises:
+        UserError: as `open_regular`.
+    """
+    with open_regular(path) as file:
+        return file.seek(0, os.SEEK_END)
+
+
 def read_bytes(path: str | os.PathLike[str], most: int = MOST_BYTES) -> bytes:
     """Reads a file of limited size.
 

@@ -80,7 +80,7 @@ def initialize_processes() -> None:
 
 
 def lost_process(error: BaseException) -> str | None:
-    """Returns the sentence on an error that another process of the run has caused by its end.
+    """Returns the sentence on an error that a lost process has caused.
 
     Args:
         error: any error.
