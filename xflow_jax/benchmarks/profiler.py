@@ -100,7 +100,8 @@ def trace(folder: Path) -> Iterator[None]:
     with disk_errors(folder), contextlib.ExitStack() as stack:
         local = folder
         if is_cloud(folder):  # the profiler writes to disks
-            local = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="xflow-profile-")))
+            temporary = tempfile.TemporaryDirectory(prefix="xflow-profile-")
+            local = to_path(stack.enter_context(temporary))
         make_directory(local)
         with jax.profiler.trace(str(local)):
             yield
