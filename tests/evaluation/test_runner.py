@@ -207,6 +207,7 @@ def arguments(**given) -> SimpleNamespace:
         "refresh": 0,
         "window": 0,
         "prompt_every": 1,
+        "shard": "",
     }
     return SimpleNamespace(**defaults | given)
 
@@ -498,6 +499,36 @@ def test_a_whole_run_with_its_tables(oracle, tmp_path, monkeypatch, capsys):
         cli_evaluate.run(arguments(model="tiny", limit=6, ablate=True, rules="mask"))
     with pytest.raises(UserError, match="there is nothing to score"):
         cli_evaluate.run(arguments())
+
+
+def test_shares_of_workers_are_merged(oracle, tmp_path, monkeypatch, capsys):
+    """The batches and the answers are those of a single process, and merging decodes nothing."""
+    monkeypatch.setattr(evaluate_run, "load", lambda name, dtype, mesh, mask_id=None: tiny_lm())
+    given = {"model": "tiny", "limit": 7, "batch_size": 2}
+    cli_evaluate.run(arguments(**given, out=str(tmp_path / "one")))
+    straight = list(oracle.sizes)
+    shares = str(tmp_path / "shares")
+    with pytest.raises(UserError, match="no shares of workers are in it"):
+        cli_evaluate.run(arguments(**given, out=shares, shard="merge"))
+    for index in range(3):
+        oracle.sizes.clear()
+        cli_evaluate.run(arguments(**given, out=shares, shard=f"{index}/3"))
+        assert len(oracle.sizes) == (8 if index == 0 else 4)  # of 4 batches in each of 4 cells
+        assert not (tmp_path / "shares" / "table.md").exists()
+    oracle.sizes.clear()
+    cli_evaluate.run(arguments(**given, out=shares, shard="merge"))
+    assert oracle.sizes == [] and len(straight) == 16
+
+    def answers(folder: str) -> list[str]:
+        lines = (tmp_path / folder / "answers.jsonl").read_text().splitlines()
+        values = [{**json.loads(line), "seconds": 0} for line in lines]
+        return sorted(json.dumps(value) for value in values)
+
+    assert answers("shares") == answers("one") and len(answers("one")) == 28
+    with pytest.raises(UserError, match="holds another run, which differs in seed"):
+        cli_evaluate.run(arguments(**given, out=shares, shard="0/3", seed=1))
+    with pytest.raises(UserError, match="--shard is for independent workers with --model and"):
+        cli_evaluate.run(arguments(**given, shard="0/3"))
 
 
 def test_an_approximate_run_is_marked(oracle, tmp_path, monkeypatch, capsys):
