@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
-import jax.numpy as jnp
 import pytest
 
-from xflow_jax.benchmarks import StepProfiler, parse_profile
+from xflow_jax.benchmarks import StepProfiler, parse_profile, profiler
 from xflow_jax.errors import UserError
 
 
@@ -19,14 +19,23 @@ def test_the_option():
         parse_profile("traces:0")
 
 
-def test_steps_behind_the_compilation_are_traced(monkeypatch, tmp_path):
-    calls = []
-    monkeypatch.setattr("jax.profiler.start_trace", lambda *a, **k: calls.append("start"))
-    monkeypatch.setattr("jax.profiler.stop_trace", lambda *a, **k: calls.append("stop"))
-    with StepProfiler(f"{tmp_path / 'new'}:2") as profiler:
+def test_steps_behind_the_compilation_are_traced(monkeypatch):
+    calls: list[object] = []
+
+    @contextlib.contextmanager
+    def trace(folder):
+        calls.append(f"start {folder}")
+        yield
+        calls.append("stop")
+
+    monkeypatch.setattr(profiler, "trace", trace)
+    with StepProfiler("new:2") as steps:
         for step in range(6):
-            profiler.step()
+            steps.step()
             calls.append(step)
-            jnp.ones(()).block_until_ready()
-    assert calls == [0, 1, "start", 2, 3, "stop", 4, 5]
-    assert (tmp_path / "new").is_dir()
+    assert calls == [0, 1, "start new", 2, 3, "stop", 4, 5]
+    calls.clear()
+    with StepProfiler("new:9") as steps:  # a run that ends before its trace
+        for _ in range(4):
+            steps.step()
+    assert calls == ["start new", "stop"]
