@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 from xflow_jax.cli.generate_run import longest_task
 from xflow_jax.cli.process import print_text
 from xflow_jax.decoding import parse_rules
 from xflow_jax.errors import require
+from xflow_jax.input_files import to_path
 from xflow_jax.lm import load
 from xflow_jax.parallel import default_mesh, multihost
 from xflow_jax.serving import (
@@ -54,7 +54,7 @@ def serve(args: argparse.Namespace) -> int:
     )
     limits = EngineOptions(args.steps_per_call, args.max_queue, float(args.request_timeout))
     engine = Engine(lm, rules, lengths, limits)
-    name = args.served_model_name or Path(args.model).name or args.model
+    name = args.served_model_name or to_path(args.model).name or args.model
     page = None if args.no_page else live_page()
     api = ApiOptions(name, args.api_key, tuple(args.allow_origin), page)
     server = Server(engine, api, ServerOptions(args.host, args.port, float(args.drain)))
