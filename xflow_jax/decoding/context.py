@@ -12,6 +12,7 @@ from xflow_jax.decoding.belief import BeliefOptions
 from xflow_jax.decoding.forward import Block, FullForward
 from xflow_jax.decoding.rules.base import Rule
 from xflow_jax.decoding.state import DecodeConfig
+from xflow_jax.errors import require
 from xflow_jax.types import Array, Backbone, Bool, Int, Key, Params
 
 Scan: TypeAlias = Callable[..., Any]  # the signature of jax.lax.scan
@@ -46,6 +47,14 @@ class DecodeContext:
     on_canvas: Bool[Array, "B N"]
     scan: Scan
     starts: Bool[Array, "B N"] | None = None
+
+    def __post_init__(self) -> None:
+        crosses = self.config.block_causal and self.model.config.logits_shift
+        require(
+            self.starts is not None or not crosses,
+            f"the first position of a block of {self.model.config.family} is predicted by the "
+            "block before, which this program does not support",
+        )
 
     def positions(self, block: Block) -> Bool[Array, "B N"]:
         """Returns the positions that the steps of a block move."""
