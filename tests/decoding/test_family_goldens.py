@@ -210,6 +210,24 @@ def test_a_row_predicts_the_next_position():
     assert shift_rows(h, real)[..., 0].tolist() == [[0, 1, 2, 2], [4, 4, 5, 6]]
 
 
+@pytest.mark.slow
+def test_draws_repeat_with_their_seed_and_one_token_is_no_draw():
+    lm, prompts = golden_lm("dream_tiny"), [[20, 21, 22], [30, 31, 32, 33]]
+
+    def run(seed=0, **options):
+        rule = MaskPrediction(order="sequential", suppress_mask=True, **options)
+        return generate(lm, prompts, rule, 8, 4, seed=seed).tokens
+
+    np.testing.assert_array_equal(run(temperature=0.9, top_k=1), run())
+    options = {"temperature": 1.5, "top_p": 0.9}
+    first, same, other = (run(seed, **options) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, same)
+    assert (first != other).any()
+    # Draws of a row depend on its own prompt alone.
+    rule = MaskPrediction(order="sequential", suppress_mask=True, **options)
+    np.testing.assert_array_equal(generate(lm, prompts[1:], rule, 8, 4, seed=1).tokens[0], first[1])
+
+
 # --- SDAR
 
 NOT_SDAR = ("quirk_one_step_rewrites_prompt_tail",)  # it overwrites the prompt's tail
