@@ -63,15 +63,15 @@ class MaskPrediction(TokenConstraints):
 
     order: str = static_field("confidence")
     temperature: float = static_field(0.0)
+    cfg_scale: float = static_field(0.0)
+    threshold: float | None = static_field(None)
+    schedule: str = static_field("even")
+    eps: float = static_field(1e-3)
     top_k: int = static_field(0)
     top_p: float = static_field(1.0)
     confidence_of: str | None = static_field(None)
     order_temperature: float = static_field(0.0)
-    cfg_scale: float = static_field(0.0)
-    threshold: float | None = static_field(None)
     sub_block: int | None = static_field(None)
-    schedule: str = static_field("even")
-    eps: float = static_field(1e-3)
 
     def __post_init__(self) -> None:
         orders = ("confidence", "random", "entropy", "margin", "sequential", "origin")
