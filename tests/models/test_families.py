@@ -19,6 +19,7 @@ from xflow_jax.checkpoints.hf_export import write_hf
 from xflow_jax.checkpoints.weight_map import WEIGHT_TABLES
 from xflow_jax.decoding.generate import generate
 from xflow_jax.decoding.rules.parsing import RULES
+from xflow_jax.decoding.stream import stream
 from xflow_jax.errors import UserError
 from xflow_jax.lm import BUNDLED, LM, load
 from xflow_jax.models.factory import abstract_params, build
@@ -331,3 +332,21 @@ def test_the_exact_cache_changes_nothing_in_random_models(seed):
     np.testing.assert_array_equal(cached.tokens, plain.tokens)
     np.testing.assert_allclose(cached.trace.confidence, plain.trace.confidence, atol=2e-3)
     np.testing.assert_allclose(cached.progress, plain.progress, atol=2e-3)
+
+
+# --- rows at their own block and step, as a server has them
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "fastdllm2_tiny"])
+def test_a_stream_ends_with_the_tokens_of_generate(name):
+    lm, prompts, rule = golden_lm(name), prompts_of(name)[:2], RULES["threshold"]()
+    options = {"gen_length": 8, "steps": 4, "block_length": 4}
+    *_, last = stream(lm, prompts, rule, every=2, **options)
+    np.testing.assert_array_equal(last.tokens, generate(lm, prompts, rule, **options).tokens)
+
+
+def test_a_stream_refuses_blocks_that_begin_in_the_block_before():
+    lm = golden_lm("fastdllm2_tiny")
+    with pytest.raises(UserError, match="the first position of a block of fast_dllm is predicted"):
+        list(stream(lm, [[20, 21]], RULES["threshold"](), gen_length=8, steps=4, block_length=4))
