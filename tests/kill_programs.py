@@ -74,6 +74,14 @@ PROGRAMS = {
         ),
         ("run/metrics.jsonl", "run/hf/*", "run/alignment.png"),
     ),
+    "sft": Program(
+        (
+            *("train.sft", f"{ROOT}/configs/sft_tiny.toml", MODEL, "out=run"),
+            *('data=["../pairs.jsonl"]', "batch_size=8", "held_out=8", "limit=0", "steps=30"),
+            *("lengths=[24,32]", "save_every=3", "log_every=1", "chunk=16", "seed=3"),
+        ),
+        ("run/metrics.jsonl", "run/hf/*"),
+    ),
     "grpo": Program(
         (
             *("train.grpo", f"{ROOT}/configs/grpo_tiny.toml", MODEL, "out=run", "solved=solved"),
@@ -119,6 +127,8 @@ def prepare(work: Path) -> None:
         for _ in range(64)
     ]
     (work / "responses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pairs = [{"prompt": "Sum them.", "response": "return sum(xs)"[: 3 + i % 12]} for i in range(64)]
+    (work / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in pairs))
 
 
 def environment_of(work: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Prompts for self-generation, from files or the hub."""
+"""Prompts for self-generation and conversations for fine-tuning, from files or the hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from xflow_jax.checkpoints import download_from_hub
 from xflow_jax.errors import UserError, disk_errors, require
 from xflow_jax.input_files import is_cloud, object_sizes, open_regular, to_path
-from xflow_jax.training import read_records
+from xflow_jax.training import Dialogue, read_records
 
 FORMATS = (".jsonl", ".parquet")
 
@@ -36,6 +36,44 @@ def read_conversations(name: str) -> Iterator[list[dict[str, str]]]:
             empty = False
             yield _conversation(record, where)
     require(not empty, f"{name}: no prompts in it")
+
+
+def read_dialogues(name: str) -> Iterator[Dialogue]:
+    """Reads conversations that end with a response of the assistant.
+
+    Records have `messages`, or `prompt` (a text, or messages) and `response`.
+
+    Args:
+        name: as in `read_conversations`.
+
+    Yields:
+        (place for error messages, chat messages {"role": ..., "content": ...}).
+
+    Raises:
+        UserError: if there are no files or no conversations, or for a bad record.
+    """
+    empty = True
+    for file in _find_files(name):
+        for where, record in _read_file(file):
+            empty = False
+            yield where, _dialogue(record, where)
+    require(not empty, f"{name}: no conversations in it")
+
+
+def _dialogue(record: object, where: str) -> list[dict[str, str]]:
+    """Returns the checked messages of a record, with a response at the end."""
+    messages = _messages(record, where)
+    if isinstance(record, dict) and not record.get("messages"):
+        response = record.get("response")
+        if not isinstance(response, str):
+            raise UserError(f"{where} has a `prompt`, but no text under `response`")
+        return [*messages, {"role": "assistant", "content": response}]
+    require(
+        messages[-1]["role"] == "assistant",
+        f"{where}: its last message is not the assistant's, so it has no response to train on",
+    )
+    require(len(messages) > 1, f"{where}: its messages hold no request")
+    return messages
 
 
 def _find_files(name: str) -> list[Path]:
@@ -102,6 +140,15 @@ def _read_file(file: Path) -> Iterator[tuple[str, object]]:
 
 def _conversation(record: object, where: str) -> list[dict[str, str]]:
     """Returns the checked messages of a record, without answers at the end."""
+    messages = _messages(record, where)
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    require(bool(messages), f"{where}: its messages hold no request")
+    return messages
+
+
+def _messages(record: object, where: str) -> list[dict[str, str]]:
+    """Returns the checked messages of a record, with a prompt as one of them."""
     messages = None
     if isinstance(record, dict):
         messages = record.get("messages") or record.get("prompt")
@@ -116,8 +163,4 @@ def _conversation(record: object, where: str) -> list[dict[str, str]]:
             raise UserError(
                 f"{where}: each of its messages must have a role and a content, both text"
             )
-    messages = [{key: message[key] for key in ("role", "content")} for message in messages]
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    require(bool(messages), f"{where}: its messages hold no request")
-    return messages
+    return [{key: message[key] for key in ("role", "content")} for message in messages]

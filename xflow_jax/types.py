@@ -178,7 +178,7 @@ class Backbone(Protocol):
 
     `apply({"params": params}, ..., method=name)` calls one of
       embed(tokens [B, L]) -> x [B, L, E]
-      hidden(x [B, L, E], mask, block_length, allowed) -> h [B, L, E]
+      hidden(x [B, L, E], mask, block_length, allowed, positions) -> h [B, L, E]
       hidden_cached(x [B, n, E], cache, start, mask, block_length, replace) -> (h [B, n, E], Cache)
       head(h [..., E]) -> logits [..., V]
     """

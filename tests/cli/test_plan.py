@@ -19,12 +19,12 @@ def arguments(*argv):
 
 def test_a_gpu_by_arithmetic_and_its_exit_status(capsys, tmp_path):
     file, page = tmp_path / "rows.json", tmp_path / "rows.md"
-    options = ("--program=decode,align,rollout", f"--json={file}", f"--markdown={page}")
+    options = ("--program=decode,align,sft,rollout", f"--json={file}", f"--markdown={page}")
     assert plan.run(arguments("--preset=llada-8b", "--device=gpu:h200", *options)) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("llada-8b decode on gpu:h200, mesh 1,1,1, batch 1: fits, ")
     rows = json.loads(file.read_text())["rows"]
-    assert [r["program"] for r in rows] == ["decode", "align", "rollout"]
+    assert [r["program"] for r in rows] == ["decode", "align", "sft", "rollout"]
     assert rows[0]["seconds"]["compute"] == pytest.approx(rows[0]["flops"] / 989e12)
     assert "| decode | 1 | 1,1,1 | yes |" in page.read_text()
     assert plan.run(arguments("--preset=llada2-flash", "--device=gpu:h200")) == 1
@@ -72,7 +72,7 @@ def test_int8_fits_where_bfloat16_does_not(capsys, tmp_path):
         ),
         (
             ("--preset=llada-8b", "--device=gpu:h200", "--set=steps=3"),
-            "--set sets keys of the alignment, so it needs align among the programs",
+            "--set sets keys of a training, so it needs align or sft among the programs",
         ),
         (
             ("--preset=llada-8b", "--device=gpu:h200", f"--json={__file__}"),

@@ -46,6 +46,18 @@ def test_analytic_by_hand():
     )
 
 
+@pytest.mark.parametrize(("preset", "copies"), [("dream-7b", 1), ("sdar-4b", 2)])
+def test_a_fine_tuning_by_hand(preset, copies):
+    """Forward, recomputed, and twice that backward. Block-causal models pass two copies."""
+    c = PRESETS[preset]
+    found = estimate_cost(c, Workload("sft", 2, prompt_length=128, gen_length=384), (1, 1, 1))
+    length = 512 * copies
+    layers = 2 * length * matrix_parameters(c)[0]
+    layers += 4 * length**2 * c.head_dim * c.num_heads * c.num_layers
+    head = 2 * 512 * c.hidden_size * c.vocab_rows
+    assert found.flops == pytest.approx(2 * 4 * (layers + head), rel=1e-6)
+
+
 def test_an_exact_cache_reads_each_finished_block_once_more():
     """Three blocks of four passes, two more passes for finished blocks, and one of the prompt."""
     c = PRESETS["llada2-mini"]

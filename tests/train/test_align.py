@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -11,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import chex
@@ -22,14 +20,23 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.helpers import TOY, eight, toy
-from train import align
-from train.run import Run
+from tests.run_helpers import (
+    assert_close,
+    assert_same,
+    die,
+    fate,
+    metrics,
+    metrics_before,
+    tensors,
+    terminate,
+)
+from train import align, loop
 from xflow_jax.checkpoints.hf_export import write_hf
 from xflow_jax.errors import UserError
 from xflow_jax.parallel.mesh import make_mesh
 from xflow_jax.training.alignment import AlignmentConfig
 from xflow_jax.training.alignment_program import align_program
-from xflow_jax.training.data import Responses, read_lines
+from xflow_jax.training.data import Responses
 
 ROOT = Path(__file__).parents[2]
 QUICK = [
@@ -89,37 +96,6 @@ def run(base: Path, out: Path, *overrides: str) -> Path:
     return out
 
 
-def metrics(out: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds_per_step"} for row in rows]
-
-
-def metrics_before(out: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in read_lines(out / "metrics.jsonl")]
-
-
-def tensors(out: Path) -> dict[str, np.ndarray]:
-    return load_file(out / "hf/model.safetensors")
-
-
-def assert_same(a: Path, b: Path) -> None:
-    assert metrics(a) == metrics(b)
-    for name, value in tensors(a).items():
-        np.testing.assert_array_equal(value, tensors(b)[name], err_msg=name)
-
-
-def assert_close(a: Path, b: Path) -> None:
-    """Compares the first step to 1e-5 and later ones to 1e-4, since Adam amplifies rounding."""
-    for x, y in zip(metrics(a), metrics(b), strict=True):
-        assert x.keys() == y.keys()
-        rtol = 1e-5 if x["step"] == 0 else 1e-4
-        np.testing.assert_allclose(
-            list(x.values()), list(y.values()), rtol=rtol, err_msg=f"step {x['step']}"
-        )
-        for name in ("loss", "grad_norm") if x["step"] == 1 else ():
-            np.testing.assert_allclose(x[name], y[name], rtol=1e-5, err_msg=name)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def programs():
     """Shares compiled programs between runs with the same configuration and mesh."""
@@ -137,31 +113,6 @@ def programs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(align, "align_program", kept)
         yield made
-
-
-@contextlib.contextmanager
-def fate(at: int, strike: Callable[[Run], None]):
-    """Calls strike(run) before step `at` of a run."""
-    steps = Run.steps
-
-    def fated(run, first, last, describe):
-        for step in steps(run, first, last, describe):
-            if step == at:
-                strike(run)
-            yield step
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "steps", fated)
-        yield
-
-
-def die(run: Run) -> None:
-    run.wait()
-    raise KeyboardInterrupt
-
-
-def terminate(run: Run) -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.fixture(scope="module")
@@ -378,7 +329,7 @@ def test_only_the_first_lines_are_read_where_asked(base):
 def test_a_bad_configuration_is_one_sentence_before_any_device_work(
     base, tmp_path, monkeypatch, override, sentence
 ):
-    monkeypatch.setattr(align, "load", lambda *_, **__: pytest.fail("the parameters were read"))
+    monkeypatch.setattr(loop, "load", lambda *_, **__: pytest.fail("the parameters were read"))
     with pytest.raises(UserError) as error:
         run(base, tmp_path / "out", *override.split(), 'lora.targets=["wte"]')
     assert sentence in str(error.value) and "\n" not in str(error.value)
@@ -404,7 +355,7 @@ def test_a_bad_configuration_is_one_sentence_before_any_device_work(
 def test_bad_responses_are_one_sentence_before_any_device_work(
     base, tmp_path, monkeypatch, line, sentence
 ):
-    monkeypatch.setattr(align, "load", lambda *_, **__: pytest.fail("the parameters were read"))
+    monkeypatch.setattr(loop, "load", lambda *_, **__: pytest.fail("the parameters were read"))
     data = tmp_path / "responses.jsonl"
     data.write_text(line)
     with pytest.raises(UserError) as error:

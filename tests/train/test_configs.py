@@ -16,7 +16,8 @@ from train.grpo_config import GrpoConfig
 from xflow_jax.models.presets import PRESETS
 from xflow_jax.parallel.mesh import MESH_AXES
 from xflow_jax.toml_config import load_toml
-from xflow_jax.training.alignment_program import check_batch, check_lengths
+from xflow_jax.training.alignment_program import check_lengths
+from xflow_jax.training.program import check_batch
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.toml"))

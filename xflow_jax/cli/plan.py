@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rows of a decode, separated by commas, or max for as many as fit "
         "(default: %(default)s)",
     )
-    add_number(parser, "--train-batch", "rows of an align or a rollout", 64)
+    add_number(parser, "--train-batch", "rows of an align, an sft or a rollout", 64)
     add_number(parser, "--prompt-length", "tokens of a prompt", 128)
     add_number(parser, "--gen-length", "tokens of a response", 512)
     add_number(parser, "--steps", "forward passes of a decode (default: a quarter of the tokens)")
@@ -100,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="set a key of the alignment's configuration (repeat the option for several)",
+        help="set a key of the training's configuration (repeat the option for several)",
     )
     parser.add_argument(
         "--json", metavar="FILE", help="file for the rows. The same command continues there"
@@ -175,8 +175,8 @@ def _request(args: argparse.Namespace) -> PlanRequest:
     batches = _batches(args.batch)
     require_positive(args, "most", "train_batch", "prompt_length", "gen_length", "steps")
     require(
-        not args.set or "align" in programs,
-        "--set sets keys of the alignment, so it needs align among the programs of --program",
+        not args.set or bool({"align", "sft"} & set(programs)),
+        "--set sets keys of a training, so it needs align or sft among the programs of --program",
     )
     require(
         args.dtype in ("bfloat16", "int8"),

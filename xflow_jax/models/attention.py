@@ -19,7 +19,7 @@ def attention_mask(
     length: int,
     mask: Bool[Array, "B L"] | None = None,
     block_length: int | None = None,
-    allowed: Bool[Array, "B L L"] | None = None,
+    allowed: Bool[Array, "#B L L"] | None = None,
 ) -> Bool[Array, "_ 1 _ L"] | None:
     """Builds the attention mask of a whole sequence.
 

@@ -138,7 +138,8 @@ class BackboneBase(nn.Module):
         x: Float[ArrayLike, "B L E"],
         mask: Bool[ArrayLike, "B L"] | None = None,
         block_length: int | None = None,
-        allowed: Bool[ArrayLike, "B L L"] | None = None,
+        allowed: Bool[ArrayLike, "#B L L"] | None = None,
+        positions: Int[ArrayLike, " L"] | None = None,
     ) -> Float[Array, "B L E"]:
         """Computes hidden states after the final norm.
 
@@ -147,6 +148,7 @@ class BackboneBase(nn.Module):
             mask: real tokens. Padding is on the left.
             block_length: positions of a block, for block-causal attention.
             allowed: pairs (query, key) that may attend.
+            positions: places of the inputs in the text, for the rotary angles. None: 0 to L - 1.
 
         Returns:
             Hidden states in `dtype`.
@@ -155,7 +157,12 @@ class BackboneBase(nn.Module):
         mask = None if mask is None else jnp.asarray(mask)
         allowed = None if allowed is None else jnp.asarray(allowed)
         attended = attention_mask(x.shape[1], mask, block_length, allowed)
-        return self._run_layers(x, 0, attended, None)[0]
+        if positions is None:
+            rope = self._rope_tables(x.shape[1], 0)
+        else:  # each position is the start of a row of length 1
+            cos, sin = self._rope_tables(1, jnp.asarray(positions))
+            rope = cos[:, 0], sin[:, 0]
+        return self._run_layers(x, rope, attended, None)[0]
 
     def hidden_cached(
         self,
@@ -185,10 +192,11 @@ class BackboneBase(nn.Module):
         if replace:
             first = jnp.asarray(start)
             attended = None if mask is None else mask[:, None, None, :]
-            return self._run_layers(x, first, attended, kv_cache.replace_keys(cache, first))
+            rope = self._rope_tables(x.shape[1], first)
+            return self._run_layers(x, rope, attended, kv_cache.replace_keys(cache, first))
         start = jnp.broadcast_to(start, x.shape[:1])
         attended = kv_cache.cache_mask(cache, start, x.shape[1], mask, block_length)
-        return self._run_layers(x, start, attended, cache)
+        return self._run_layers(x, self._rope_tables(x.shape[1], start), attended, cache)
 
     def head(self, h: Float[Array, "*B E"]) -> Float[Array, "*B V"]:
         """Computes the logits of hidden states, in `dtype`."""
@@ -215,7 +223,7 @@ class BackboneBase(nn.Module):
     def _run_layers(
         self,
         x: jax.Array,
-        start: int | jax.Array,
+        rope: RopeTables,
         allowed: jax.Array | None,
         cache: Cache | None,
     ) -> tuple[jax.Array, Cache]:
@@ -223,7 +231,6 @@ class BackboneBase(nn.Module):
 
         The new keys and values are an empty dict without a cache.
         """
-        rope = self._rope_tables(x.shape[1], start)
         x = constrain_batch(x.astype(self.dtype))
         new: Cache = {}
         for stack in self.stacks:

@@ -211,7 +211,9 @@ class LLaDAMoE(LLaDA2):
         x: Float[ArrayLike, "B L E"],
         mask: Bool[ArrayLike, "B L"] | None = None,
         block_length: int | None = None,
-        allowed: Bool[ArrayLike, "B L L"] | None = None,
+        allowed: Bool[ArrayLike, "#B L L"] | None = None,
+        positions: Int[ArrayLike, " L"] | None = None,
     ) -> Float[Array, "B L E"]:
         """Computes hidden states after the final norm, as `BackboneBase.hidden`."""
-        return super().hidden(x, None if self.as_released else mask, block_length, allowed)
+        mask = None if self.as_released else mask
+        return super().hidden(x, mask, block_length, allowed, positions)

@@ -21,7 +21,8 @@ from xflow_jax.lm import LM
 from xflow_jax.models import build, forward_flops, matrix_parameters, touched_parameters
 from xflow_jax.types import ModelConfig
 
-PROGRAMS = ("decode", "align", "rollout")
+PROGRAMS = ("decode", "align", "sft", "rollout")
+TRAINING = ("align", "sft")  # programs of one forward and one backward pass
 
 MeshShape: TypeAlias = tuple[int, int, int]  # sizes of data, fsdp and tensor
 PlanRow: TypeAlias = dict[str, Any]  # one planned program, in JSON's types
@@ -37,7 +38,7 @@ class Workload:
         prompt_length: P, in tokens.
         gen_length: N, in tokens.
         steps: forward passes of a decode, for the whole response.
-        overrides: overrides of the alignment's configuration, as "name=value".
+        overrides: overrides of the training's configuration, as "name=value".
         block_length: positions of a block, or None for the default of the model.
         cache: keys and values that a decode keeps.
         dtype: dtype of a decode's weights, bfloat16 or int8.
@@ -84,9 +85,9 @@ class CostEstimate:
 def decode_passes(config: ModelConfig, work: Workload) -> int:
     """Returns the forward passes of a program.
 
-    Those of surplus blocks count too. An alignment has one.
+    Those of surplus blocks count too. A training has one.
     """
-    if work.program == "align":
+    if work.program in TRAINING:
         return 1
     decode_config = work_decode_config(LM(build(config), config, {}, None), work)
     return decode_config.blocks * decode_config.steps
@@ -122,27 +123,30 @@ def estimate_cost(
     data, fsdp, tensor = shape
     shards = data * fsdp if work.batch % (data * fsdp) == 0 else 1
     rows = work.batch / shards
-    if work.program == "align":
-        return _alignment_cost(config, work, rows, fsdp, tensor, itemsize)
+    if work.program in TRAINING:
+        return _training_cost(config, work, rows, fsdp, tensor, itemsize)
     return _decode_cost(config, work, rows, fsdp, tensor, itemsize)
 
 
-def _alignment_cost(
+def _training_cost(
     config: ModelConfig, work: Workload, rows: float, fsdp: int, tensor: int, itemsize: int
 ) -> CostEstimate:
     """Computes the cost of an update.
 
     It is the forward pass, the same recomputed, and twice that for the backward pass.
 
-    LoRA needs no gradients of the matrices. The loss multiplies by the head and by the embedding
-    table, and both products count like those of the layers.
+    LoRA needs no gradients of the matrices. The loss of an alignment multiplies by the head and by
+    the embedding table, and both products count like those of the layers. A fine-tuning multiplies
+    by the head alone, and passes a noised and a clean copy of the rows of a block-causal model.
     """
     length = work.prompt_length + work.gen_length
+    lora, align = uses_lora(config), work.program == "align"
+    predicted, products = (work.gen_length, 7) if align else (length, 4)
+    length *= 1 if align or not config.is_block_causal else 2
     tokens, scores = rows * length, rows * length * length
-    lora = uses_lora(config)
     forward = forward_flops(config, rows, length, length)
-    head = 2 * rows * work.gen_length * _head_parameters(config)
-    flops = forward * (3 if lora else 4) + head * (6 if lora else 7)
+    head = 2 * rows * predicted * _head_parameters(config)
+    flops = forward * (3 if lora else 4) + head * (products - lora)
     weights = _weight_bytes(config, fsdp, tensor, itemsize, itemsize)
     activations = _activation_bytes(config, tokens, itemsize)
     memory = (

@@ -13,7 +13,7 @@ from xflow_jax.errors import require
 from xflow_jax.models import PRESETS
 from xflow_jax.parallel import MESH_AXES, make_mesh, parse_mesh
 from xflow_jax.planning.compiled_cost import compile_row, topology_devices
-from xflow_jax.planning.cost_model import MeshShape, PlanRow, Workload
+from xflow_jax.planning.cost_model import TRAINING, MeshShape, PlanRow, Workload
 from xflow_jax.planning.hardware import Chip, parse_device, parse_topology
 from xflow_jax.planning.mesh_search import best_meshes, largest_batch, predict_row
 
@@ -28,14 +28,14 @@ class PlanRequest:
         device: chips like "gpu:h200:8", planned by arithmetic alone, or None.
         programs: names in PROGRAMS.
         batches: rows of a decode. "max" means as many as fit.
-        train_batch: rows of an alignment or a rollout.
+        train_batch: rows of an alignment, a fine-tuning or a rollout.
         mesh: sizes of data, fsdp and tensor, like "1,8,1", or None for the fastest mesh that fits.
         sweep: plan several meshes instead of the fastest one.
         max_meshes: largest number of meshes of a sweep.
         prompt_length: P, in tokens.
         gen_length: N, in tokens.
         steps: forward passes of a decode, or None for N / 4.
-        overrides: overrides of the alignment's configuration, as "name=value".
+        overrides: overrides of a training's configuration, as "name=value".
         hlo_folder: folder for the text of the compiled programs, or None.
         block_length: positions of a block, or None for the default of the model.
         cache: keys and values that a decode keeps.
@@ -169,7 +169,7 @@ def _first_batch(job: _Job) -> int:
     chip, devices = job.chips
     if job.batch == "max":
         return largest_batch(PRESETS[job.preset], job.workload, chip, devices)
-    if job.program == "align":
+    if job.program in TRAINING:
         return -(-job.batch // devices) * devices  # each device needs a row
     return job.batch
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,24 @@ from xflow_jax.lm import LM
 from xflow_jax.models import abstract_weights, build, shardings
 from xflow_jax.parallel import BATCH, batch_sharding, divides, replicated
 from xflow_jax.planning.cost_model import (
+    TRAINING,
     Workload,
     abstract_policy,
     uses_lora,
     work_decode_config,
 )
 from xflow_jax.toml_config import with_overrides
-from xflow_jax.training import AlignmentConfig, align_program, rollout
+from xflow_jax.training import (
+    AlignmentConfig,
+    SFTConfig,
+    TrainingConfig,
+    align_program,
+    rollout,
+    sft_program,
+)
 from xflow_jax.types import ModelConfig
+
+TrainingT = TypeVar("TrainingT", bound=TrainingConfig)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +71,11 @@ def make_lowerable(config: ModelConfig, work: Workload, mesh: Mesh) -> Lowerable
     Raises:
         UserError: if the model, the mesh and the lengths do not go together.
     """
-    if work.program == "align":
-        program = align_program(config, alignment_config(config, work), mesh)
+    if work.program in TRAINING:
+        if work.program == "align":
+            program = align_program(config, alignment_config(config, work), mesh)
+        else:
+            program = sft_program(config, sft_config(config, work), mesh)
         step = cast(jax.stages.Wrapped, program.step)
         return Lowerable(step, program.arguments, program.scope)
     model = build(config, jnp.bfloat16, param_dtype=jnp.bfloat16)
@@ -95,15 +108,30 @@ def alignment_config(config: ModelConfig, work: Workload) -> AlignmentConfig:
     values: dict[str, object] = {
         "prompt_length": work.prompt_length,
         "gen_length": work.gen_length,
-        "batch_size": work.batch,
         "block_length": config.default_block_length or 0,
-        "dtype": "bfloat16",
     }
+    return _training_config(AlignmentConfig, config, work, values)
+
+
+def sft_config(config: ModelConfig, work: Workload) -> SFTConfig:
+    """Builds the configuration of a fine-tuning at scale, as `alignment_config`.
+
+    Its rows are as long as prompt and response together.
+    """
+    values: dict[str, object] = {"lengths": (work.prompt_length + work.gen_length,)}
+    return _training_config(SFTConfig, config, work, values)
+
+
+def _training_config(
+    kind: type[TrainingT], config: ModelConfig, work: Workload, values: dict[str, object]
+) -> TrainingT:
+    """Builds the configuration of a training from its lengths."""
+    values = values | {"batch_size": work.batch, "dtype": "bfloat16"}
     if uses_lora(config):
         values |= {"tune": "lora"}
     else:
         values |= {"storage": "stochastic", "optimizer": {"name": "adafactor"}}
-    return with_overrides(AlignmentConfig, values, work.overrides)
+    return with_overrides(kind, values, work.overrides)
 
 
 def _placed(x: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.ShapeDtypeStruct:

@@ -1,12 +1,8 @@
 """Training: steps, losses, optimisers, rollouts and data."""
 
 from xflow_jax.training.alignment import AlignmentConfig
-from xflow_jax.training.alignment_program import (
-    AlignProgram,
-    align_program,
-    check_batch,
-    check_lengths,
-)
+from xflow_jax.training.alignment_program import align_program, check_lengths
+from xflow_jax.training.config import TrainingConfig
 from xflow_jax.training.data import (
     BatchIterator,
     Example,
@@ -24,35 +20,62 @@ from xflow_jax.training.data import (
 from xflow_jax.training.grpo import make_policy_step
 from xflow_jax.training.losses import RewardScale, cross_entropy
 from xflow_jax.training.pretraining import make_pretrain_step
+from xflow_jax.training.program import TrainProgram, check_batch
 from xflow_jax.training.rollout import Rollout, delay, rollout, rollout_metrics, token_rewards
+from xflow_jax.training.sft import SFTConfig, find_block_length, make_sft_step
+from xflow_jax.training.sft_data import (
+    BucketedPairs,
+    Canvas,
+    Dialogue,
+    TokenizedPair,
+    Turns,
+    iterate_batches,
+    split_pairs,
+    tokenize_dialogues,
+)
+from xflow_jax.training.sft_program import check_canvas, sft_program
 from xflow_jax.training.state import TrainState
 
 __all__ = [
-    "AlignProgram",
     "AlignmentConfig",
     "BatchIterator",
+    "BucketedPairs",
+    "Canvas",
+    "Dialogue",
     "Example",
     "MixedPairs",
     "Responses",
     "RewardScale",
     "Rollout",
+    "SFTConfig",
     "TaskPairs",
+    "TokenizedPair",
+    "TrainProgram",
     "TrainState",
+    "TrainingConfig",
+    "Turns",
     "align_program",
     "batch_iterator",
     "check_batch",
+    "check_canvas",
     "check_lengths",
     "cross_entropy",
     "delay",
+    "find_block_length",
+    "iterate_batches",
     "local_rows",
     "make_policy_step",
     "make_pretrain_step",
+    "make_sft_step",
     "place_batch",
     "read_lines",
     "read_records",
     "rollout",
     "rollout_metrics",
+    "sft_program",
     "shuffled_batches",
+    "split_pairs",
     "stack_examples",
     "token_rewards",
+    "tokenize_dialogues",
 ]

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from xflow_jax.errors import require
-from xflow_jax.models import LoraConfig, abstract_params, make_head, shift_rows
+from xflow_jax.models import abstract_params, make_head, shift_rows
 from xflow_jax.training import alignment_loss, losses
-from xflow_jax.training.optimizers import OptimizerConfig, Storage
+from xflow_jax.training.config import TrainingConfig
 from xflow_jax.training.state import Batch
 from xflow_jax.training.trajectory import TrajectoryConfig
 from xflow_jax.types import Array, Backbone, Bool, Float, Key, Metrics, Params
@@ -22,31 +22,18 @@ LossFn: TypeAlias = Callable[..., tuple[Float[Array, ""], Metrics]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignmentConfig:
+class AlignmentConfig(TrainingConfig):
     """The computation of an alignment. Lengths are in tokens.
 
     Attributes:
         prompt_length: P, to which prompts are padded.
         gen_length: N, positions of a response.
         block_length: positions of a block for block-causal models, 0 for full attention.
-        batch_size: B, rows of a batch.
-        accumulate: equal parts of a batch that are processed one after the other.
-        steps: updates of the run.
         states: states to train on: "masked" (Eq. 11, the paper's), or "trajectory", those of live
             decodes (training/trajectory.py).
         trajectory: makers of the states of live decodes.
-        tune: train all parameters, or LoRA adapters, which are float32.
-        lora: rank, strength and targets of the adapters.
-        optimizer: the optimiser and its rate.
-        storage: storage of trained parameters: float32, or bfloat16 with stochastic rounding or
-            Kahan compensation. Frozen parameters are in `dtype`.
-        freeze_embedding: keep the embedding table constant.
         clean_nll: weight in the loss of the cross-entropy at clean positions. If softmax gives the
             right token almost no probability, the squared error has almost no slope.
-        chunk: vocabulary rows whose logits are in memory at a time.
-        remat: activations that the backward pass recomputes.
-        dtype: dtype of the computation.
-        seed: seed of masks, adapters and stochastic rounding.
 
     Raises:
         UserError: if a value is out of range, or if values do not fit each other.
@@ -55,53 +42,28 @@ class AlignmentConfig:
     prompt_length: int = 40
     gen_length: int = 48
     block_length: int = 0
-    batch_size: int = 64
-    accumulate: int = 1
-    steps: int = 200
     states: Literal["masked", "trajectory"] = "masked"
     trajectory: TrajectoryConfig = TrajectoryConfig()
-    tune: Literal["all", "lora"] = "all"
-    lora: LoraConfig = LoraConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    storage: Storage = "float32"
-    freeze_embedding: bool = True
     clean_nll: float = 0.0
-    chunk: int = 4096
-    remat: Literal["none", "dots", "full"] = "full"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("prompt_length", "gen_length", "batch_size", "accumulate", "steps", "chunk"):
+        super().__post_init__()
+        for name in ("prompt_length", "gen_length"):
             value = getattr(self, name)
             require(value > 0, f"{name} is {value}, but it must be positive")
         for name in ("block_length", "clean_nll"):
             value = getattr(self, name)
             require(value >= 0, f"{name} is {value}, but it must not be negative")
         require(
-            self.batch_size % self.accumulate == 0,
-            f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}",
-        )
-        require(
             self.batch_size // self.accumulate % self.groups == 0,
             f"the {self.groups} rules of the trajectories do not divide batch_size "
             f"{self.batch_size} in {self.accumulate} parts",
-        )
-        require(
-            self.storage == "float32" or (self.dtype == "bfloat16" and self.tune == "all"),
-            f'storage is "{self.storage}", which is for dtype = "bfloat16" and tune = "all". '
-            'Use "float32".',
         )
 
     @property
     def groups(self) -> int:
         """Groups of rows that have states of their own."""
         return len(self.trajectory.rules) if self.states == "trajectory" else 1
-
-    @property
-    def param_dtype(self) -> Literal["float32", "bfloat16"]:
-        """Dtype in which the parameters of the model are stored."""
-        return "float32" if self.tune == "all" and self.storage == "float32" else self.dtype
 
 
 def make_alignment_loss(model: Backbone, config: AlignmentConfig) -> LossFn:
@@ -177,7 +139,7 @@ def response_hidden(
 
 
 def model_variables(
-    model: Backbone, config: AlignmentConfig, params: Params, base: Params | None
+    model: Backbone, config: TrainingConfig, params: Params, base: Params | None
 ) -> dict[str, Params]:
     """Returns the variables of the model, with the adapters of LoRA.
 

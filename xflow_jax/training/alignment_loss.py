@@ -1,4 +1,4 @@
-"""Fused errors of the alignment (Eq. 12) and cross-entropy.
+"""Fused cross-entropy, with or without the errors of the alignment (Eq. 12).
 
 Forward and backward pass visit the vocabulary in chunks, as attention kernels visit keys. The
 logits Z of all chunks together are never in memory.
@@ -49,7 +49,32 @@ def alignment_errors(
     table = jax.lax.stop_gradient(table)
     target = constrain_lookup(table[tokens]).astype(jnp.float32)
     layout = _chunk_layout(kernel.shape[1], chunk)
-    return _errors(layout, hidden, kernel, bias, table, target, tokens)
+    error, nll = _errors(layout, hidden, kernel, bias, table, target, tokens)
+    assert error is not None
+    return error, nll
+
+
+def chunked_cross_entropy(
+    hidden: Float[Array, "B N E"],
+    kernel: Float[Array, "E V"],
+    tokens: Int[Array, "B N"],
+    bias: Float[Array, " V"] | None = None,
+    chunk: int = 4096,
+) -> Float[Array, "B N"]:
+    """Computes the cross-entropy as `alignment_errors` does, without the errors.
+
+    Args:
+        hidden: hidden states.
+        kernel: matrix of the head.
+        tokens: the right tokens.
+        bias: bias of the head, if any.
+        chunk: largest number of vocabulary rows in a chunk.
+
+    Returns:
+        -log p(token), float32.
+    """
+    layout = _chunk_layout(kernel.shape[1], chunk)
+    return _errors(layout, hidden, kernel, bias, None, None, tokens)[1]
 
 
 class _ChunkLayout(NamedTuple):
@@ -80,11 +105,11 @@ class _Residuals(NamedTuple):
     hidden: jax.Array
     kernel: jax.Array
     bias: jax.Array | None
-    table: jax.Array
-    target: jax.Array
+    table: jax.Array | None  # None, as target and x_pred, for the cross-entropy alone
+    target: jax.Array | None
     tokens: jax.Array
     log_sum: jax.Array
-    x_pred: jax.Array
+    x_pred: jax.Array | None
 
 
 class _Running(NamedTuple):
@@ -92,7 +117,7 @@ class _Running(NamedTuple):
 
     top: jax.Array
     total: jax.Array
-    mean: jax.Array
+    mean: jax.Array | None
     token_logit: jax.Array
 
 
@@ -110,11 +135,11 @@ def _errors(
     hidden: jax.Array,
     kernel: jax.Array,
     bias: jax.Array | None,
-    table: jax.Array,
-    target: jax.Array,
+    table: jax.Array | None,
+    target: jax.Array | None,
     tokens: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Computes (error, nll)."""
+) -> tuple[jax.Array | None, jax.Array]:
+    """Computes (error, nll). The error is None without a table."""
     return _errors_forward(layout, hidden, kernel, bias, table, target, tokens)[0]
 
 
@@ -123,10 +148,10 @@ def _errors_forward(
     hidden: jax.Array,
     kernel: jax.Array,
     bias: jax.Array | None,
-    table: jax.Array,
-    target: jax.Array,
+    table: jax.Array | None,
+    target: jax.Array | None,
     tokens: jax.Array,
-) -> tuple[tuple[jax.Array, jax.Array], _Residuals]:
+) -> tuple[tuple[jax.Array | None, jax.Array], _Residuals]:
     """Computes ((error, nll), residuals) with a running maximum of Z."""
     head = _Head(layout, hidden, kernel, bias, table)
     b, n, e = hidden.shape
@@ -135,44 +160,55 @@ def _errors_forward(
         z = head.logits(part)
         top = jnp.maximum(state.top, z.max(axis=(2, 3)))
         weight, shrink = jnp.exp(z - top[..., None, None]), jnp.exp(state.top - top)
-        added = jnp.einsum(
-            "bnsv,sve->bne",
-            weight.astype(table.dtype),
-            head.rows(part),
-            preferred_element_type=jnp.float32,
-        )
-        mean = state.mean * shrink[..., None] + added
+        mean = None
+        if table is not None and state.mean is not None:
+            added = jnp.einsum(
+                "bnsv,sve->bne",
+                weight.astype(table.dtype),
+                head.rows(part),
+                preferred_element_type=jnp.float32,
+            )
+            mean = state.mean * shrink[..., None] + added
         is_token = _is_token(layout, part, tokens)
         token_logit = state.token_logit + jnp.where(is_token, z, 0).sum(axis=(2, 3))
         total = state.total * shrink + weight.sum(axis=(2, 3))
         return _Running(top, total, mean, token_logit)
 
     zero = jnp.zeros((b, n))
-    start = _Running(jnp.full((b, n), -jnp.inf), zero, jnp.zeros((b, n, e)), zero)
+    no_mean = None if table is None else jnp.zeros((b, n, e))
+    start = _Running(jnp.full((b, n), -jnp.inf), zero, no_mean, zero)
     end = _loop_over_chunks(layout, visit, start)
-    log_sum, x_pred = end.top + jnp.log(end.total), end.mean / end.total[..., None]
-    error = jnp.sum((x_pred - target) ** 2, axis=-1)
+    log_sum, x_pred, error = end.top + jnp.log(end.total), None, None
+    if end.mean is not None and target is not None:
+        x_pred = end.mean / end.total[..., None]
+        error = jnp.sum((x_pred - target) ** 2, axis=-1)
     residuals = _Residuals(hidden, kernel, bias, table, target, tokens, log_sum, x_pred)
     return (error, log_sum - end.token_logit), residuals
 
 
 def _errors_backward(
-    layout: _ChunkLayout, residuals: _Residuals, cotangents: tuple[jax.Array, jax.Array]
+    layout: _ChunkLayout, residuals: _Residuals, cotangents: tuple[jax.Array | None, jax.Array]
 ) -> tuple[jax.Array | None, ...]:
     """Computes the gradients of hidden, kernel and bias. The rest are constants."""
     hidden, kernel, bias, table, target, tokens, log_sum, x_pred = residuals
     of_error, of_nll = cotangents
     head = _Head(layout, hidden, kernel, bias, table)
-    # d error / d Z_v = p_v (W_in,v - x_pred) . 2 (x_pred - X_0)
-    pull = 2 * of_error[..., None] * (x_pred - target)
-    mean_pull = jnp.sum(pull * x_pred, axis=-1)[..., None, None]
-    pull, of_nll = pull.astype(table.dtype), of_nll[..., None, None]
+    pull, of_nll = None, of_nll[..., None, None]
+    if not (table is None or target is None or x_pred is None or of_error is None):
+        # d error / d Z_v = p_v (W_in,v - x_pred) . 2 (x_pred - X_0)
+        pull = 2 * of_error[..., None] * (x_pred - target)
+        mean_pull = jnp.sum(pull * x_pred, axis=-1)[..., None, None]
+        pull = pull.astype(table.dtype)
 
     def visit(state: _Gradients, part: jax.Array) -> _Gradients:
         d_hidden, d_kernel, d_bias = state
         p = jnp.exp(head.logits(part) - log_sum[..., None, None])
-        d_p = jnp.einsum("bne,sve->bnsv", pull, head.rows(part), preferred_element_type=jnp.float32)
-        d_z = p * (d_p - mean_pull) + of_nll * (p - _is_token(layout, part, tokens))
+        d_z = of_nll * (p - _is_token(layout, part, tokens))
+        if pull is not None:
+            d_p = jnp.einsum(
+                "bne,sve->bnsv", pull, head.rows(part), preferred_element_type=jnp.float32
+            )
+            d_z = p * (d_p - mean_pull) + d_z
         if d_bias is not None:
             d_bias = _write_chunk(
                 layout, d_bias, d_z.sum(axis=(0, 1)).astype(d_bias.dtype), part, 0
@@ -208,7 +244,7 @@ class _Head(NamedTuple):
     hidden: jax.Array
     kernel: jax.Array
     bias: jax.Array | None
-    table: jax.Array
+    table: jax.Array | None
 
     def columns(self, part: jax.Array) -> Float[Array, "E s v"]:
         """Returns the columns of the kernel in a chunk."""
@@ -217,6 +253,7 @@ class _Head(NamedTuple):
 
     def rows(self, part: jax.Array) -> Float[Array, "s v E"]:
         """Returns the rows of the embedding table in a chunk."""
+        assert self.table is not None
         return _constrain_sharding(
             _read_chunk(self.layout, self.table, part, 0), _VOCAB, None, None
         )

@@ -5,23 +5,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, Sharding
+from jax.sharding import Mesh, NamedSharding
 
 from xflow_jax.errors import require
-from xflow_jax.models import abstract_params, build, lora_init, shardings, state_shardings
-from xflow_jax.parallel import batch_sharding, computation_scope, replicated
+from xflow_jax.models import state_shardings
+from xflow_jax.parallel import batch_sharding
 from xflow_jax.training.alignment import AlignmentConfig, make_alignment_loss
-from xflow_jax.training.alignment_step import AlignStep, make_align_step
-from xflow_jax.training.optimizers import make_optimizer
+from xflow_jax.training.alignment_step import make_align_step
+from xflow_jax.training.program import (
+    TrainProgram,
+    check_batch,
+    make_program,
+    training_model,
+    training_optimizer,
+)
 from xflow_jax.training.state import Batch, TrainState
 from xflow_jax.training.trajectory import (
     LiveDecodes,
@@ -29,44 +30,10 @@ from xflow_jax.training.trajectory import (
     begin_decodes,
     parse_makers,
 )
-from xflow_jax.types import Metrics, ModelConfig, Params
-
-# The arguments of the step (state, batch, key, base), as jax.ShapeDtypeStruct with shardings.
-StepArguments: TypeAlias = tuple[
-    TrainState, dict[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct, Params | None
-]
+from xflow_jax.types import ModelConfig, Params
 
 
-@dataclass(frozen=True, eq=False)
-class AlignProgram:
-    """The jitted functions of an alignment.
-
-    They are run or lowered inside `scope()`.
-
-    Attributes:
-        mesh: the mesh.
-        step: (state, batch, key, base) -> (state, metrics). It donates the state.
-        measure: (params, batch, key, base) -> metrics.
-        begin: params -> (state, base), from the parameters of the model in the dtype
-            `AlignmentConfig.param_dtype`. It donates them. `base` is the frozen parameters with
-            LoRA, or None.
-        arguments: the abstract arguments of `step`, with their shardings.
-        dtype: dtype of the computation.
-    """
-
-    mesh: Mesh
-    step: AlignStep = field(repr=False)
-    measure: Callable[..., Metrics] = field(repr=False)
-    begin: Callable[[Params], tuple[TrainState, Params | None]] = field(repr=False)
-    arguments: StepArguments = field(repr=False)
-    dtype: np.dtype
-
-    def scope(self) -> contextlib.AbstractContextManager[None]:
-        """Returns the context in which the functions run (`computation_scope`)."""
-        return computation_scope(self.mesh, self.dtype)
-
-
-def align_program(model_config: ModelConfig, config: AlignmentConfig, mesh: Mesh) -> AlignProgram:
+def align_program(model_config: ModelConfig, config: AlignmentConfig, mesh: Mesh) -> TrainProgram:
     """Builds the program of an alignment.
 
     Args:
@@ -84,46 +51,18 @@ def align_program(model_config: ModelConfig, config: AlignmentConfig, mesh: Mesh
     """
     check_lengths(model_config, config)
     check_batch(config, mesh)
-    model = build(
-        model_config,
-        dtype=jnp.dtype(config.dtype),
-        remat=None if config.remat == "none" else config.remat,
-        param_dtype=jnp.dtype(config.param_dtype),
-    )
-    use_lora = config.tune == "lora"
-    frozen = ("wte",) if config.freeze_embedding and not use_lora else ()
-    optimizer = make_optimizer(config.optimizer, config.steps, frozen, config.storage, config.seed)
-
-    def begin(params: Params) -> tuple[TrainState, Params | None]:
-        key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
-        trained, base = (
-            (lora_init(key, params, config.lora), params) if use_lora else (params, None)
-        )
-        state = TrainState.create(trained, optimizer)
-        return begin_trajectories(model_config, config, state, params), base
-
-    state, base = jax.eval_shape(begin, abstract_params(model))
-    family, everywhere = model_config.family, replicated(mesh)
-    state_sharding = _state_sharding(state, mesh, family)
-    base_sharding = shardings(base, mesh, family) if use_lora else None
+    model, optimizer = training_model(model_config, config), training_optimizer(config)
     loss_fn = make_alignment_loss(model, config)
-    arguments = (
-        jax.tree.map(_with_sharding, state, state_sharding),
-        _abstract_batch(config, batch_sharding(mesh)),
-        _with_sharding(jax.eval_shape(jax.random.key, 0), everywhere),
-        jax.tree.map(_with_sharding, base, base_sharding) if use_lora else None,
-    )
-    return AlignProgram(
+    return make_program(
+        model,
+        config,
         mesh,
-        step=jax.jit(
-            make_align_step(model, optimizer, config),
-            donate_argnums=0,
-            out_shardings=(state_sharding, everywhere),
-        ),
-        measure=jax.jit(lambda *args: loss_fn(*args)[1], out_shardings=everywhere),
-        begin=jax.jit(begin, out_shardings=(state_sharding, base_sharding), donate_argnums=0),
-        arguments=arguments,
-        dtype=np.dtype(model.dtype),
+        optimizer,
+        step=make_align_step(model, optimizer, config),
+        measure=lambda *args: loss_fn(*args)[1],
+        batch=_abstract_batch(config, batch_sharding(mesh)),
+        extend=lambda state, params: begin_trajectories(model_config, config, state, params),
+        place=_state_sharding,
     )
 
 
@@ -211,25 +150,6 @@ def check_lengths(model_config: ModelConfig, config: AlignmentConfig) -> None:
     parse_makers(config.trajectory.rules, model_config)
 
 
-def check_batch(config: AlignmentConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Checks that the devices divide each part of a batch equally.
-
-    Args:
-        config: configuration of the alignment.
-        mesh: the mesh.
-
-    Raises:
-        UserError: if it does not.
-    """
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    parts = config.accumulate * config.groups
-    require(
-        config.batch_size // parts % devices == 0,
-        f"batch_size {config.batch_size} in {parts} parts does not divide over the "
-        f"{devices} devices of data and fsdp. Use a multiple of {parts * devices}.",
-    )
-
-
 def _abstract_batch(
     config: AlignmentConfig, sharding: NamedSharding
 ) -> dict[str, jax.ShapeDtypeStruct]:
@@ -242,8 +162,3 @@ def _abstract_batch(
         "prompt_mask": jax.ShapeDtypeStruct(prompt, jnp.bool, sharding=sharding),
         "response": jax.ShapeDtypeStruct(response, jnp.int32, sharding=sharding),
     }
-
-
-def _with_sharding(x: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.ShapeDtypeStruct:
-    """Returns the abstract array with a sharding."""
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

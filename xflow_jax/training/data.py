@@ -317,7 +317,7 @@ def batch_iterator(source: Source, batch_size: int) -> BatchIterator:
     import grain
 
     dataset = grain.MapDataset.source(source).batch(batch_size, drop_remainder=True)
-    return iter(dataset.to_iter_dataset(_read_options()))
+    return iter(dataset.to_iter_dataset(read_options()))
 
 
 def shuffled_batches(
@@ -354,10 +354,10 @@ def shuffled_batches(
 
     order = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat()
     dataset = order.batch(batch_size, drop_remainder=True).map(read)
-    return iter(dataset.to_iter_dataset(_read_options()))
+    return iter(dataset.to_iter_dataset(read_options()))
 
 
-def _read_options() -> object:
+def read_options() -> object:
     """Returns grain's options for reading ahead by one thread."""
     import grain
 

@@ -97,6 +97,28 @@ def diffusion_loss(
     return jnp.mean(jnp.where(masked, nll, 0) / sigma[:, None])
 
 
+def response_loss(
+    nll: Float[Array, "B L"],
+    masked: Bool[Array, "B L"],
+    sigma: Float[Array, "B L"],
+    response: Bool[Array, "B L"],
+) -> Float[Array, ""]:
+    """Computes the masked diffusion loss (Eq. 1) of responses inside of longer rows.
+
+    Args:
+        nll: -log p of each token.
+        masked: True at masked positions, all of them of the response.
+        sigma: masking ratio of each position.
+        response: positions of the response.
+
+    Returns:
+        The mean over rows of the sum of nll / sigma over masks, divided by the length of the row's
+        response. Rows of other lengths thus have the same weight.
+    """
+    total = jnp.sum(jnp.where(masked, nll, 0) / sigma, axis=1)
+    return jnp.mean(total / jnp.maximum(jnp.sum(response, axis=1), 1))
+
+
 def group_advantages(
     rewards: Float[Array, "B G N"],
     per_position: bool = False,
