@@ -25,7 +25,7 @@ from xflow_jax.training.sft_program import check_canvas, sft_program
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
-QUICK = ["lengths=[20,28]", "batch_size=8", "held_out=8", "limit=0", "steps=6", "seed=3"]
+QUICK = ["lengths=[16,24]", "batch_size=8", "held_out=8", "limit=0", "steps=6", "seed=3"]
 QUICK += ["save_every=2", "log_every=1", "optimizer.warmup_steps=1", "optimizer.rate=0.01"]
 QUICK += ["export_dtype=float32"]  # so that runs can be compared to the last bit
 USER = {"role": "user", "content": "Why?"}
@@ -86,7 +86,7 @@ def test_a_run(base, straight):
     assert rows[-1]["held_out_loss"] < rows[0]["held_out_loss"]
     assert {"loss", "masked_nll", "text_nll", "grad_norm", "held_out_text_nll"} <= rows[1].keys()
     about = json.loads((straight / "hf/provenance.json").read_text())
-    assert about["command"] == "python -m train.sft" and about["config"]["lengths"] == [20, 28]
+    assert about["command"] == "python -m train.sft" and about["config"]["lengths"] == [16, 24]
     assert (straight / "hf/tokenizer.json").exists()
     before, after = tensors(base / "model", ""), tensors(straight)
     assert {name for name in before if np.all(before[name] == after[name])} == set()
@@ -169,7 +169,7 @@ def test_long_responses_are_left_out_and_tasks_are_endless(base, tmp_path, capsy
     [
         ("lengths=[8]", "none of its 48 responses fits lengths, of which the longest is 8. With"),
         ("lengths=[64,256]", "the 256 of lengths exceeds the model's 128 positions"),
-        ("lengths=[28,20]", "lengths are [28, 20], but they must be ascending"),
+        ("lengths=[24,16]", "lengths are [24, 16], but they must be ascending"),
         ("block_length=4", "block_length is 4, but the model attends to all positions"),
         ("held_out=4", "held_out 4 must be at least one batch of 8 and leave one of the 48"),
         ("held_out=48", "held_out 48 must be at least one batch of 8 and leave one of the 48"),
