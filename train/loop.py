@@ -120,7 +120,9 @@ class Training:
     finish: Callable[[Run], None] = lambda run: None
 
     def train(self, data: BatchIterator, held_out: Sequence[Example]) -> None:
-        """Trains to the configured step, from the last checkpoint if any, and exports the model.
+        """Trains to the configured step, and exports the model.
+
+        It continues from the last checkpoint, if there is one.
 
         Args:
             data: this process's rows of the batches.

@@ -61,7 +61,7 @@ def read_dialogues(name: str) -> Iterator[Dialogue]:
 
 
 def _dialogue(record: object, where: str) -> list[dict[str, str]]:
-    """Returns the checked messages of a record, with a response at the end."""
+    """Returns the checked messages of a record that end with a response."""
     messages = _messages(record, where)
     if isinstance(record, dict) and not record.get("messages"):
         response = record.get("response")
@@ -148,7 +148,7 @@ def _conversation(record: object, where: str) -> list[dict[str, str]]:
 
 
 def _messages(record: object, where: str) -> list[dict[str, str]]:
-    """Returns the checked messages of a record, with a prompt as one of them."""
+    """Returns the checked messages of a record. A prompt is one."""
     messages = None
     if isinstance(record, dict):
         messages = record.get("messages") or record.get("prompt")

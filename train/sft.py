@@ -107,7 +107,7 @@ def main(path: str, overrides: list[str]) -> None:
 def read_pairs(
     config: SFTRunConfig, tokenizer: Tokenizer, model_config: ModelConfig
 ) -> list[TokenizedPair]:
-    """Reads the conversations as pairs of token ids, without those that are too long.
+    """Reads the pairs of token ids that are not too long.
 
     Args:
         config: the configuration.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +15,7 @@ from tests.family_helpers import family_config, golden_lm
 from tests.helpers import TOKENIZER, TOY, random_prompts, toy
 from xflow_jax.errors import UserError
 from xflow_jax.lm import LM
-from xflow_jax.models.factory import build, init_params
 from xflow_jax.models.lora import LoraConfig, lora_init
-from xflow_jax.models.sdar_config import SDARConfig
 from xflow_jax.tokenizer import chat_ids
 from xflow_jax.training import alignment_loss, losses
 from xflow_jax.training.sft import (
@@ -42,32 +39,14 @@ from xflow_jax.training.state import TrainState
 CONFIG = SFTConfig(lengths=(12,), batch_size=3, chunk=16)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ShiftedBlocks(SDARConfig):
-    """Block-causal attention, and logits that predict the next position."""
-
-    logits_shift: ClassVar[bool] = True
-
-
-@functools.cache
-def shifted_blocks() -> LM:
-    """Makes a random model of two layers whose matrices are large enough to matter."""
-    sizes = {
-        field.name: getattr(family_config("sdar"), field.name)
-        for field in dataclasses.fields(SDARConfig)
-    }
-    config = ShiftedBlocks(**sizes)
-    model = build(config)
-    params = jax.tree.map(lambda x: x * 4, init_params(model, jax.random.key(0)))
-    return LM(model, config, params, None)
-
-
 MODELS = {
     "full attention": toy,
     "shifted logits": lambda: golden_lm("dream_tiny"),
     "blocks": lambda: golden_lm("sdar_tiny"),
     "blocks of experts": lambda: golden_lm("llada21_tiny"),
-    "shifted blocks": shifted_blocks,
+    "shifted blocks": lambda: golden_lm("fastdllm2_tiny"),
+    "tied head": lambda: golden_lm("illada_tiny"),
+    "experts": lambda: golden_lm("lladamoe_tiny"),
 }
 
 
@@ -102,9 +81,7 @@ def plain_loss(lm: LM, batch: dict[str, jax.Array], key: jax.Array, block: int) 
     return total
 
 
-SLOW = [
-    pytest.param(name, marks=pytest.mark.slow) for name in ("blocks of experts", "shifted blocks")
-]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in list(MODELS)[3:]]
 
 
 @pytest.mark.parametrize("name", ["full attention", "shifted logits", "blocks", *SLOW])

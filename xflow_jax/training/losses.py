@@ -103,7 +103,7 @@ def response_loss(
     sigma: Float[Array, "B L"],
     response: Bool[Array, "B L"],
 ) -> Float[Array, ""]:
-    """Computes the masked diffusion loss (Eq. 1) of responses inside of longer rows.
+    """Computes the masked diffusion loss (Eq. 1) of responses in rows.
 
     Args:
         nll: -log p of each token.

@@ -206,7 +206,9 @@ def block_hidden(
     noised: Int[Array, "B L"],
     block_length: int,
 ) -> Float[Array, "B L E"]:
-    """Computes the hidden states that predict each position from its block and clean ones before.
+    """Computes the hidden states that predict each position, block by block.
+
+    A position is predicted from its noised block and the clean blocks before it.
 
     Args:
         model: the model.
@@ -230,7 +232,7 @@ def block_hidden(
 
 
 def block_copies_mask(length: int, block_length: int) -> Bool[Array, "_ _"]:
-    """Builds the attention mask of a noised row and its clean copy after it.
+    """Builds the attention mask of a noised row and its clean copy.
 
     A noised position attends to its own block in the noised row, and to earlier blocks of the clean
     copy. A clean position attends to its own and earlier blocks of the clean copy.

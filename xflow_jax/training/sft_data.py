@@ -236,9 +236,9 @@ class BucketedPairs:
 
 
 def iterate_batches(source: BucketedPairs) -> BatchIterator:
-    """Iterates over the batches of a source, with a position that can be saved.
+    """Iterates over the batches of a source.
 
-    A thread reads ahead.
+    The position can be saved. A thread reads ahead.
 
     Args:
         source: the pairs.
