@@ -280,6 +280,7 @@ def test_the_gradient_through_two_copies_is_that_of_each_block(name):
         np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-5 * float(jnp.abs(y).max() + 1))
 
 
+@pytest.mark.slow
 def test_only_adapters_get_gradients():
     lm, batch = toy(), batch_of(toy(), 0)
     config = dataclasses.replace(CONFIG, tune="lora", lora=LoraConfig(rank=2))
