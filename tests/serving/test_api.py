@@ -67,6 +67,7 @@ def test_small_endpoints(running, client):
     assert client.models.list().data[0].id == model.id == "tiny"
     assert model.xflow["rules"] == RULES and model.xflow["revises"] == [False, True]
     assert model.xflow["gen_lengths"] == [48] and model.xflow["prompt_lengths"] == [64]
+    assert model.xflow["examples"] == [microcode.TASK.example]
 
 
 def test_tokenize_and_back(running):

@@ -25,6 +25,7 @@ from xflow_jax.decoding import (
     parse_budget,
     parse_rule,
     resolve_steps,
+    stream,
 )
 from xflow_jax.errors import UserError, printable, require
 from xflow_jax.lm import LM, load
@@ -112,19 +113,19 @@ class Chat:
         task = longest_task(tasks, [messages[-1]["content"]])
         length, block_length = decode_lengths(task, self.gen_length, self.block_length)
         steps = resolve_steps(lm.config, self.budget, length, block_length)
-        out = generate(
-            lm,
-            [chat_ids(lm.tokenizer, messages)],
-            self.rule,
-            gen_length=length,
-            steps=steps,
-            block_length=block_length,
-            seed=self.seed,
-            trace=True,
-        )
-        assert out.trace is not None
-        yield from replay(out.trace, steps)
-        yield Snapshot(out.tokens[0], out.progress[0], int(out.forward_passes[0]), steps)
+        request = (lm, [chat_ids(lm.tokenizer, messages)], self.rule, length, steps)
+        try:
+            states = stream(*request, block_length=block_length, seed=self.seed)
+        except UserError:
+            # Some rules and families decode in `generate` alone. It raises all other errors again.
+            out = generate(*request, block_length=block_length, seed=self.seed, trace=True)
+            assert out.trace is not None
+            yield from replay(out.trace, steps)
+            yield Snapshot(out.tokens[0], out.progress[0], int(out.forward_passes[0]), steps)
+            return
+        for state in states:
+            passes = int(state.forward_passes[0])
+            yield Snapshot(state.tokens[0], state.progress[0], passes, steps)
 
 
 def run_chat(args: argparse.Namespace) -> None:

@@ -37,6 +37,7 @@ from xflow_jax.serving.protocol import (
     read_json,
 )
 from xflow_jax.serving.stream import BeliefFrames, TextStream, TokenTexts
+from xflow_jax.tasks import find_tasks
 from xflow_jax.tokenizer import chat_ids, check_messages
 
 _LOG = logging.getLogger(__name__)
@@ -242,6 +243,7 @@ class _Api:
                 "prompt_lengths": list(engine.lengths.prompt_lengths),
                 "block_length": engine.lengths.block_length,
                 "chat": self._tokenizer.chat_template is not None,
+                "examples": [task.example for task in find_tasks(engine.lm.tasks)],
             },
         }
 
