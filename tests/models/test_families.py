@@ -348,5 +348,5 @@ def test_a_stream_ends_with_the_tokens_of_generate(name):
 
 def test_a_stream_refuses_blocks_that_begin_in_the_block_before():
     lm = golden_lm("fastdllm2_tiny")
-    with pytest.raises(UserError, match="the first position of a block of fast_dllm is predicted"):
+    with pytest.raises(UserError, match="fast_dllm begins a block with a token of the block"):
         list(stream(lm, [[20, 21]], RULES["threshold"](), gen_length=8, steps=4, block_length=4))
