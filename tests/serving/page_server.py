@@ -60,6 +60,7 @@ class Recorded:
         self.gone = 0
         self.gap = 0.03
         self.key: str | None = None
+        self.examples: list[str] = []
 
 
 def make_app(page: str, seen: Recorded) -> Any:
@@ -76,6 +77,7 @@ def make_app(page: str, seen: Recorded) -> Any:
 
     async def models(request: Request) -> Response:
         about = {"rules": ["flow:reedit=always", "threshold:tau=0.9"], "gen_lengths": [32, 64]}
+        about["examples"] = seen.examples
         return refused(request) or JSONResponse({"data": [{"id": "stub-1", "xflow": about}]})
 
     async def chat(request: Request) -> Response:

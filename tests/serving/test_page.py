@@ -329,3 +329,18 @@ def test_errors_are_sentences_and_stop_closes_the_stream(seen):
             if seen.gone:
                 break
     assert seen.gone == 1 and seen.headers[0]["authorization"] == "Bearer secret"
+
+
+@pytest.mark.slow
+def test_a_model_of_single_requests_gets_each_message_alone(seen):
+    seen.examples = ["Sort them."]
+    with serve(live_page(), seen) as url, browser() as page:
+        page.goto(url)
+        page.wait_for_selector("#hello:has-text('knows single requests')")
+        page.click("#hello button")
+        assert page.input_value("[name=text]") == "Sort them."
+        for _ in range(2):
+            ask(page, "Sort them.")
+            page.wait_for_selector("dl:has-text('12 for 32 positions')")
+            page.wait_for_selector("#stop", state="hidden")
+    assert [len(body["messages"]) for body in seen.bodies] == [1, 1]
