@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +75,7 @@ def test_small_sections_give_numbers(monkeypatch):
     for row in numbers["belief"]["seconds"]:
         assert row["product"] > 0 and row["chunk default"] > 0
     assert {row["queries"] for row in numbers["attention"]["seconds"]} == {4, 12}
+    assert numbers["attention"]["cudnn"] == "left out, since cuDNN needs a GPU"
     assert [row["batch"] for row in numbers["short_pass"]["batches"]] == [1, 2]
     assert len(kept) == 4
 
@@ -91,6 +94,18 @@ def test_every_section_runs_with_small_shapes():
     assert numbers["agreement"]["equal float32 einsum xla"] == 1.0
     assert [row["batch"] for row in numbers["int8"]["decodes"]] == [1, 2]
     assert [row["batch"] for row in numbers["int8"]["short_pass"]["batches"]] == [1, 2]
+
+
+# What a machine with a plain JAX and Flax may lack.
+MISSING = ("grain", "jaxtyping", "beartype", "tqdm", "matplotlib", "safetensors", "chex", "torch")
+
+
+def test_the_command_needs_only_jax_and_flax():
+    """It starts without the other packages, as on a machine that has nothing but the checkout."""
+    block = f"import sys; sys.modules.update(dict.fromkeys({MISSING!r}))"
+    code = f"{block}; from xflow_jax.cli.main import main; main(['bench-device', '--help'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "--shapes" in done.stdout, done.stderr
 
 
 def test_a_model_is_made_anew_for_another_dtype(monkeypatch):

@@ -2,6 +2,7 @@
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,12 +13,14 @@ from safetensors.numpy import load_file
 
 from convert import from_hf, to_hf
 from tests.convert.test_convert import stop_at
+from tests.family_helpers import GOLDEN_MODELS, directory, golden_arrays
 from tests.helpers import eight
 from tests.hf_helpers import GOLDEN, GOLDEN2, Q2, edited
 from xflow_jax.checkpoints import SafetensorsSource, orbax_checkpoint
 from xflow_jax.checkpoints.huggingface import read_hf_params
 from xflow_jax.errors import UserError
 from xflow_jax.lm import load, read_model_config
+from xflow_jax.models.factory import abstract_weights
 from xflow_jax.models.quantization import quantize
 
 
@@ -59,6 +62,53 @@ def test_converted_and_on_the_fly_are_equal(tmp_path, golden, converted):
         for x, y in zip((kernel["kernel"], kernel["kernel_scale"]), quantize(q.T), strict=True):
             np.testing.assert_array_equal(x[2], y)
     assert wanted["wte"]["embedding"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name == "llada21_tiny" else [])
+        for name in GOLDEN_MODELS
+    ],
+)
+def test_further_families_are_equal_too(tmp_path, name):
+    from_hf.convert(directory(name), tmp_path / "int8", "int8")
+    config, params = orbax_checkpoint.load_params(tmp_path / "int8", np.int8)
+    equal(params, read_hf_params(directory(name), np.int8)[1])
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, abstract_weights(config, "int8"))
+
+
+# Error of the logits in standard deviations, beside bfloat16: twice what was measured.
+LARGEST_ERROR = {
+    "illada_tiny": 0.06,
+    "dream_tiny": 0.06,
+    "sdar_tiny": 0.08,
+    "lladamoe_tiny": 0.4,
+    "llada21_tiny": 0.17,
+    "fastdllm2_tiny": 0.06,
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dream_tiny",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in GOLDEN_MODELS
+            if name != "dream_tiny"
+        ),
+    ],
+)
+def test_logits_of_further_families(name):
+    golden = golden_arrays(name)
+    keys = [key for key in golden if re.match("(full_|block_)?ids_", key)]
+    key = min(keys, key=lambda key: (key.startswith("block_"), key))
+    size = golden.get(key.replace("ids", "size"))
+    lm = load(directory(name), "int8", mask_id=GOLDEN_MODELS[name].mask_id)
+    wanted = golden[key.replace("ids", "logits")]
+    logits = lm.logits(golden[key], block_length=None if size is None else int(size))
+    assert 0 < np.std(logits - wanted) < LARGEST_ERROR[name] * np.std(wanted)
 
 
 @eight

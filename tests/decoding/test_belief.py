@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from xflow_jax.decoding.belief import TOP, BeliefOptions, _chunk_size, compute_belief
-from xflow_jax.models.lm_head import make_head
+from xflow_jax.models.lm_head import Head, make_head
 from xflow_jax.models.logical_axes import shardings
 from xflow_jax.parallel.mesh import make_mesh
 from xflow_jax.parallel.partitioning import batch_sharding
@@ -332,3 +332,39 @@ def test_a_mesh_costs_one_small_gather_and_no_head():
     assert math.prod(map(int, shape.split(","))) == 4 * 2 * N * (5 + 2 * TOP)
     sorted_ = [shape.split(",")[-1] for shape in re.findall(r"\[([\d,]+)\]\S* sort\(", text)]
     assert all(int(width) <= TOP for width in sorted_)
+
+
+# --- chunks of a head in 16 bits
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_no_float32_copy_of_a_bfloat16_head(tied):
+    """XLA for CPUs has no slices of bfloat16, and would keep the head in float32 for them."""
+    h = jnp.zeros((1, N, E), jnp.bfloat16)
+    table = jnp.zeros((V, E) if tied else (E, V), jnp.bfloat16)
+
+    @jax.jit
+    def belief(table, h):
+        return compute_belief(Head(table, None, tied), h, V, chunk=16)
+
+    text = belief.lower(table, h).compile().as_text()
+    assert "bf16[8,64]" in text or "bf16[64,8]" in text
+    assert "f32[8,64]" not in text and "f32[64,8]" not in text
+
+
+def test_a_chunk_of_a_head_has_a_derivative():
+    """Bits have none, so it is that of a slice."""
+    table = jax.random.normal(jax.random.key(0), (E, V), jnp.bfloat16)
+    h = jax.random.normal(jax.random.key(1), (1, N, E), jnp.bfloat16)
+
+    def total(table, start):
+        return jnp.sum(Head(table, None)(h, start, 16).astype(jnp.float32) ** 2)
+
+    def wanted(table):
+        return jnp.sum((h @ table[:, 32:48]).astype(jnp.float32) ** 2)
+
+    ours = jax.jit(jax.grad(total))(table, 32)
+    assert not np.asarray(ours[:, :32]).any() and not np.asarray(ours[:, 48:]).any()
+    np.testing.assert_allclose(
+        ours.astype(jnp.float32), jax.grad(wanted)(table).astype(jnp.float32), rtol=0.02, atol=0.02
+    )

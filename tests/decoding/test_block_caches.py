@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from tests.helpers import eight, random_prompts, toy
 from tests.llada2_helpers import toy2
 from xflow_jax.decoding.blocks import make_schedule
 from xflow_jax.decoding.cache_options import CacheOptions
-from xflow_jax.decoding.forward import make_forward
+from xflow_jax.decoding.cached_forward import make_forward
 from xflow_jax.decoding.generate import Generation, decode_batch, generate
 from xflow_jax.decoding.rules.base import Rule
 from xflow_jax.decoding.rules.baselines import Threshold
@@ -258,6 +259,29 @@ def test_a_step_computes_the_queries_of_one_block(cache, window, queries):
     jaxpr = jax.make_jaxpr(forward._reuse)(x, step, forward.init_cache())
     dots = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
     assert {e.invars[0].aval.shape[1] for e in dots if e.invars[1].aval.ndim == 2} == queries
+
+
+@pytest.mark.parametrize(
+    "cache, prompt_every",
+    [
+        ("dual", 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("dual", 1), ("prefix", 1), ("prefix", 2), ("prompt", 1), ("prompt", 2))
+        ),
+    ],
+)
+def test_no_step_copies_the_cache(cache, prompt_every):
+    """The compiled loop holds no copy of all keys or values."""
+    lm, config = toy(), DecodeConfig(20, 4, 3, cache=cache, prompt_every=prompt_every)
+    ids, keys = jnp.zeros((2, 16), jnp.int32), jax.random.split(jax.random.key(0), 2)
+    arrays = (ids, ids == 0, keys)
+    text = decode_batch.lower(lm.model, lm.params, MaskPrediction(), config, *arrays)
+    loop = text.compile().as_text().partition("\nENTRY ")[0]
+    forward = make_forward(lm.model, lm.params, config, jnp.zeros((2, 16, 16)), *arrays[1:2] * 2)
+    shape = ",".join(map(str, forward.init_cache()["blocks"]["k"].shape))
+    assert f"f32[{shape}]" in loop
+    assert not re.findall(rf"= f32\[{shape}\]\S* copy\(", loop)
 
 
 # --- bad input

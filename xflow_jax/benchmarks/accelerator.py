@@ -62,7 +62,16 @@ class Shapes:
 
 SHAPES = {
     "released": Shapes(
-        "llada-8b", "llada2-mini", 128, 512, 32, 12, (1, 8, 32), (32, 16, 8, 4), 2**31, 3
+        llada="llada-8b",
+        llada2="llada2-mini",
+        prompt=128,
+        response=512,
+        block=32,
+        passes=12,
+        batches=(1, 8, 32),
+        train_batches=(256, 128, 64, 32, 16, 8, 4),
+        copy_bytes=2**31,
+        rounds=3,
     ),
     "small": Shapes("small", "llada2-20m", 16, 32, 16, 2, (1, 2), (2,), 2**24, 1),
 }

@@ -38,6 +38,7 @@ from xflow_jax.training import AlignmentConfig, align_program
 from xflow_jax.types import Backbone, Params
 
 MEMORY_SHARE = 0.97  # largest part of the memory that a program may need
+NO_CUDNN = "left out, since cuDNN needs a GPU"
 
 
 def measure_machine(bench: Bench) -> Numbers:
@@ -120,7 +121,8 @@ def measure_attention(bench: Bench) -> Numbers:
     """Measures the platform's attention kernels on a decode's shapes."""
     shapes, results = bench.shapes, []
     config = bench.model(shapes.llada).config
-    names = ("cudnn", "xla") if jax.default_backend() == "gpu" else ("einsum", "xla")
+    on_gpu = jax.default_backend() == "gpu"
+    names = ("cudnn", "xla") if on_gpu else ("einsum", "xla")
     length = shapes.prompt + shapes.response
     for batch, queries in ((shapes.batches[1], length), (shapes.batches[1], shapes.block)):
         if not bench.has_time(f"attention of {queries} queries at batch {batch}", 10.0):
@@ -153,7 +155,7 @@ def measure_attention(bench: Bench) -> Numbers:
                 **{name: statistics.median(each) for name, each in times.items()},
             }
         )
-    return {"seconds": results}
+    return {"seconds": results} | ({} if on_gpu else {"cudnn": NO_CUDNN})
 
 
 def measure_training(bench: Bench) -> Numbers:
@@ -231,6 +233,8 @@ def measure_agreement(bench: Bench) -> Numbers:
     pairs = [("float32", ("einsum", "xla"))]
     if jax.default_backend() == "gpu":
         pairs.append(("bfloat16", ("xla", "cudnn")))
+    else:
+        results["cudnn"] = NO_CUDNN
     for dtype, names in pairs:
         if not bench.has_time(f"tokens of {' and '.join(names)} in {dtype}", 20.0):
             break

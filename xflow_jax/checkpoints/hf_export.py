@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
-from tqdm import tqdm
 
 from xflow_jax.checkpoints.atomic_write import atomic_directory
 from xflow_jax.checkpoints.checksums import CHECKSUM_FILE, write_checksums
@@ -158,6 +157,8 @@ def write_tensors(
                 "weight_map": {name: locations[name][0] for name in sorted(locations)},
             }
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        from tqdm import tqdm  # not in a plain JAX installation, in which nothing is exported
+
         with tqdm(
             total=len(mapping.tensors), desc="writing", unit="tensor", disable=not progress
         ) as bar:

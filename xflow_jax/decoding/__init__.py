@@ -9,8 +9,9 @@ from xflow_jax.decoding.blocks import (
     resolve_steps,
 )
 from xflow_jax.decoding.cache_options import CacheOptions
+from xflow_jax.decoding.cached_forward import make_forward
 from xflow_jax.decoding.decode import commit_tokens, decode, embed, move_positions
-from xflow_jax.decoding.forward import ExactCache, make_forward
+from xflow_jax.decoding.forward import ExactCache
 from xflow_jax.decoding.generate import (
     PROMPT_MULTIPLE,
     Generation,

@@ -86,13 +86,17 @@ def branch_shares(config: DecodeConfig) -> dict[str, list[float]]:
     """Returns how often a cached decode takes each of its branches.
 
     Returns:
-        Named scope of a conditional in forward.py -> share of each branch.
+        Named scope of a conditional in cached_forward.py -> share of each branch.
     """
-    counts = {
-        "cache_pass": np.unique(cache_passes(config), return_counts=True)[1],
-        "prefix_span": np.unique(prefix_spans(config), return_counts=True)[1],
+    renewed = cache_passes(config) == RENEW
+    partly = cache_passes(config)[~renewed] == RENEW_CANVAS
+    shares = {
+        name: [1 - float(taken.mean()), float(taken.mean())]
+        for name, taken in (("cache_pass", renewed), ("canvas_pass", partly))
+        if taken.size
     }
-    return {name: (count / count.sum()).tolist() for name, count in counts.items()}
+    spans = np.unique(prefix_spans(config), return_counts=True)[1]
+    return shares | {"prefix_span": (spans / spans.sum()).tolist()}
 
 
 def pass_positions(config: DecodeConfig, prompt_length: int) -> np.ndarray:

@@ -16,7 +16,7 @@ APPROXIMATE = ("prompt", "prefix", "dual")
 
 @dataclasses.dataclass(frozen=True)
 class CacheOptions:
-    """Keys and values that a decode keeps (forward.py).
+    """Keys and values that a decode keeps (cached_forward.py).
 
     Attributes:
         cache: one of CACHES, or None for the default: "exact" if the model has it, "prompt" with a

@@ -8,7 +8,7 @@ The loop is an outer scan over blocks and an inner scan over the steps of a bloc
 
     decode -> _decode_block -> decode_step -> _active_step or _skipped_step
 
-The schedule is data (blocks.py). Forward passes, with or without a cache, are in forward.py.
+The schedule is data (blocks.py). Forward passes are in forward.py and cached_forward.py.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import jax.numpy as jnp
 
 from xflow_jax.decoding.belief import TOP, Belief, BeliefOptions, compute_belief
 from xflow_jax.decoding.blocks import block_layout, block_starts, make_schedule
+from xflow_jax.decoding.cached_forward import make_forward
 from xflow_jax.decoding.canvas import onto_canvas
 from xflow_jax.decoding.context import DecodeContext, Scan
-from xflow_jax.decoding.forward import Block, Carry, make_forward
+from xflow_jax.decoding.forward import Block, Carry
 from xflow_jax.decoding.rules.base import Action, Rule
 from xflow_jax.decoding.state import SETTLED, DecodeConfig, DecodeState, Step, Trace, is_stop
 from xflow_jax.models import make_head

@@ -22,14 +22,10 @@ import numpy as np
 from flax import struct
 
 from xflow_jax.decoding.blocks import block_layout, make_schedule
+from xflow_jax.decoding.cached_forward import CachedForward, constrain_cache
 from xflow_jax.decoding.context import DecodeContext
 from xflow_jax.decoding.decode import begin_block, decode_step, embed
-from xflow_jax.decoding.forward import (
-    CachedForward,
-    Carry,
-    FullForward,
-    constrain_cache,
-)
+from xflow_jax.decoding.forward import Carry, FullForward
 from xflow_jax.decoding.rules.base import Rule
 from xflow_jax.decoding.rules.numbers import with_numbers
 from xflow_jax.decoding.state import DecodeConfig, DecodeState, Step

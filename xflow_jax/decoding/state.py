@@ -14,7 +14,7 @@ from xflow_jax.types import Array, Bool, Float, Int
 
 SETTLED = 0.99  # progress from which a position counts as decided
 
-# Keys and values that a decode keeps (forward.py).
+# Keys and values that a decode keeps (cached_forward.py).
 CACHES = ("none", "exact", "prompt", "prefix", "dual")
 # Passes with an approximate cache: on all that is kept, over all positions, or over the canvas.
 REUSE, RENEW, RENEW_CANVAS = range(3)

@@ -14,8 +14,8 @@ so that the block grid is the same in all of them. In outline:
         cache = write_cache(cache, block, start)  # once its tokens are final
 
 Without block-causal attention a cache is an approximation, since its keys and values are some
-steps old (decoding/forward.py). It can then hold positions after the queries too, and the queries'
-own keys and values take the place of those at their positions (`replace_keys`).
+steps old (decoding/cached_forward.py). It can then hold positions after the queries too, and the
+queries' own keys and values take the place of those at their positions (`replace_keys`).
 """
 
 from __future__ import annotations

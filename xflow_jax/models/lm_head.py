@@ -6,6 +6,7 @@ vocabulary never stand in memory as a whole.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -13,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from xflow_jax.types import Array, Bool, Float, Params
+from xflow_jax.parallel import platform
+from xflow_jax.types import Array, Bool, Float, Int, Params
 
 # (hidden [B, N, E], start, size) -> logits [B, N, size]. `Head` is one.
 LogitsFn: TypeAlias = Callable[[jax.Array, int | jax.Array, int], jax.Array]
@@ -66,9 +68,11 @@ class Head:
         Returns:
             Logits [B, N, size] in the dtype of `hidden`.
         """
-        dtype, part = hidden.dtype, self.table
-        if size != self.rows:
-            part = jax.lax.dynamic_slice_in_dim(part, start, size, axis=0 if self.tied else 1)
+        dtype, part, axis = hidden.dtype, self.table, 0 if self.tied else 1
+        if size != self.rows and platform() == "cpu":
+            part = _slice_bits(part, start, size, axis)
+        elif size != self.rows:
+            part = jax.lax.dynamic_slice_in_dim(part, start, size, axis)
         part = part.T if self.tied else part
         if self.gather:
             part = jax.lax.all_gather(part, self.gather, axis=0, tiled=True)
@@ -82,6 +86,32 @@ class Head:
             bias = jax.lax.dynamic_slice_in_dim(self.bias, start, size)
             logits += bias.astype(dtype)[None, None, :]
         return logits
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _slice_bits(
+    table: Float[Array, "R C"], start: int | Int[Array, ""], size: int, axis: int
+) -> Float[Array, "r c"]:
+    """Cuts consecutive rows or columns as integers, which no compiler converts.
+
+    XLA for CPUs has no slices of bfloat16. It keeps a whole matrix in float32 beside the loop, and
+    converts each slice of it back.
+    """
+    if table.dtype.itemsize != 2:
+        return jax.lax.dynamic_slice_in_dim(table, start, size, axis)
+    bits = jax.lax.bitcast_convert_type(table, jnp.uint16)
+    part = jax.lax.dynamic_slice_in_dim(bits, start, size, axis)
+    return jax.lax.bitcast_convert_type(part, table.dtype)
+
+
+@_slice_bits.defjvp
+def _slice_tangent(
+    size: int, axis: int, primals: tuple[Array, int | Array], tangents: tuple[Array, object]
+) -> tuple[Array, Array]:
+    """Differentiates the slice, as JAX does not look through bits."""
+    (table, start), tangent = primals, tangents[0]
+    slope = jax.lax.dynamic_slice_in_dim(tangent, start, size, axis)
+    return _slice_bits(table, start, size, axis), slope
 
 
 def make_head(params: Params) -> Head:
