@@ -19,7 +19,8 @@ from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
 from xflow_jax.decoding.rules.numbers import row_numbers
 from xflow_jax.decoding.rules.own_loop import adapt_loop
 from xflow_jax.decoding.rules.parsing import parse_rule
-from xflow_jax.decoding.slots import Lane, admit, init_slots, make_row, run_passes
+from xflow_jax.decoding.slot_rows import Lane, make_row
+from xflow_jax.decoding.slots import admit, init_slots, run_passes
 from xflow_jax.decoding.stream import slot_config, stream
 from xflow_jax.errors import UserError
 from xflow_jax.lm import LM

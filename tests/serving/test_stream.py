@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import TOKENIZER, toy
-from xflow_jax.serving.engine import RowState
 from xflow_jax.serving.stream import KEY_EVERY, BeliefFrames, TextStream, TokenTexts
+from xflow_jax.serving.ticket import RowState
 
 
 def text_stream(stops=()):

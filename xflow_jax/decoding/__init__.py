@@ -45,16 +45,8 @@ from xflow_jax.decoding.rules.parsing import (
     parse_rule_ranges,
     parse_rules,
 )
-from xflow_jax.decoding.slots import (
-    Lane,
-    Rows,
-    Slots,
-    Snapshot,
-    admit,
-    init_slots,
-    make_row,
-    run_passes,
-)
+from xflow_jax.decoding.slot_rows import Lane, Rows, make_row
+from xflow_jax.decoding.slots import Slots, Snapshot, admit, init_slots, run_passes
 from xflow_jax.decoding.state import (
     SETTLED,
     DecodeConfig,

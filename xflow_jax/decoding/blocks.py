@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,19 +27,35 @@ def make_schedule(config: DecodeConfig) -> Step:
     A block of block_length masks divides over its steps without the extra ones, the remainder
     first.
     """
+    fields: dict[str, Any] = {
+        name: None if x is None else jnp.asarray(x) for name, x in _steps(config)
+    }
+    return Step(**fields)
+
+
+def schedule_arrays(config: DecodeConfig) -> dict[str, np.ndarray | None]:
+    """Returns the fields of `make_schedule` as NumPy arrays.
+
+    Args:
+        config: lengths and steps.
+    """
+    return dict(_steps(config))
+
+
+def _steps(config: DecodeConfig) -> list[tuple[str, np.ndarray | None]]:
     s, writing = config.steps, config.steps - config.extra_steps
     local = np.tile(np.arange(s), config.blocks)
     quota = config.block_length // writing + (local < config.block_length % writing)
     quota = np.where(local < writing, quota, 0)
-    return Step(
-        index=jnp.arange(local.size, dtype=jnp.int32),
-        block=jnp.asarray(np.repeat(np.arange(config.blocks), s), jnp.int32),
-        rho=jnp.asarray(local / max(s - 1, 1), jnp.float32),
-        quota=jnp.asarray(quota, jnp.int32),
-        steps_left=jnp.asarray(s - local, jnp.float32),
-        cache_pass=jnp.asarray(cache_passes(config).ravel()),
-        share=None if config.eps is None else jnp.asarray(_shares(config.eps, s)[local]),
-    )
+    return [
+        ("index", np.arange(local.size, dtype=np.int32)),
+        ("block", np.repeat(np.arange(config.blocks, dtype=np.int32), s)),
+        ("rho", (local / max(s - 1, 1)).astype(np.float32)),
+        ("quota", quota.astype(np.int32)),
+        ("steps_left", (s - local).astype(np.float32)),
+        ("cache_pass", cache_passes(config).ravel()),
+        ("share", None if config.eps is None else _shares(config.eps, s)[local]),
+    ]
 
 
 def _shares(eps: float, steps: int) -> np.ndarray:

@@ -25,7 +25,8 @@ from xflow_jax.decoding.generate import (
 )
 from xflow_jax.decoding.rules.base import Rule
 from xflow_jax.decoding.rules.own_loop import adapt_loop
-from xflow_jax.decoding.slots import Lane, Slots, admit, init_slots, make_row, run_passes
+from xflow_jax.decoding.slot_rows import Lane, make_row
+from xflow_jax.decoding.slots import Slots, admit, init_slots, run_passes
 from xflow_jax.decoding.state import DecodeConfig, read_out
 from xflow_jax.errors import require
 from xflow_jax.parallel import fetch_to_host

@@ -10,9 +10,9 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
-from xflow_jax.serving.engine import RowState, Ticket
 from xflow_jax.serving.protocol import Generation, Json
 from xflow_jax.serving.stream import BeliefFrames, TextStream, TokenTexts
+from xflow_jax.serving.ticket import RowState, Ticket
 
 
 class Choice:

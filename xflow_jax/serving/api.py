@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import logging
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 import anyio.to_thread
@@ -26,8 +25,7 @@ from starlette.types import Receive, Scope, Send
 
 from xflow_jax.errors import UserError, describe
 from xflow_jax.serving.answers import Choice, Envelope, stream_chunks
-from xflow_jax.serving.engine import Engine, Ticket
-from xflow_jax.serving.lanes import find_rule, request_config
+from xflow_jax.serving.engine import Engine
 from xflow_jax.serving.protocol import (
     MOST_BYTES,
     ApiError,
@@ -36,7 +34,9 @@ from xflow_jax.serving.protocol import (
     parse_generation,
     read_json,
 )
+from xflow_jax.serving.requests import make_tickets, prompt_ids
 from xflow_jax.serving.stream import BeliefFrames, TextStream, TokenTexts
+from xflow_jax.serving.ticket import Ticket
 from xflow_jax.tasks import find_tasks
 from xflow_jax.tokenizer import chat_ids, check_messages
 
@@ -270,7 +270,7 @@ class _Api:
             text = values.get("prompt")
             if not isinstance(text, str):
                 raise ApiError(f"prompt must be a text, not {describe(text)}", param="prompt")
-            ids = await anyio.to_thread.run_sync(self._ids_of, text)
+            ids = await anyio.to_thread.run_sync(prompt_ids, self._tokenizer, text)
         most = self._engine.lm.config.max_length
         return JSONResponse({"count": len(ids), "max_model_len": most, "tokens": ids})
 
@@ -312,7 +312,7 @@ class _Api:
             with contextlib.suppress(RuntimeError):  # the loop is closed at the end of the server
                 loop.call_soon_threadsafe(changed.set)
 
-        tickets = await anyio.to_thread.run_sync(self._make_tickets, wanted, notify)
+        tickets = await anyio.to_thread.run_sync(make_tickets, self._engine, wanted, notify)
         envelope = Envelope.make(wanted, self._options.model_name, self._texts)
         choices = [self._choice(wanted, i, ticket) for i, ticket in enumerate(tickets)]
         self._engine.submit(tickets)
@@ -390,80 +390,3 @@ class _Api:
             self._engine.cancel(ticket, "stop")
 
         return Choice(index, ticket, text, frames, ends, stop)
-
-    def _ids_of(self, prompt: str | list[int] | list[dict[str, str]]) -> list[int]:
-        """Converts a prompt to token ids."""
-        if isinstance(prompt, str):
-            try:
-                prompt.encode()
-            except UnicodeEncodeError:
-                message = "the prompt is not valid text: it holds half of a surrogate pair"
-                raise ApiError(message, param="prompt") from None
-            return self._tokenizer.encode(prompt, add_special_tokens=False)
-        if prompt and isinstance(prompt[0], dict):
-            return chat_ids(self._tokenizer, [m for m in prompt if isinstance(m, dict)])
-        return [i for i in prompt if isinstance(i, int)]
-
-    def _make_tickets(self, wanted: Generation, notify: Callable[[], None]) -> list[Ticket]:
-        """Builds the engine's requests of an API request."""
-        engine, rows = self._engine, self._engine.lm.config.vocab_rows
-        label, kind, rule = find_rule(engine.kinds, wanted.rule)
-        self._check_temperature(wanted, kind.label, rule)
-        canvas, most = self._canvas(wanted)
-        config = request_config(
-            engine.lm, rule, engine.lengths, canvas, wanted.steps, wanted.budget
-        )
-        needs_top = wanted.top_logprobs is not None
-        needs_top |= wanted.belief is not None and wanted.belief.top > 0
-        seen: Counter[tuple[int, ...]] = Counter()
-        tickets = []
-        for prompt in wanted.prompts:
-            ids = self._ids_of(prompt)
-            if not ids or max(ids) >= rows:
-                what = "is empty" if not ids else f"holds ids outside of 0 to {rows - 1}"
-                raise ApiError(f"the prompt {what}", param="prompt")
-            for _ in range(wanted.choices):
-                repeat = seen[tuple(ids)]
-                seen[tuple(ids)] += 1
-                tickets.append(
-                    Ticket(
-                        ids,
-                        label,
-                        kind,
-                        rule,
-                        config,
-                        most,
-                        wanted.seed or 0,
-                        repeat,
-                        needs_top,
-                        notify,
-                    )  # fmt: skip
-                )
-        return tickets
-
-    def _canvas(self, wanted: Generation) -> tuple[int, int]:
-        """Returns the positions of the canvas, and the most tokens."""
-        lengths = self._engine.lengths
-        most = wanted.max_tokens or wanted.canvas or lengths.gen_lengths[0]
-        largest = lengths.gen_lengths[-1]
-        if max(most, wanted.canvas or 0) > largest:
-            raise ApiError(
-                f"the answer may have {max(most, wanted.canvas or 0)} tokens, but the server has "
-                f"room for {largest}",
-                param="max_tokens",
-                code="context_length_exceeded",
-            )
-        canvas = lengths.round_up(most if wanted.canvas is None else wanted.canvas)
-        if canvas < most:
-            message = f"xflow.canvas is {canvas}, but max_tokens is {most}"
-            raise ApiError(message, param="xflow.canvas")
-        return canvas, most
-
-    def _check_temperature(self, wanted: Generation, label: str, rule: object) -> None:
-        """Raises ApiError for a temperature that the rule does not have."""
-        given, own = wanted.temperature, getattr(rule, "temperature", 0.0)
-        if given is not None and given > 0 and given != own:
-            has = f"has the temperature {own:g}" if own else "does not sample"
-            message = f"temperature is {given:g}, but the rule {label} {has}"
-            raise ApiError(f"{message}: leave it out, or start the server with such a rule",
-                           param="temperature")  # fmt: skip

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 import logging
 import threading
 import time
@@ -17,18 +16,18 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from xflow_jax.decoding import DecodeConfig, Rule, Snapshot
+from xflow_jax.decoding import Rule, Snapshot
 from xflow_jax.errors import require
 from xflow_jax.lm import LM
-from xflow_jax.serving.lanes import DeviceLane, Lengths, RuleKind, make_kinds, make_lanes
+from xflow_jax.serving.lanes import DeviceLane, Lengths, make_kinds, make_lanes
 from xflow_jax.serving.metrics import Metrics
 from xflow_jax.serving.protocol import ApiError
+from xflow_jax.serving.ticket import SETTLED, RowState, Ticket
 
 _LOG = logging.getLogger(__name__)
 
 CALL_SECONDS, MOST_PASSES = 0.05, 8  # a call takes about this long
 EDITS, IDS = 24, 0xFFFFFF  # parts of a snapshot's token
-SETTLED = 255  # level of t = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,93 +43,6 @@ class EngineOptions:
     passes: int | None = None
     max_queue: int = 256
     timeout: float = 300.0
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class RowState:
-    """State of a request after a call, arrays over its canvas.
-
-    Attributes:
-        version: number of the state, from 1.
-        tokens: token ids, int [n].
-        t, c: progress and confidence from 0 to 255, uint8 [n].
-        edits: re-edits modulo 256, uint8 [n].
-        blocks: finished blocks.
-        passes: forward passes.
-        final: positions from the start whose tokens stay.
-        top, top_tokens: the four likeliest tokens [n, 4], if the request needs them.
-    """
-
-    version: int
-    tokens: np.ndarray
-    t: np.ndarray
-    c: np.ndarray
-    edits: np.ndarray
-    blocks: int
-    passes: int
-    final: int
-    top: np.ndarray | None = None
-    top_tokens: np.ndarray | None = None
-
-
-class Ticket:
-    """A request in the engine.
-
-    The engine's thread writes it, and others read it.
-
-    Attributes:
-        prompt: token ids.
-        max_tokens: most tokens of the answer.
-        state: the latest state, or None before the first call.
-        finish_reason: "stop", "length" or "cancelled" at the end, else None.
-        end: tokens of the answer, known at the end.
-        error: the failure, if any.
-        created, started, settled, ended: times of time.monotonic, or None.
-    """
-
-    _numbers = itertools.count()
-
-    def __init__(
-        self,
-        prompt: Sequence[int],
-        label: str,
-        kind: RuleKind,
-        rule: Rule,
-        config: DecodeConfig,
-        max_tokens: int,
-        seed: int = 0,
-        repeat: int = 0,
-        needs_top: bool = False,
-        notify: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Makes a request that is not yet in the engine."""
-        self.number = next(self._numbers)
-        self.prompt, self.label, self.kind, self.rule = list(prompt), label, kind, rule
-        self.config, self.max_tokens = config, max_tokens
-        self.seed, self.repeat, self.needs_top, self.notify = seed, repeat, needs_top, notify
-        self.state: RowState | None = None
-        self.finish_reason: str | None = None
-        self.end = 0
-        self.error: ApiError | None = None
-        self.created = time.monotonic()
-        self.started: float | None = None
-        self.settled: float | None = None
-        self.ended: float | None = None
-        self.is_given_up = False
-        self.place: _Runtime | None = None
-        self.block_of = self._layout()
-
-    def _layout(self) -> np.ndarray:
-        """Returns the block of each position, as decoding.block_layout."""
-        size, before = self.config.block_length, 0
-        if self.config.block_causal:
-            before = len(self.prompt) % size
-        return (before + np.arange(self.config.gen_length)) // size
-
-    @property
-    def is_over(self) -> bool:
-        """True after the end or a failure."""
-        return self.finish_reason is not None or self.error is not None
 
 
 @dataclasses.dataclass

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from xflow_jax.lm import LM
-from xflow_jax.serving.engine import RowState
+from xflow_jax.serving.ticket import RowState
 
 KEY_EVERY = 16  # every so many frames one holds all positions
 REPLACEMENT = "\ufffd"  # stands for bytes that are no complete character

@@ -19,9 +19,10 @@ import numpy as np
 from xflow_jax.decoding import Rule, generate, parse_rules
 from xflow_jax.errors import UserError, require
 from xflow_jax.lm import LM, load
-from xflow_jax.serving.engine import Engine, EngineOptions, Ticket
+from xflow_jax.serving.engine import Engine, EngineOptions
 from xflow_jax.serving.lanes import Lengths, request_config
 from xflow_jax.serving.load import make_prompts
+from xflow_jax.serving.ticket import Ticket
 from xflow_jax.tasks import microcode
 from xflow_jax.tokenizer import chat_ids
 
