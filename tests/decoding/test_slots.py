@@ -24,6 +24,8 @@ from xflow_jax.decoding.slots import admit, init_slots, run_passes
 from xflow_jax.decoding.stream import slot_config, stream
 from xflow_jax.errors import UserError
 from xflow_jax.lm import LM
+from xflow_jax.models.logical_axes import shardings
+from xflow_jax.parallel import make_mesh
 
 RULE = Threshold(tau=0.4)
 MODELS = {"bidirectional": toy, "block-causal": toy2}
@@ -186,6 +188,13 @@ def test_what_slots_cannot_do():
         bench.admit(0, [1], gen_length=20)
 
 
+def on_mesh(lm: LM, spec: str) -> LM:
+    """Puts a model on a mesh."""
+    mesh = make_mesh(spec)
+    params = jax.device_put(lm.params, shardings(lm.params, mesh, lm.config.family))
+    return dataclasses.replace(lm, params=params, mesh=mesh)
+
+
 @eight
 @pytest.mark.slow
 @pytest.mark.parametrize("family", MODELS)
@@ -193,7 +202,8 @@ def test_a_mesh_changes_no_token(family):
     rule, options = Threshold(tau=0.3), {"gen_length": 16, "steps": 8, "block_length": 4}
     prompts = random_prompts([5, 17, 2, 9], 3)
     expected = generate(MODELS[family](), prompts, rule, **options)
-    *_, last = stream(MODELS[family]("2,2,2"), prompts, rule, **options)
+    lm = on_mesh(MODELS[family](), "2,2,2")
+    *_, last = stream(lm, prompts, rule, **options)
     assert np.array_equal(last.tokens, expected.tokens)
 
 
