@@ -309,7 +309,7 @@ def test_missing_keys(key):
         ({"d_model": "64"}, 'd_model is "64", but it must be an integer'),
         ({"d_model": True}, "d_model is true, but it must be an integer"),
         ({"weight_tying": 1}, "weight_tying is 1, but it must be true or false"),
-        ({"eos_token_id": [481]}, "eos_token_id is [481], but it must be an integer"),
+        ({"eos_token_id": [481, "x"]}, 'eos_token_id is [481, "x"], but it must be an integer'),
         ({"n_layers": 0}, "n_layers is 0, but it must be positive"),
         ({"n_heads": 5}, "n_heads 5 does not divide d_model 64"),
         ({"n_heads": 64}, "d_model / n_heads is 1"),
