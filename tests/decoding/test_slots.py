@@ -114,7 +114,9 @@ def equal(a, b) -> bool:
     )
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(
+    "family", ["bidirectional", pytest.param("block-causal", marks=pytest.mark.slow)]
+)
 def test_neighbours_change_nothing(family):
     bench = Bench(MODELS[family]())
     mine = random_prompts([11], 8)[0]
