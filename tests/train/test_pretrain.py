@@ -157,6 +157,7 @@ MIXTURE += ["block_length=[16, 48]", "wide_steps=2", "model.d_model=8"]
 MIXTURE += ["seed=4"]  # of which both tasks occur before and after the third step
 
 
+@pytest.mark.slow
 def test_a_mixture_stopped_and_resumed_equals_one_run(tmp_path, monkeypatch):
     """Both tasks occur on either side of the stop, each with its own shape."""
     pretrain_small(tmp_path / "whole", *MIXTURE)
