@@ -150,6 +150,30 @@ class MixedPairs:
         return self.sources[self.choose(index // self.batch_size)][index]
 
 
+def split_evenly(total: int, held_out: int, batch_size: int) -> tuple[list[int], list[int]]:
+    """Separates indices that are only measured, spread evenly over all.
+
+    Args:
+        total: number of responses.
+        held_out: number of responses to separate, rounded down to complete batches.
+        batch_size: B, rows of a batch.
+
+    Returns:
+        (indices to train on, indices to measure), ascending.
+
+    Raises:
+        UserError: if the number is less than a batch, or leaves less than one to train on.
+    """
+    size = held_out // batch_size * batch_size
+    require(
+        bool(size) and total - size >= batch_size,
+        f"held_out {held_out} must be at least one batch of {batch_size} and leave one of the "
+        f"{total} responses to train on",
+    )
+    taken = {i * total // size for i in range(size)}
+    return [i for i in range(total) if i not in taken], sorted(taken)
+
+
 class Responses:
     """Self-generated responses from jsonl files.
 
@@ -219,17 +243,11 @@ class Responses:
         Raises:
             UserError: if the count is less than a batch, or leaves less than one to train on.
         """
-        size = count // batch_size * batch_size
-        require(
-            bool(size) and len(self) - size >= batch_size,
-            f"held_out {count} must be at least one batch of {batch_size} and leave one of the "
-            f"{len(self)} responses to train on",
-        )
         # The files are sorted by the length of the prompts, so their ends are no fair sample.
-        taken = {i * len(self) // size for i in range(size)}
-        examples = [self[i] for i in sorted(taken)]
-        self.rows = [row for i, row in enumerate(self.rows) if i not in taken]
-        return [examples[i : i + batch_size] for i in range(0, size, batch_size)]
+        rest, taken = split_evenly(len(self), count, batch_size)
+        examples = [self[i] for i in taken]
+        self.rows = [self.rows[i] for i in rest]
+        return [examples[i : i + batch_size] for i in range(0, len(taken), batch_size)]
 
     def __len__(self) -> int:
         return len(self.rows)

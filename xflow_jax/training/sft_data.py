@@ -16,6 +16,7 @@ from xflow_jax.training.data import (
     BatchIterator,
     Example,
     read_options,
+    split_evenly,
     stack_examples,
 )
 from xflow_jax.types import ModelConfig, Tokenizer
@@ -131,15 +132,8 @@ def split_pairs(
     Raises:
         UserError: if the number is less than a batch, or leaves less than one to train on.
     """
-    size = held_out // batch_size * batch_size
-    require(
-        bool(size) and len(pairs) - size >= batch_size,
-        f"held_out {held_out} must be at least one batch of {batch_size} and leave one of the "
-        f"{len(pairs)} responses to train on",
-    )
-    taken = {i * len(pairs) // size for i in range(size)}
-    rest = [pair for i, pair in enumerate(pairs) if i not in taken]
-    return rest, [pairs[i] for i in sorted(taken)]
+    rest, taken = split_evenly(len(pairs), held_out, batch_size)
+    return [pairs[i] for i in rest], [pairs[i] for i in taken]
 
 
 @dataclass(frozen=True)
