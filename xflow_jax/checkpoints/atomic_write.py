@@ -15,8 +15,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from xflow_jax.checkpoints.object_lock import ObjectLock
-from xflow_jax.checkpoints.run_lock import RunLock, destination_lock
+from xflow_jax.checkpoints.lock_holder import PlaceLock
+from xflow_jax.checkpoints.run_lock import destination_lock
 from xflow_jax.errors import UserError, disk_errors
 from xflow_jax.input_files import (
     append_object,
@@ -163,7 +163,7 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _uploaded_directory(path: Path, replace: bool, lock: RunLock | ObjectLock) -> Iterator[Path]:
+def _uploaded_directory(path: Path, replace: bool, lock: PlaceLock) -> Iterator[Path]:
     """Builds a directory on the disk, and uploads its marker last.
 
     An earlier directory loses its marker first, so that a mixture never counts as complete.

@@ -1,12 +1,15 @@
-"""Process that holds a lock, as its file or object records it."""
+"""A lock as a context manager, and the process that holds it."""
 
 from __future__ import annotations
 
 import os
 import socket
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,47 @@ class Holder:
     def is_gone(self) -> bool:
         """Returns True if the process ran on this machine and has ended."""
         return self.host == socket.gethostname() and self.started != start_time(self.pid)
+
+
+class PlaceLock(ABC):
+    """The lock of one place. It is a context manager.
+
+    Attributes:
+        place: the place, for messages.
+        file: the file or object of the lock.
+        inherited: True if the lock was taken over from a process that was killed. What it left
+            half written at the place is then certainly a program's own, and nobody is writing it.
+        keeps_file: True if the file stays when the lock is released, because something half written
+            stays too. The next program then takes the lock over.
+    """
+
+    def __init__(self, place: Path, file: Path) -> None:
+        self.place, self.file = place, file
+        self.inherited = self.keeps_file = False
+
+    @abstractmethod
+    def acquire(self) -> None:
+        """Takes the lock.
+
+        Raises:
+            UserError: if another process holds it, or if its file cannot be written.
+        """
+
+    @abstractmethod
+    def release(self) -> None:
+        """Gives the lock up, if it is held."""
+
+    def __enter__(self) -> Self:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
 
 
 def this_process() -> Holder:

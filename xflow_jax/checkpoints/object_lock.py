@@ -14,9 +14,8 @@ import time
 import uuid
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 
-from xflow_jax.checkpoints.lock_holder import Holder, not_a_lock, refusal, this_process
+from xflow_jax.checkpoints.lock_holder import Holder, PlaceLock, not_a_lock, refusal, this_process
 from xflow_jax.errors import UserError, disk_errors
 from xflow_jax.input_files import create_object, delete_object, read_bytes, write_object
 
@@ -25,15 +24,11 @@ STALE = 60.0  # seconds without a count, after which its holder is gone
 POLL = 2.0  # seconds between two looks at the lock of another machine
 
 
-class ObjectLock:
-    """The lock of a place in object storage. A context manager.
-
-    Its attributes are those of `RunLock`.
-    """
+class ObjectLock(PlaceLock):
+    """The lock of a place in object storage."""
 
     def __init__(self, place: Path, file: Path) -> None:
-        self.place, self.file = place, file
-        self.inherited = self.keeps_file = False
+        super().__init__(place, file)
         self._token = uuid.uuid4().hex
         self._holder: Holder | None = None
         self._count = 0
@@ -66,18 +61,6 @@ class ObjectLock:
             with contextlib.suppress(UserError, OSError), disk_errors(self.place):
                 if self._read()[1].get("token") == self._token:
                     delete_object(self.file)
-
-    def __enter__(self) -> ObjectLock:
-        self.acquire()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release()
 
     def _record(self) -> bytes:
         assert self._holder is not None

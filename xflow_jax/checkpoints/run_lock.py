@@ -15,9 +15,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 
-from xflow_jax.checkpoints.lock_holder import Holder, not_a_lock, refusal, this_process
+from xflow_jax.checkpoints.lock_holder import Holder, PlaceLock, not_a_lock, refusal, this_process
 from xflow_jax.checkpoints.object_lock import ObjectLock
 from xflow_jax.errors import UserError, disk_errors
 from xflow_jax.input_files import is_cloud, to_path
@@ -35,21 +34,11 @@ _NO_FLOCK = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _ATTEMPTS = 100  # lock files that vanish or are still empty, while their holders come and go
 
 
-class RunLock:
-    """The lock of one place. It is a context manager.
-
-    Attributes:
-        place: the place, for messages.
-        file: the file of the lock.
-        inherited: True if the lock was taken over from a process that was killed. What it left
-            half written at the place is then certainly a program's own, and nobody is writing it.
-        keeps_file: True if the file stays when the lock is released, because something half written
-            stays too. The next program then takes the lock over.
-    """
+class RunLock(PlaceLock):
+    """The lock of a place on a disk."""
 
     def __init__(self, place: Path, file: Path) -> None:
-        self.place, self.file = place, file
-        self.inherited = self.keeps_file = False
+        super().__init__(place, file)
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
@@ -76,18 +65,6 @@ class RunLock:
                 self.file.unlink()
         os.close(self._descriptor)
         self._descriptor = None
-
-    def __enter__(self) -> RunLock:
-        self.acquire()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release()
 
     def _try(self) -> bool:
         """Returns True with the lock, False if its file just changed hands."""
@@ -134,7 +111,7 @@ class RunLock:
             return False
 
 
-def folder_lock(folder: Path) -> RunLock | ObjectLock:
+def folder_lock(folder: Path) -> PlaceLock:
     """Makes the lock of a folder that several calls fill.
 
     Its file is inside, so that it is the same under every name of the folder.
@@ -142,7 +119,7 @@ def folder_lock(folder: Path) -> RunLock | ObjectLock:
     return _make_lock(folder, to_path(folder) / FOLDER_LOCK)
 
 
-def destination_lock(path: Path) -> RunLock | ObjectLock:
+def destination_lock(path: Path) -> PlaceLock:
     """Makes the lock of a file or directory that a program makes.
 
     Its file is beside the destination, which does not exist at first.
@@ -152,14 +129,14 @@ def destination_lock(path: Path) -> RunLock | ObjectLock:
     return _make_lock(path, resolved.with_name(resolved.name + ".lock"))
 
 
-def _make_lock(place: Path, file: Path) -> RunLock | ObjectLock:
+def _make_lock(place: Path, file: Path) -> PlaceLock:
     if is_cloud(file):
         return ObjectLock(place, file)
     return RunLock(place, file)
 
 
 @contextlib.contextmanager
-def locked_by_first_process(lock: RunLock | ObjectLock) -> Iterator[None]:
+def locked_by_first_process(lock: PlaceLock) -> Iterator[None]:
     """Holds a lock in the first of the processes of one run.
 
     All processes must call this.
