@@ -58,6 +58,25 @@ def test_errors_that_nobody_awaits_are_reported_unless_they_are_of_orbax(
     assert all("never retrieved" in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.parametrize(
+    ("message", "reports"),
+    [
+        ("OUT_OF_RANGE: Error opening \"zarr\" driver [tensorstore_spec='{}']", 0),
+        ('Error writing "1/.zarray" in OCDBT database at local file "/run/"', 0),
+        ("File too large", 1),
+    ],
+)
+def test_futures_of_tensorstore_that_nobody_awaits_are_silent(caplog, message, reports):
+    """Threads of tensorstore set these errors, so no traceback names a file of it."""
+    with quiet_orbax():
+        pass
+    loop = asyncio.new_event_loop()
+    loop.create_future().set_exception(ValueError(message))
+    loop.close()
+    gc.collect()
+    assert len(caplog.records) == reports
+
+
 def test_tasks_that_never_began_are_deleted_with_the_error():
     """The error is kept, its tasks are not. Later they would warn in the middle of other output."""
     names = functions_of("orbax")

@@ -13,19 +13,20 @@ import warnings
 from collections.abc import Callable, Iterator
 
 JOIN_SECONDS = 10.0  # for each thread of a failed save
-SOURCES = ("orbax", "tensorstore")  # packages whose errors are raised as well
+# Texts in errors that are raised as well: folders of packages, and words of tensorstore.
+MARKS = ("/orbax/", "/tensorstore/", "tensorstore_spec=", " OCDBT database ")
 
 
 class _WithoutOrbax(logging.Filter):
-    """Drops records of asyncio about coroutines of Orbax."""
+    """Drops records of asyncio about tasks and futures of Orbax and tensorstore."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Returns False for a record about Orbax."""
         texts, error = [record.getMessage()], record.exc_info[1] if record.exc_info else None
         if error is not None:
             frames = traceback.walk_tb(error.__traceback__)
-            texts += [frame.f_code.co_filename for frame, _ in frames]
-        return not any(f"/{name}/" in text for name in SOURCES for text in texts)
+            texts += [str(error), *(frame.f_code.co_filename for frame, _ in frames)]
+        return not any(mark in text for mark in MARKS for text in texts)
 
 
 class _LateErrors:
