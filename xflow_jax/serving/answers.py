@@ -10,7 +10,8 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
-from xflow_jax.serving.protocol import Generation, Json
+from xflow_jax.serving.json_fields import Json
+from xflow_jax.serving.protocol import Generation
 from xflow_jax.serving.stream import BeliefFrames, TextStream, TokenTexts
 from xflow_jax.serving.ticket import RowState, Ticket
 

@@ -26,14 +26,9 @@ from starlette.types import Receive, Scope, Send
 from xflow_jax.errors import UserError, describe
 from xflow_jax.serving.answers import Choice, Envelope, stream_chunks
 from xflow_jax.serving.engine import Engine
-from xflow_jax.serving.protocol import (
-    MOST_BYTES,
-    ApiError,
-    Generation,
-    Json,
-    parse_generation,
-    read_json,
-)
+from xflow_jax.serving.errors import ApiError
+from xflow_jax.serving.json_fields import MOST_BYTES, Json, read_json
+from xflow_jax.serving.protocol import Generation, parse_generation
 from xflow_jax.serving.requests import make_tickets, prompt_ids
 from xflow_jax.serving.stream import BeliefFrames, TextStream, TokenTexts
 from xflow_jax.serving.ticket import Ticket

@@ -19,9 +19,9 @@ import numpy as np
 from xflow_jax.decoding import Rule, Snapshot
 from xflow_jax.errors import require
 from xflow_jax.lm import LM
+from xflow_jax.serving.errors import ApiError
 from xflow_jax.serving.lanes import DeviceLane, Lengths, make_kinds, make_lanes
 from xflow_jax.serving.metrics import Metrics
-from xflow_jax.serving.protocol import ApiError
 from xflow_jax.serving.ticket import SETTLED, RowState, Ticket
 
 _LOG = logging.getLogger(__name__)

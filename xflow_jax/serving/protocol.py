@@ -1,21 +1,16 @@
-"""Requests of the API: a strict reader, and OpenAI's errors."""
+"""Requests of the API: OpenAI's fields and the object `xflow`."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from fractions import Fraction
-from typing import NoReturn, TypeAlias
 
 from xflow_jax.decoding import parse_budget
-from xflow_jax.errors import UserError, check_seed, describe, printable
+from xflow_jax.errors import UserError, check_seed
+from xflow_jax.serving.errors import ApiError
+from xflow_jax.serving.json_fields import Fields, Json, reject
 
-Json: TypeAlias = dict[str, object]
-
-MOST_BYTES = 4 * 2**20  # of a body
-MOST_DEPTH = 16  # of nested lists and objects
 MOST_ROWS = 64  # answers of one request: prompts times n
 MOST_STOPS, MOST_STOP_LENGTH = 4, 256
 MOST_CHOICES, MOST_TOP = 8, 4
@@ -50,45 +45,6 @@ COMMON = (
     "xflow",
     "user",
 )
-
-
-class ApiError(Exception):
-    """Error that a client gets as JSON.
-
-    Attributes:
-        status: HTTP status.
-        kind: OpenAI's `type`.
-        param: the wrong field, or None.
-        code: a short name of the reason, or None.
-        headers: further headers of the response.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        status: int = 400,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        """Escapes and shortens the message."""
-        super().__init__(str(UserError(message)))
-        self.status, self.param, self.code = status, param, code
-        self.headers = dict(headers or {})
-
-    @property
-    def kind(self) -> str:
-        """OpenAI's name for errors of this status."""
-        names = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-        return names.get(self.status, "server_error" if self.status >= 500 else _BAD)
-
-    def body(self) -> Json:
-        """Returns the error as an object for JSON."""
-        about = {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}
-        return {"error": about}
-
-
-_BAD = "invalid_request_error"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,120 +101,6 @@ class Generation:
     ignored: tuple[str, ...] = ()
 
 
-def _wrong(param: str, right: str, value: object) -> NoReturn:
-    raise ApiError(f"{param} must be {right}, not {describe(value)}", param=param)
-
-
-def read_json(body: bytes) -> Json:
-    """Reads the JSON object of a body.
-
-    Args:
-        body: the bytes.
-
-    Returns:
-        The object.
-
-    Raises:
-        ApiError: unless it is one object of RFC 8259, of limited depth.
-    """
-    try:
-        value = json.loads(body.decode(), parse_constant=_no_constant)
-    except UnicodeDecodeError:
-        raise ApiError("the body is not UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        reason = "too deep" if isinstance(error, RecursionError) else str(error)
-        raise ApiError(f"the body is not valid JSON: {reason}") from None
-    if not isinstance(value, dict):
-        raise ApiError(f"the body must be a JSON object, not {describe(value)}")
-    _check_depth(value)
-    return value
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number of JSON")
-
-
-def _check_depth(value: object) -> None:
-    """Raises ApiError for a value of too many levels."""
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        if depth > MOST_DEPTH:
-            raise ApiError(f"the body has more than {MOST_DEPTH} levels of nesting")
-        inner = [list(v.values()) if isinstance(v, dict) else v for v in level]
-        level = [
-            child
-            for part in inner
-            if isinstance(part, list)
-            for child in part
-            if isinstance(child, dict | list)
-        ]
-
-
-class _Fields:
-    """Fields of an object, read one by one with their types."""
-
-    def __init__(self, values: Json, prefix: str = "") -> None:
-        self.values, self.prefix = values, prefix
-
-    def _name(self, key: str) -> str:
-        return self.prefix + key
-
-    def whole(self, key: str, least: int, most: int | None = None) -> int | None:
-        """Returns a whole number in a range, or None."""
-        value = self.values.get(key)
-        if value is None:
-            return None
-        is_whole = isinstance(value, int) and not isinstance(value, bool)
-        upper = math.inf if most is None else most
-        if not (is_whole and isinstance(value, int) and least <= value <= upper):
-            bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
-            _wrong(self._name(key), f"a whole number {bounds}", value)
-        return value
-
-    def number(self, key: str, least: float, most: float) -> float | None:
-        """Returns a number in a range, or None."""
-        value = self.values.get(key)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            _wrong(self._name(key), f"a number from {least:g} to {most:g}", value)
-        if not least <= value <= most:
-            _wrong(self._name(key), f"a number from {least:g} to {most:g}", value)
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        """Returns a boolean. None is False."""
-        value = self.values.get(key)
-        if not isinstance(value, bool | None):
-            _wrong(self._name(key), "true or false", value)
-        return bool(value)
-
-    def text(self, key: str) -> str | None:
-        """Returns a text, or None."""
-        value = self.values.get(key)
-        if not isinstance(value, str | None):
-            _wrong(self._name(key), "a text", value)
-        return value
-
-    def part(self, key: str, known: Sequence[str]) -> _Fields | None:
-        """Returns an object that may have known keys alone, or None."""
-        value = self.values.get(key)
-        if value is None:
-            return None
-        name = self._name(key)
-        if not isinstance(value, dict):
-            _wrong(name, "an object", value)
-        unknown = [k for k in value if k not in known]
-        if unknown:
-            raise ApiError(
-                f"{name} has the unknown key {describe(unknown[0])}. It may have "
-                f"{', '.join(known)}.",
-                param=f"{name}.{printable(unknown[0])[:60]}",
-            )
-        return _Fields(value, f"{name}.")
-
-
 def parse_generation(
     values: Json, is_chat: bool, check_chat: Callable[[object, str], list[dict[str, str]]]
 ) -> Generation:
@@ -275,7 +117,7 @@ def parse_generation(
     Raises:
         ApiError: for a wrong field, or one that would have no effect.
     """
-    fields = _Fields(values)
+    fields = Fields(values)
     for name, neutral in NO_EFFECT.items():
         if not any(_equals(values.get(name), value) for value in neutral):
             raise ApiError(f"{name} has no effect on this decoder: leave it out", param=name)
@@ -316,7 +158,7 @@ def _unknown(values: Json, is_chat: bool) -> tuple[str, ...]:
     return tuple("".join(c if c.isprintable() and c != "," else "?" for c in name) for name in safe)
 
 
-def _with_own_fields(request: Generation, fields: _Fields) -> Generation:
+def _with_own_fields(request: Generation, fields: Fields) -> Generation:
     """Adds the object `xflow`."""
     own = fields.part("xflow", ("rule", "steps", "budget", "canvas", "belief"))
     if own is None:
@@ -324,7 +166,7 @@ def _with_own_fields(request: Generation, fields: _Fields) -> Generation:
     budget = own.values.get("budget")
     if budget is not None:
         if isinstance(budget, bool) or not isinstance(budget, int | float | str):
-            _wrong("xflow.budget", 'a share like "1/4" or 0.25', budget)
+            reject("xflow.budget", 'a share like "1/4" or 0.25', budget)
         try:
             budget = parse_budget(budget if isinstance(budget, str) else f"{budget:.12f}")
         except UserError as error:
@@ -387,13 +229,13 @@ def _prompts(values: Json) -> tuple[str | list[int], ...]:
         return (prompt,)
     right = "a text, a list of token ids, or a list of either"
     if not isinstance(prompt, list) or not prompt:
-        _wrong("prompt", right, prompt)
+        reject("prompt", right, prompt)
     if all(_is_id(item) for item in prompt):
         return (prompt,)
     for item in prompt:
         is_ids = isinstance(item, list) and item and all(_is_id(i) for i in item)
         if not (isinstance(item, str) or is_ids):
-            _wrong("prompt", right, item)
+            reject("prompt", right, item)
     return tuple(prompt)
 
 
@@ -411,7 +253,7 @@ def _stops(value: object) -> tuple[str, ...]:
     )
     if not right or not isinstance(stops, list):
         limit = f"of at most {MOST_STOP_LENGTH} characters"
-        _wrong("stop", f"a text or a list of at most {MOST_STOPS} texts {limit}", value)
+        reject("stop", f"a text or a list of at most {MOST_STOPS} texts {limit}", value)
     return tuple(stops)
 
 
@@ -425,7 +267,7 @@ def _seed(value: object) -> int | None:
         raise ApiError(str(error), param="seed") from None
 
 
-def _logprobs(fields: _Fields, is_chat: bool) -> int | None:
+def _logprobs(fields: Fields, is_chat: bool) -> int | None:
     """Returns the number of likeliest tokens, or None without log probabilities."""
     if not is_chat:
         return fields.whole("logprobs", 0, MOST_TOP)

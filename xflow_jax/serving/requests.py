@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Callable
 
 from xflow_jax.serving.engine import Engine
+from xflow_jax.serving.errors import ApiError
 from xflow_jax.serving.lanes import Lengths, find_rule, request_config
-from xflow_jax.serving.protocol import ApiError, Generation
+from xflow_jax.serving.protocol import Generation
 from xflow_jax.serving.ticket import Ticket
 from xflow_jax.tokenizer import chat_ids
 from xflow_jax.types import Tokenizer

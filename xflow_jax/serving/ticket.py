@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from xflow_jax.decoding import DecodeConfig, Rule
+from xflow_jax.serving.errors import ApiError
 from xflow_jax.serving.lanes import RuleKind
-from xflow_jax.serving.protocol import ApiError
 
 SETTLED = 255  # level of t = 1
 
