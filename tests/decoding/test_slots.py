@@ -62,9 +62,8 @@ def test_a_stream_ends_with_the_tokens_of_generate(family, text):
 class Bench:
     """A lane of a model, which decodes requests in given slots."""
 
-    def __init__(self, lm: LM, slots: int = 6, prompt_length: int = 32) -> None:
-        self.lm, self.rule = lm, RULE
-        rule = RULE
+    def __init__(self, lm: LM, slots: int = 6, prompt_length: int = 32, rule: Rule = RULE) -> None:
+        self.lm, self.rule = lm, rule
         # Twelve steps are more than any request takes.
         config = self.config(rule, 16, steps=12)
         numbers = row_numbers(rule, lm.config)
@@ -161,6 +160,16 @@ def test_a_row_that_is_given_up_stops():
     assert bench.run().rows[0].tolist() == [0, 1, 0, 1]
     bench.live[0] = True
     assert bench.run().rows[0].tolist() == [0, 1, 0, 1]
+
+
+def test_a_row_that_is_over_stays_while_others_begin_blocks():
+    bench = Bench(toy(), slots=2, prompt_length=4, rule=parse_rule("flow:power=2")[1])
+    bench.admit(0, PROMPTS[2], gen_length=4, steps=2)
+    bench.admit(1, PROMPTS[2], gen_length=16, steps=4)
+    over = bench.finish(0)
+    assert over.levels[:4, 0].min() < 255  # the last block is never committed
+    bench.finish(1)
+    assert np.array_equal(bench.run().levels[0], over.levels)
 
 
 @pytest.mark.parametrize(
