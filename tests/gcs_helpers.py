@@ -68,11 +68,11 @@ def _make_bucket(url: str) -> None:
     raise RuntimeError("the server does not answer")
 
 
-def use_server(variables: dict[str, str]) -> None:
-    """Leads this process to the server. File systems are made anew."""
+def use_server(variables: dict[str, str], scheme: str = "gs") -> None:
+    """Leads this process to a server. File systems are made anew."""
     import fsspec
     from etils.epath import backend
 
     os.environ.update(variables)
-    fsspec.filesystem("gs").clear_instance_cache()
+    fsspec.filesystem(scheme).clear_instance_cache()
     backend.fsspec_backend._get_filesystem.cache_clear()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.gcs_helpers import BUCKET, bucket_server, use_server
+from tests.s3_helpers import s3_server
 from xflow_jax.checkpoints import (
     append_text,
     close_text,
@@ -37,11 +38,15 @@ OWN += ('Path(os.environ.get("XDG_CACHE_HOME")', "Path(os.path.realpath(", "Path
 OWN += ("Path(snapshot_download(", "Path('/proc")
 
 
-@pytest.fixture(scope="module")
-def bucket(tmp_path_factory):
-    with bucket_server(tmp_path_factory.mktemp("server")) as variables:
-        use_server(variables)
-        yield to_path(f"gs://{BUCKET}")
+SERVERS = {"gs": bucket_server, "s3": s3_server}
+
+
+@pytest.fixture(scope="module", params=["gs", pytest.param("s3", marks=pytest.mark.slow)])
+def bucket(tmp_path_factory, request):
+    """A bucket of each kind. Both have the same name."""
+    with SERVERS[request.param](tmp_path_factory.mktemp("server")) as variables:
+        use_server(variables, request.param)
+        yield to_path(f"{request.param}://{BUCKET}")
 
 
 def test_a_url_is_never_a_folder(tmp_path, monkeypatch):
@@ -124,14 +129,14 @@ def test_a_range_is_read_in_parts(bucket, monkeypatch):
 
 
 def test_a_missing_object_is_one_sentence(bucket):
-    with pytest.raises(UserError, match=r"gs://.*/none.jsonl: cannot be read: there is no such"):
+    with pytest.raises(UserError, match=rf"{bucket}/none.jsonl: cannot be read: there is no such"):
         open_regular(bucket / "none.jsonl")
-    with pytest.raises(UserError, match=r"gs://no-such-bucket/x: cannot be written"):
-        write_atomic(to_path("gs://no-such-bucket/x"), "text")
+    other = bucket.with_name("no-such-bucket") / "x"
+    with pytest.raises(UserError, match=rf"^{other}: cannot be written"):
+        write_atomic(other, "text")
 
 
 def test_a_second_run_is_refused_and_a_dead_one_taken_over(bucket, monkeypatch):
-    monkeypatch.setattr("xflow_jax.checkpoints.object_lock.STALE", 0.3)
     monkeypatch.setattr("xflow_jax.checkpoints.object_lock.POLL", 0.05)
     monkeypatch.setattr("xflow_jax.checkpoints.object_lock.BEAT", 0.1)
     folder = bucket / "run"
@@ -143,6 +148,7 @@ def test_a_second_run_is_refused_and_a_dead_one_taken_over(bucket, monkeypatch):
         patch.setattr("socket.gethostname", lambda: "other")
         with pytest.raises(UserError, match="process .* is writing it"):
             folder_lock(folder).acquire()
+    monkeypatch.setattr("xflow_jax.checkpoints.object_lock.STALE", 0.3)
     record = {"host": "other", "pid": 1, "started": "", "since": "", "token": "t", "count": 3}
     write_object(folder / "run.lock", json.dumps(record).encode())
     with folder_lock(folder) as lock:

@@ -100,18 +100,21 @@ class SafetensorsSource:
                         f"{file}: the tensor {name} is already in {self.entries[name].file.name}"
                     )
                 self.entries[name] = entry
-        if always or compares_large_files(directory):
-            self._compare_checksums()
+        self._compare_checksums(always or compares_large_files(directory))
 
-    def _compare_checksums(self) -> None:
-        """Raises UserError if a file is not as files.json describes it."""
+    def _compare_checksums(self, large: bool) -> None:
+        """Raises UserError if a file is not as files.json describes it.
+
+        Args:
+            large: read large files, unless their storage knows their checksums.
+        """
         path = file_inside(self.directory, CHECKSUM_FILE)
         listed = read_json(path) if path.exists() else {}
         # Another program may give this name to a file of another form.
         listed = listed if isinstance(listed, dict) else {}
         own = {file.name: listed[file.name] for file in self.files if file.name in listed}
         try:
-            damage = first_damage(self.directory, own, large=True, shared=True)
+            damage = first_damage(self.directory, own, large, shared=True)
         except (TypeError, ValueError):
             return
         if damage is not None:

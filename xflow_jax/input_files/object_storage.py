@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 PART = 2**25  # bytes of one request
 THREADS = 8
-NOT_SATISFIABLE = 416  # HTTP status of a range behind the end of an object
+# Status of gcsfs, and codes of s3fs.
+BEHIND_THE_END = (416, "416", "InvalidRange")
+EXISTS = ("412", "PreconditionFailed")
 MOST_PIECES = 32  # of a file that grows, before they become one object
 _PIECE = re.compile(r".*\.\d{12}-[0-9a-f]{8}")
 
@@ -102,7 +104,7 @@ def read_range(name: Name, start: int, target: memoryview) -> int:
         try:
             data = files.cat_file(url, start=start + offset, end=start + stop)
         except Exception as error:  # of the driver
-            if getattr(error, "code", None) != NOT_SATISFIABLE:
+            if _code(error) not in BEHIND_THE_END:
                 raise
             return 0
         target[offset : offset + len(data)] = data
@@ -110,6 +112,12 @@ def read_range(name: Name, start: int, target: memoryview) -> int:
 
     with ThreadPoolExecutor(THREADS) as pool:
         return sum(pool.map(read, range(0, size, PART)))
+
+
+def _code(error: Exception) -> int | str | None:
+    """Returns the code of a driver's error, or None."""
+    response = getattr(error.__cause__, "response", {})  # of s3fs
+    return getattr(error, "code", None) or response.get("Error", {}).get("Code")
 
 
 def write_object(name: Name, data: bytes) -> None:
@@ -125,6 +133,10 @@ def create_object(name: Name, data: bytes) -> bool:
     try:
         storage(name).pipe_file(os.fspath(name), data, mode="create")
     except FileExistsError:
+        return False
+    except OSError as error:  # some storage does not name the condition that failed
+        if _code(error) not in EXISTS:
+            raise
         return False
     return True
 
