@@ -307,6 +307,11 @@ def test_only_the_first_lines_are_read_where_asked(base):
         ("tune=lora", "LoRA target 'wte' is no matrix"),
         ("save_every=0", "save_every is 0, but it must be at least 1"),
         ("limit=-1", "limit is -1, but it must not be negative"),
+        (
+            'data=["microcode"] limit=0',
+            "limit is 0, but microcode's training set has no end. Set a limit.",
+        ),
+        ('data=["microcode"] limit=8', "has no tokenizer.json, which microcode needs"),
         ("clean_nll=-0.1", "clean_nll is -0.1, but it must not be negative"),
         (
             'states=trajectory trajectory.rules=["flwo"]',

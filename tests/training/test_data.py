@@ -109,6 +109,18 @@ def test_responses_are_padded_with_eos(tmp_path):
     assert example["response"].tolist() == [1, 3] + [TOY.eos_id] * 3
 
 
+def test_answers_of_a_task_follow_those_of_files(tmp_path):
+    file = write_responses(tmp_path / "a.jsonl", 3)
+    pairs = TaskPairs(microcode.TASK, 1, TOKENIZER, prompt_length=24, gen_length=32)
+    source = Responses([file], TOY, 24, 32, limit=6, pairs=pairs)
+    assert len(source) == 9
+    np.testing.assert_array_equal(source[4]["response"], pairs[1]["response"])
+    every = [source[i]["prompt"].tobytes() for i in range(9)]
+    (held_out,) = source.hold_out(3, 3)
+    left = [source[i]["prompt"].tobytes() for i in range(6)]
+    assert sorted(left + [example["prompt"].tobytes() for example in held_out]) == sorted(every)
+
+
 def test_patterns_name_files_in_order(tmp_path):
     for name, rows in (("b.jsonl", 2), ("a.jsonl", 1)):
         write_responses(tmp_path / name, rows)

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from tests.helpers import toy
-from xflow_jax.decoding.decode import decode
+from xflow_jax.decoding.decode import decode, embed
 from xflow_jax.decoding.rules.parsing import parse_rule_ranges
 from xflow_jax.decoding.state import DecodeConfig
 from xflow_jax.errors import UserError
@@ -20,7 +20,7 @@ from xflow_jax.training import losses, trajectory
 from xflow_jax.training.alignment import AlignmentConfig
 from xflow_jax.training.alignment_program import begin_trajectories
 from xflow_jax.training.alignment_step import make_align_step
-from xflow_jax.training.trajectory import TrajectoryConfig, parse_makers
+from xflow_jax.training.trajectory import TrajectoryConfig, begin_decodes, parse_makers
 from xflow_jax.training.trajectory_loss import make_trajectory_loss
 
 B, P, N, PASSES = 4, 5, 8, 3
@@ -30,9 +30,9 @@ FLOW, DRAWN = "flow:reedit=always,jump=0.2", "flow:jump=0.1..0.9,creep=0.1..0.4"
 
 def config_of(*rules, **more):
     block_length = more.pop("block_length", 0)
-    options = TrajectoryConfig(
-        rules=rules, block_lengths=(block_length,), passes=PASSES, error=more.pop("error", 0.0)
-    )
+    names = ("error", "revealed", "most_wrong")
+    numbers = {name: more.pop(name) for name in names if name in more}
+    options = TrajectoryConfig(rules=rules, block_lengths=(block_length,), passes=PASSES, **numbers)
     return AlignmentConfig(
         prompt_length=P, gen_length=N, batch_size=B, states="trajectory", trajectory=options,
         steps=9, chunk=16, **more,
@@ -148,6 +148,39 @@ def test_a_new_request_takes_the_place_of_a_decode_that_is_over():
     assert {"loss", "state_nll", "right", "ended"} <= metrics.keys()
 
 
+def test_decodes_begin_with_a_share_of_their_target():
+    lm, batch = toy(), batch_of()
+    (maker,) = parse_makers([DRAWN], lm.config)
+    key, mask_id = jax.random.key(3), lm.config.mask_id
+    args = maker, batch, key, lm.params, mask_id
+    empty, some = begin_decodes(*args), begin_decodes(*args, (0.3, 0.7))
+    np.testing.assert_array_equal(empty.state.tokens, mask_id)
+    stands = np.asarray(some.state.t == 1)
+    assert np.all(stands | np.asarray(some.state.t == 0)) and 0.1 < stands.mean() < 0.9
+    tokens = jnp.where(stands, batch["response"], mask_id)
+    np.testing.assert_array_equal(some.state.tokens, tokens)
+    np.testing.assert_array_equal(some.state.x, embed(lm.params, tokens))
+    chex.assert_trees_all_equal(empty.numbers, some.numbers)  # the draws of the rule are the same
+
+
+@pytest.mark.parametrize(("most_wrong", "over"), [(1.0, False), (0.5, False), (0.2, True)])
+def test_a_decode_that_has_left_its_target_is_over(most_wrong, over):
+    """Two of eight tokens are wrong at first, and the pass writes a third one."""
+    lm = toy()
+    config = config_of("threshold:tau=1.0", most_wrong=most_wrong, revealed=(0.0, 0.0))
+    loss = jax.jit(make_trajectory_loss(lm.model, config))
+    batch = batch_of()
+    (live,) = start(lm, config).live
+    live = dataclasses.replace(live, batch=batch, over=jnp.zeros(B, bool))
+    wrong = jnp.where(jnp.arange(N) < 2, (batch["response"] + 1) % 20, lm.config.mask_id)
+    t = jnp.broadcast_to((jnp.arange(N) < 2).astype(jnp.float32), (B, N))
+    x = embed(lm.params, wrong)
+    state = dataclasses.replace(live.state, tokens=wrong, t=t, x=x)
+    live = dataclasses.replace(live, state=state)
+    _, (_, (after,)) = loss(lm.params, batch, (live,), jax.random.key(0))
+    np.testing.assert_array_equal(after.over, over)
+
+
 def test_groups_have_states_of_their_own_and_parts_change_no_row():
     lm, rules = toy(), (FLOW, "masked")
     batch = batch_of()
@@ -211,6 +244,15 @@ class Branching(TokenConstraints):
         ({"passes": 0}, "trajectory.passes is 0, but it must be at least 1"),
         ({"block_lengths": (4, 8, 16)}, "must be one length or 2, none of them negative"),
         ({"error": -1.0}, "trajectory.error is -1.0, but it must not be negative"),
+        (
+            {"revealed": (0.5, 0.1)},
+            r"trajectory.revealed is \[0.5, 0.1\], but it must be two shares",
+        ),
+        (
+            {"revealed": (0.5, 1.0)},
+            r"trajectory.revealed is \[0.5, 1.0\], but it must be two shares",
+        ),
+        ({"most_wrong": 1.5}, "trajectory.most_wrong is 1.5, but it must be a share from 0 to 1"),
     ],
 )
 def test_impossible_options(options, sentence):

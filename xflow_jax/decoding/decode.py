@@ -344,7 +344,7 @@ def advance(
     Returns:
         The state with new x, t and tokens.
     """
-    c, a = belief.confidence, action.a
+    c, a = jnp.maximum(belief.confidence, action.floor), action.a
     target = x_pred if mean is None else mean
     real = candidates & (belief.tokens != mask_id)
     # Written out, since x + 1 (x_pred - x) is not x_pred in floating point.

@@ -187,6 +187,7 @@ class Responses:
         gen_length: N, largest number of response tokens.
         only_passed: leave out responses whose "passed" is false.
         limit: lines to read of each file, 0 for all.
+        pairs: the endless training set of a task, of which `limit` answers are taken as well.
 
     Raises:
         UserError: if there are no responses, or if a line is not JSON, has no list of integers
@@ -201,9 +202,11 @@ class Responses:
         gen_length: int,
         only_passed: bool = False,
         limit: int = 0,
+        pairs: TaskPairs | None = None,
     ):
         self.config, self.prompt_length, self.gen_length = config, prompt_length, gen_length
         self.rows: list[tuple[list[int], list[int]]] = []
+        self.pairs = pairs
         for path in _expand_patterns(paths):
             for where, record in islice(read_records(path), limit or None):
                 prompt = self._token_ids(record, "prompt_ids", prompt_length, where)
@@ -211,8 +214,10 @@ class Responses:
                 passed = isinstance(record, dict) and record.get("passed", True)
                 if passed or not only_passed:
                     self.rows.append((prompt, response))
+        # Pairs of a task are made when they are read, since a run may have a million.
+        self.indices = list(range(len(self.rows) + (limit if pairs is not None else 0)))
         require(
-            bool(self.rows),
+            bool(self.indices),
             f"{', '.join(map(str, paths))}: no responses in it. Run train.self_generate first.",
         )
 
@@ -246,16 +251,19 @@ class Responses:
         # The files are sorted by the length of the prompts, so their ends are no fair sample.
         rest, taken = split_evenly(len(self), count, batch_size)
         examples = [self[i] for i in taken]
-        self.rows = [self.rows[i] for i in rest]
+        self.indices = [self.indices[i] for i in rest]
         return [examples[i : i + batch_size] for i in range(0, len(taken), batch_size)]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> Example:
         """Returns an example."""
+        place = self.indices[index]
+        if place >= len(self.rows) and self.pairs is not None:
+            return self.pairs[place - len(self.rows)]
         lengths = (self.prompt_length, self.gen_length)
-        return _make_example(*self.rows[index], *lengths, self.config.pad_id, self.config.eos_id)
+        return _make_example(*self.rows[place], *lengths, self.config.pad_id, self.config.eos_id)
 
 
 def _make_example(

@@ -52,6 +52,10 @@ class TrajectoryConfig:
             each. 0 stands for that of the alignment, or for one block.
         passes: most passes of a block.
         error: weight of the squared error of Eq. 12 beside the cross-entropy.
+        revealed: smallest and largest share of the target that stands when a decode begins. Each
+            decode draws its own share.
+        most_wrong: share of the response whose tokens may differ from the target. A decode with
+            more of them is replaced by a new request, since its state has begun another answer.
 
     Raises:
         UserError: if a value is out of range.
@@ -61,6 +65,8 @@ class TrajectoryConfig:
     block_lengths: tuple[int, ...] = (0,)
     passes: int = 8
     error: float = 0.0
+    revealed: tuple[float, float] = (0.0, 0.0)
+    most_wrong: float = 1.0
 
     def __post_init__(self) -> None:
         require(bool(self.rules), "trajectory.rules is empty, but it must name a rule")
@@ -70,6 +76,16 @@ class TrajectoryConfig:
             len(self.block_lengths) in (1, len(self.rules)) and min(self.block_lengths) >= 0,
             f"trajectory.block_lengths is {list(self.block_lengths)}, but it must be one length or "
             f"{len(self.rules)}, none of them negative",
+        )
+        low, high = self.revealed
+        require(
+            0 <= low <= high < 1,
+            f"trajectory.revealed is {list(self.revealed)}, but it must be two shares from 0 to "
+            "below 1, the smaller one first",
+        )
+        require(
+            0 <= self.most_wrong <= 1,
+            f"trajectory.most_wrong is {self.most_wrong}, but it must be a share from 0 to 1",
         )
 
 
@@ -184,7 +200,12 @@ class TrajectoryState(TrainState):
 
 
 def begin_decodes(
-    maker: StateMaker, batch: Batch, key: Key[Array, ""], params: Params, mask_id: int
+    maker: StateMaker,
+    batch: Batch,
+    key: Key[Array, ""],
+    params: Params,
+    mask_id: int,
+    revealed: tuple[float, float] = (0.0, 0.0),
 ) -> LiveDecodes:
     """Begins a decode for each request of a batch.
 
@@ -194,17 +215,21 @@ def begin_decodes(
         key: a random key.
         params: parameters of the model, of which the embedding table is read.
         mask_id: id of the mask token.
+        revealed: smallest and largest share of the target that stands from the beginning.
 
     Returns:
         The decodes before their first pass.
     """
     b, n = batch["response"].shape
-    m = embed(params, jnp.full((1, 1), mask_id))
+    share_key, token_key = jax.random.split(jax.random.fold_in(key, 1))
+    share = jax.random.uniform(share_key, (b, 1), minval=revealed[0], maxval=revealed[1])
+    stands = jax.random.uniform(token_key, (b, n)) < share
+    tokens = jnp.where(stands, batch["response"], mask_id)
     zero = jnp.zeros((b, 1), jnp.int32)
     state = DecodeState(
-        x=jnp.broadcast_to(m, (b, n, m.shape[-1])),
-        t=jnp.zeros((b, n)),
-        tokens=jnp.full((b, n), mask_id, jnp.int32),
+        x=embed(params, tokens),
+        t=stands.astype(jnp.float32),
+        tokens=tokens,
         forward_passes=jnp.zeros(b, jnp.int32),
         finished=jnp.zeros(b, bool),
         memory=maker.rule.init_memory(b, n),
@@ -223,18 +248,20 @@ def replace_finished(live: LiveDecodes, fresh: LiveDecodes) -> LiveDecodes:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Blocks and passes of the live decodes.
+    """Blocks, passes and ends of the live decodes.
 
     Attributes:
         config: the configuration of a decode with these blocks. Its steps are the most passes of a
             block. Under block-causal attention a decode ends with the block that holds EOS.
         eos_id: id of EOS.
         mask_id: id of the mask token.
+        most_wrong: share of the response whose tokens may differ from the target.
     """
 
     config: DecodeConfig
     eos_id: int
     mask_id: int
+    most_wrong: float = 1.0
 
     def blocks(self, live: LiveDecodes) -> Int[Array, "B N"]:
         """Returns the block of each response position."""
@@ -260,7 +287,7 @@ def advance_decodes(
     """Moves each decode by one pass.
 
     A block ends if the rule leaves no position open, or after its last pass. Its tokens are
-    committed then, as in a decode.
+    committed then, as in a decode. A decode that has left its target is over.
 
     Args:
         maker: the rule.
@@ -288,13 +315,14 @@ def advance_decodes(
     if schedule.config.block_causal:
         is_eos = step.candidates & (state.tokens == schedule.eos_id)
         last |= jnp.any(is_eos, axis=1, keepdims=True)
+    wrong = jnp.mean((state.t > 0) & (state.tokens != live.batch["response"]), axis=1)
     state = commit_tokens(params, state, ends & (blocks <= live.block))
     return dataclasses.replace(
         live,
         state=state,
         block=live.block + ends,
         index=jnp.where(ends, 0, live.index + 1),
-        over=(ends & last)[:, 0],
+        over=(ends & last)[:, 0] | (wrong > schedule.most_wrong),
     )
 
 

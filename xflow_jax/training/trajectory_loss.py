@@ -70,6 +70,7 @@ def make_schedules(model: ModelConfig, config: AlignmentConfig) -> list[Schedule
             ),
             model.eos_id,
             model.mask_id,
+            options.most_wrong,
         )
         for size in sizes
     ]
@@ -139,7 +140,8 @@ def _group_states(
         masked, counted = draw_noise(key, batch, config.block_length)
         tokens = jnp.where(masked, schedule.mask_id, batch["response"])
         return _States(batch, embed(params, tokens), counted, masked)
-    live = replace_finished(live, begin_decodes(maker, batch, key, params, schedule.mask_id))
+    fresh = begin_decodes(maker, batch, key, params, schedule.mask_id, config.trajectory.revealed)
+    live = replace_finished(live, fresh)
     counted = jnp.ones_like(live.state.t, bool)
     if schedule.config.block_causal:
         counted = schedule.blocks(live) == live.block

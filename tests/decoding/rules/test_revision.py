@@ -74,6 +74,12 @@ def test_the_end_of_a_block(c, t, tokens, over):
     assert np.asarray(rule.is_open(state)).tolist() == [[not over] * 2]
 
 
+def test_a_floor_applies_to_all_that_has_entered():
+    action, reset = call(Flow(reedit="always", floor=0.6), c=[0.3, 0.95, 0.2], t=[0.3, 0.0, 0.0])
+    assert action.floor == 0.6 and reset == [0, 1]
+    assert call(Flow(reedit="always"), c=[0.3], t=[0.3])[0].floor == 0.0
+
+
 def test_a_mask_keeps_its_block_open():
     rule = Flow(reedit="always")
     assert rule.is_open(state_with(rule, [0.0, 0.5, 1.0], memory=memory_of(YES, 3))).tolist() == [
@@ -121,6 +127,7 @@ def test_options_out_of_range():
     for options, sentence in (
         ({"reedit": "never"}, "reedit must be confidence, disagreement or always, not 'never'"),
         ({"least_passes": 0}, "least_passes must be at least 1, not 0"),
+        ({"floor": -0.5}, "floor must be between 0 and 1, not -0.5"),
         ({"reedit_above": 1.5}, "reedit_above must be between 0 and 1, not 1.5"),
         (
             {"reedit": "always", "synchronous": True},

@@ -98,6 +98,7 @@ class Action:
             mixture of two vectors is shorter than the mean of their lengths.
         expected: below t = 1, x_pred is the mean embedding of the four likeliest tokens, with
             renormalised probabilities, instead of the likeliest one's.
+        floor: least progress of a re-edited position. Where c is below it, it replaces c.
     """
 
     a: jax.Array
@@ -109,6 +110,7 @@ class Action:
     rescale: bool = static_field(False)
     expected: bool = static_field(False)
     remask: jax.Array | None = None
+    floor: jax.Array | float = 0.0
 
     @classmethod
     def unmask(cls, chosen: Bool[Array, "B N"]) -> Action:

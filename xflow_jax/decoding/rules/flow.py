@@ -58,6 +58,8 @@ class Flow(TokenConstraints):
         expected: move toward the mean embedding of the four likeliest tokens instead of the
             likeliest one's. A position at t = 1 has the embedding of its token in either case.
         sure: confidence at which a prediction needs no further step, for "always".
+        floor: least t of a position that has entered, for "always". It commits to one of several
+            likely tokens, where c alone would leave the position near the mask.
         least_passes: passes of a block before it can be over. Above 1, a block is only over after a
             pass in which no token changed.
         commit: commit one position per sequence and step, whatever its step fraction.
@@ -91,6 +93,7 @@ class Flow(TokenConstraints):
     expected: bool = static_field(False)
     sure: float = static_field(0.9)
     least_passes: int = static_field(1)
+    floor: float = static_field(0.0)
 
     def __post_init__(self) -> None:
         # JAX builds trees with other leaves than policies, so only known mistakes are refused.
@@ -110,7 +113,7 @@ class Flow(TokenConstraints):
         )
         require(self.least_passes >= 1, f"least_passes must be at least 1, not {self.least_passes}")
         check_ranges(self, power=math.inf, jump=1.0, creep=1.0, reedit_margin=math.inf, settled=1.0)
-        check_ranges(self, reedit_above=1.0, sure=1.0)
+        check_ranges(self, reedit_above=1.0, sure=1.0, floor=1.0)
 
     @property
     def needs_keys(self) -> bool:
@@ -191,4 +194,4 @@ class Flow(TokenConstraints):
         enters = masked & (c > (ENTRY if self.jump is None else self.jump))
         enters |= select_highest(c, masked, 1)
         options = (self.sure, self.least_passes, self.rescale, self.expected)
-        return revision.reedit_all(belief, state, step, enters, *options)
+        return revision.reedit_all(belief, state, step, enters, *options, floor=self.floor)

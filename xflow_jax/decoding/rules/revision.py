@@ -52,6 +52,7 @@ def reedit_all(
     least_passes: int = 1,
     rescale: bool = False,
     expected: bool = False,
+    floor: float = 0.0,
 ) -> Action:
     """Re-edits every position that has entered (Eq. 10 in every step).
 
@@ -69,6 +70,7 @@ def reedit_all(
             changed nothing.
         rescale: as in Action.
         expected: as in Action.
+        floor: as in Action.
 
     Returns:
         The action, with the new memory.
@@ -84,7 +86,7 @@ def reedit_all(
     no = jnp.zeros_like(here)
     memory = Revision(over, passes)
     moved = stood | enters
-    return Action(jnp.zeros_like(c), moved, no, None, None, memory, rescale, expected)
+    return Action(jnp.zeros_like(c), moved, no, None, None, memory, rescale, expected, floor=floor)
 
 
 def is_open(state: DecodeState) -> Bool[Array, "B N"]:
