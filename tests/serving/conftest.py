@@ -45,17 +45,26 @@ class Running:
         """Drains the server, and returns its exit status."""
         if self.status is None:
             self.server.begin_drain()
+        return self.wait()
+
+    def wait(self) -> int | None:
+        """Waits for the end of the server, and returns its exit status."""
         self._thread.join(60)
         assert not self._thread.is_alive()
         return self.status
 
 
-def start(rules: str = RULES, page: str | None = "<p>the page</p>", **limits) -> Running:
-    lm = load("tiny")
-    lengths = Lengths((48,), (64,), 16, SLOTS)
-    options = EngineOptions(**{"passes": 1, "max_queue": QUEUE, **limits})
-    engine = Engine(lm, parse_rules(rules), lengths, options)
-    return Running(Server(engine, ApiOptions("tiny", page=page), ServerOptions(port=0, drain=20)))
+def start(
+    rules: str = RULES,
+    page: str = "<p>the page</p>",
+    api_key: str | None = None,
+    slots: int = SLOTS,
+) -> Running:
+    lengths = Lengths((48,), (64,), 16, slots)
+    options = EngineOptions(passes=1, max_queue=max(QUEUE, slots))
+    engine = Engine(load("tiny"), parse_rules(rules), lengths, options)
+    api = ApiOptions("tiny", api_key=api_key, page=page)
+    return Running(Server(engine, api, ServerOptions(port=0, drain=20)))
 
 
 @pytest.fixture(scope="module")

@@ -70,12 +70,14 @@ def test_small_endpoints(running, client):
     assert model.xflow["examples"] == [microcode.TASK.example]
 
 
-def test_tokenize_and_back(running):
-    body = json.dumps({"prompt": PROMPT})
-    ids = json.loads(request(running, "POST", "/tokenize", body)[1])["tokens"]
+@pytest.mark.parametrize("text", [PROMPT, "\U0001f600 \u4f60\u597d e\u0301"])
+def test_tokenize_and_back(running, text):
+    made = request(running, "POST", "/tokenize", json.dumps({"prompt": text}))[1]
+    ids = json.loads(made)["tokens"]
     back = request(running, "POST", "/detokenize", json.dumps({"tokens": ids}))[1]
-    assert json.loads(back) == {"prompt": PROMPT}
-    chat = request(running, "POST", "/tokenize", json.dumps({"messages": MESSAGES}))[1]
+    assert json.loads(back) == {"prompt": text}
+    messages = [{"role": "user", "content": text}]
+    chat = request(running, "POST", "/tokenize", json.dumps({"messages": messages}))[1]
     assert json.loads(chat)["count"] > len(ids)
 
 
@@ -230,6 +232,25 @@ def test_a_request_is_cancelled_by_its_id(running, client):
     assert status == 200 and json.loads(body)["cancelled"]
     assert list(stream)[-1].choices[0].finish_reason in ("cancelled", "stop")
     assert request(running, "DELETE", "/v1/requests/none")[0] == 404
+
+
+def test_the_requests_of_lm_evaluation_harness(running):
+    """Those of lm-eval 0.4.13. test_lm_eval.py has its own classes."""
+    sent = {"model": "tiny", "temperature": 0, "seed": 1234, "max_tokens": 48}
+    sent["stop"] = ["\n\n", "<|endoftext|>"]
+    bearer = {"Authorization": "Bearer "}
+    chat = {**sent, "messages": [{**MESSAGES[0], "type": "text"}]}
+    status, body, _ = request(running, "POST", "/v1/chat/completions", json.dumps(chat), bearer)
+    (choice,) = json.loads(body)["choices"]
+    assert status == 200 and choice["index"] == 0 and choice["message"]["content"].strip()
+    several = {**sent, "prompt": [PROMPT, "Sort them."]}
+    status, body, _ = request(running, "POST", "/v1/completions", json.dumps(several), bearer)
+    choices = json.loads(body)["choices"]
+    assert status == 200 and [c["index"] for c in choices] == [0, 1]
+    assert all(isinstance(c["text"], str) for c in choices)
+    likelihood = {**sent, "prompt": [[1, 2, 3]], "max_tokens": 1, "logprobs": 1, "echo": True}
+    status, body, _ = request(running, "POST", "/v1/completions", json.dumps(likelihood), bearer)
+    assert status == 400 and json.loads(body)["error"]["param"] == "echo"
 
 
 def test_a_full_queue(running, client):

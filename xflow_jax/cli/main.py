@@ -25,6 +25,7 @@ COMMANDS = {
     "bench": "measure tokens per second, and the time of each part of a step",
     "bench-device": "measure one GPU or TPU: its rates, decodes, attention, training",
     "serve": "serve a model over HTTP, with OpenAI's API and a page",
+    "bench-serve": "measure a server under load, or its batches beside those of generate",
     "plan": "compute the memory and the speed of a program on TPU slices or GPUs",
 }
 

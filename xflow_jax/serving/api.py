@@ -145,7 +145,7 @@ class _Api:
         return guarded
 
     def _error(self, error: ApiError) -> JSONResponse:
-        self._engine.metrics.failure.labels(error.code or str(error.status)).inc()
+        self._engine.metrics.count_failure(error.code or str(error.status))
         return JSONResponse(error.body(), error.status, headers=error.headers)
 
     async def _http_error(self, request: Request, error: Exception) -> Response:
@@ -354,7 +354,7 @@ class _Api:
                 yield {"data": json.dumps(chunk, separators=(",", ":"))}
             yield {"data": "[DONE]"}
         except ApiError as error:
-            self._engine.metrics.failure.labels(error.code or str(error.status)).inc()
+            self._engine.metrics.count_failure(error.code or str(error.status))
             yield {"data": json.dumps(error.body())}
         finally:
             self._close(envelope.id, choices)

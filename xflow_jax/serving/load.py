@@ -1,26 +1,16 @@
-"""Open-loop load on a server: requests at random times.
-
-    xflow serve --model tiny --rules threshold
-    python -m xflow_jax.serving.load --url http://127.0.0.1:8000 --rate 5 --requests 100
-
-It prints throughput, the time to the first final text, and the time to the end. It needs the
-package openai.
-"""
+"""Open-loop load on a server: requests at random times, whether or not others are answered."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import dataclasses
-import json
 import random
-import sys
 import time
 from collections.abc import Sequence
 
 import numpy as np
 
-from xflow_jax.errors import UserError, require
+from xflow_jax.errors import UserError
 from xflow_jax.tasks import microcode
 
 
@@ -75,14 +65,32 @@ def make_prompts(count: int, seed: int = 0) -> list[str]:
     return [rng.choice(prompts) for _ in range(count)]
 
 
+def arrival_times(count: int, rate: float, seed: int = 0) -> list[float]:
+    """Draws the times of a Poisson process.
+
+    Args:
+        count: number of requests.
+        rate: requests a second, on average. Infinity puts all at 0.
+        seed: of the draws.
+
+    Returns:
+        Seconds from the start, ascending. The first is 0.
+    """
+    gaps = np.random.default_rng(seed).exponential(1 / rate, count)
+    return (np.cumsum(gaps) - gaps[0]).tolist()
+
+
 async def run_load(load: Load) -> list[Outcome]:
-    """Sends all requests, and waits for the answers.
+    """Sends all requests, and waits for the answers. Needs the package openai.
 
     Args:
         load: the requests.
 
     Returns:
         An outcome for each.
+
+    Raises:
+        UserError: if there is no server at the address, or it refuses the key.
     """
     import openai
 
@@ -122,11 +130,17 @@ async def run_load(load: Load) -> list[Outcome]:
                 status = type(error).__name__
             return Outcome(time.perf_counter() - began, first, tokens, passes, status)
 
-        name = (await client.models.list()).data[0].id
-        tasks = []
-        for prompt in prompts:
+        try:
+            name = (await client.models.list()).data[0].id
+        except openai.APIConnectionError:
+            raise UserError(f"there is no server at {load.url}") from None
+        except openai.APIStatusError as error:
+            raise UserError(f"the server at {load.url} refuses: {error.message}") from None
+        tasks, began = [], time.perf_counter()
+        times = arrival_times(load.requests, load.rate, load.seed)
+        for prompt, arrival in zip(prompts, times, strict=True):
+            await asyncio.sleep(max(began + arrival - time.perf_counter(), 0))
             tasks.append(asyncio.create_task(one(prompt, rng.random() < load.disconnects)))
-            await asyncio.sleep(rng.expovariate(load.rate))
         return list(await asyncio.gather(*tasks))
 
 
@@ -156,41 +170,3 @@ def summarize(outcomes: Sequence[Outcome], seconds: float) -> dict[str, object]:
         "end_to_end_p50": round(float(p50), 3),
         "end_to_end_p95": round(float(p95), 3),
     }
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the load, and prints its figures.
-
-    Args:
-        argv: the arguments, or None for those of this process.
-
-    Returns:
-        The exit status.
-    """
-    parser = argparse.ArgumentParser(description="Sends requests at random times to a server.")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="address of the server")
-    parser.add_argument("--rate", type=float, default=1.0, help="requests a second, on average")
-    parser.add_argument("--requests", type=int, default=50, help="number of requests")
-    parser.add_argument("--disconnects", type=float, default=0.0, help="share that leaves early")
-    parser.add_argument("--max-tokens", type=int, help="most tokens of an answer")
-    parser.add_argument("--rule", help="rule of each request")
-    parser.add_argument("--seed", type=int, default=0, help="random seed")
-    parser.add_argument("--api-key", default="none", help="key of the server")
-    args = parser.parse_args(argv)
-    try:
-        require(args.rate > 0, f"--rate must be above 0, not {args.rate}")
-        require(args.requests > 0, f"--requests must be at least 1, not {args.requests}")
-        began = time.perf_counter()
-        outcomes = asyncio.run(run_load(Load(**vars(args))))
-        print(json.dumps(summarize(outcomes, time.perf_counter() - began), indent=1))
-    except ModuleNotFoundError as error:
-        print(f"error: the load needs the package {error.name}", file=sys.stderr)
-        return 2
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

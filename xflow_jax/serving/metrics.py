@@ -74,6 +74,10 @@ class Metrics:
         self.forward_passes.inc(max(passes, 0))
         self.revised_tokens.inc(edits)
 
+    def count_failure(self, code: str) -> None:
+        """Counts an error by its code."""
+        self.failure.labels(code).inc()
+
     def count_answer(self, reason: str, prompt: int, tokens: int, canvas: int) -> None:
         """Counts an answer at its end."""
         self._tokens += tokens

@@ -9,13 +9,16 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
+from typing import cast
 
 import uvicorn
 from sse_starlette.sse import AppStatus
 
 from xflow_jax.errors import UserError
 from xflow_jax.serving.api import ApiOptions, make_app
+from xflow_jax.serving.connection import MOST_HEAD, Connection
 from xflow_jax.serving.engine import Engine, count_compilations
 
 _LOG = logging.getLogger(__name__)
@@ -49,15 +52,17 @@ class Server(uvicorn.Server):
         Raises:
             UserError: if the address cannot be used.
         """
+        connection = partial(Connection, count=engine.metrics.count_failure)
         config = uvicorn.Config(
             make_app(engine, api),
+            http=cast("type[asyncio.Protocol]", connection),
             log_level="warning",
             access_log=False,
             lifespan="off",
             ws="none",
             timeout_keep_alive=30,
             timeout_graceful_shutdown=max(1, round(options.drain)),
-            h11_max_incomplete_event_size=2**16,
+            h11_max_incomplete_event_size=MOST_HEAD,
         )
         super().__init__(config)
         self.engine, self._drain_seconds = engine, options.drain
