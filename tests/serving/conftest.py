@@ -49,7 +49,7 @@ class Running:
 
     def wait(self) -> int | None:
         """Waits for the end of the server, and returns its exit status."""
-        self._thread.join(60)
+        self._thread.join(600)
         assert not self._thread.is_alive()
         return self.status
 
@@ -64,7 +64,7 @@ def start(
     options = EngineOptions(passes=1, max_queue=max(QUEUE, slots))
     engine = Engine(load("tiny"), parse_rules(rules), lengths, options)
     api = ApiOptions("tiny", api_key=api_key, page=page)
-    return Running(Server(engine, api, ServerOptions(port=0, drain=20)))
+    return Running(Server(engine, api, ServerOptions(port=0, drain=600)))
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def ask(client, rule=RULES[0], prompt=PROMPT, **fields):
 
 
 def request(running, method, path, body=None, headers=None):
-    connection = http.client.HTTPConnection("127.0.0.1", running.server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", running.server.port, timeout=600)
     try:
         connection.request(method, path, body, headers or {})
         answer = connection.getresponse()
@@ -51,7 +51,7 @@ def request(running, method, path, body=None, headers=None):
         connection.close()
 
 
-def wait_until(ready, seconds=20.0):
+def wait_until(ready, seconds=300.0):
     until = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < until

@@ -41,7 +41,7 @@ def ask(client, **fields):
 
 def failures(running: Running) -> dict[str, float]:
     """Returns the counts of errors by their code."""
-    with urllib.request.urlopen(f"{running.url}/metrics", timeout=60) as answer:
+    with urllib.request.urlopen(f"{running.url}/metrics", timeout=600) as answer:
         lines = answer.read().decode().splitlines()
     start = 'xflow:request_failure_total{code="'
     found = (line[len(start) :].split('"} ') for line in lines if line.startswith(start))
@@ -70,7 +70,7 @@ def test_a_request_that_takes_too_long(running, client, monkeypatch):
 
 def test_a_body_that_never_ends(running, monkeypatch):
     monkeypatch.setattr(api, "BODY_SECONDS", 0.1)
-    connection = http.client.HTTPConnection("127.0.0.1", running.server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", running.server.port, timeout=600)
     connection.putrequest("POST", "/v1/completions")
     connection.putheader("Content-Length", "99")
     connection.putheader("Authorization", f"Bearer {KEY}")
@@ -82,7 +82,7 @@ def test_a_body_that_never_ends(running, monkeypatch):
 
 def test_a_hundred_malformed_requests(running, client):
     before = ask(client).choices[0].message.content
-    connection = http.client.HTTPConnection("127.0.0.1", running.server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", running.server.port, timeout=600)
     requests = malformed()
     assert len(requests) >= 100
     for bad in requests:

@@ -344,3 +344,22 @@ def test_a_model_of_single_requests_gets_each_message_alone(seen):
             page.wait_for_selector("dl:has-text('12 for 32 positions')")
             page.wait_for_selector("#stop", state="hidden")
     assert [len(body["messages"]) for body in seen.bodies] == [1, 1]
+
+
+@pytest.mark.slow
+def test_two_decoders_of_a_real_server_end_with_its_answers():
+    conftest = pytest.importorskip("tests.serving.conftest", reason="needs the extra serve")
+    running = conftest.start(page=live_page())
+    running.wait_until_ready()
+    prompt = "Keep the even numbers, then square each number and return the sum."
+    with browser() as page:
+        page.goto(running.url)
+        page.wait_for_function("document.querySelector('#model').textContent === 'tiny'")
+        page.check("[name=beside]")
+        ask(page, prompt)
+        page.wait_for_selector("#stop", state="hidden")
+        assert page.locator(".panel").count() == 2
+        shown = [panel.inner_text() for panel in page.locator(".panel").all()]
+        assert all("for 48 positions" in text for text in shown)
+        answer = page.locator("[aria-live=polite]").first.inner_text()
+    assert "def solve" in answer and running.end() == 0

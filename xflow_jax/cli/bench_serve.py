@@ -1,4 +1,4 @@
-"""The command `xflow bench-serve`: a load on a server, or the engine beside static batches."""
+"""The command `xflow bench-serve`: a server under load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Connections of HTTP/1.1: errors before a request as JSON, and limits of time."""
+"""Connections: errors before a request as JSON, and limits of time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LINGER_SECONDS = 2.0  # for a client to read its error before the connection is 
 
 
 class Connection(H11Protocol):
-    """Connection that answers with a JSON error if there is no request to hand on.
+    """Connection with a JSON error for bytes that are no request.
 
     uvicorn answers such bytes with plain text, and waits for the rest of a head for ever.
     """
@@ -58,7 +58,10 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """Refuses bytes that are no request. uvicorn calls it while h11's error is handled."""
+        """Refuses bytes that are no request.
+
+        uvicorn calls it while the error of h11 is handled.
+        """
         error = sys.exception()
         status = error.error_status_hint if isinstance(error, h11.ProtocolError) else 400
         if status == http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
@@ -81,7 +84,7 @@ class Connection(H11Protocol):
         self._refuse(ApiError(message, 408, code="timeout"))
 
     def _refuse(self, error: ApiError) -> None:
-        """Sends an error, and closes the connection once the client had time to read it."""
+        """Sends an error, and closes the connection a little later."""
         self._is_refused = True
         self._watch_head()
         self._count(error.code or str(error.status))

@@ -1,4 +1,4 @@
-"""Open-loop load on a server: requests at random times, whether or not others are answered."""
+"""Open-loop load on a server: requests at random times."""
 
 from __future__ import annotations
 
