@@ -32,6 +32,7 @@ from xflow_jax.serving import (
 from xflow_jax.tokenizer import chat_ids
 
 REQUESTS = int(os.environ.get("XFLOW_LOAD_REQUESTS", "1000"))
+RATE = float(os.environ.get("XFLOW_LOAD_RATE", "30"))  # requests a second
 MEMORY = 40 * 2**20  # of growth, for allocators
 MESSAGES = [{"role": "user", "content": "Sort them."}]
 SLOW = "threshold:tau=1"
@@ -56,7 +57,7 @@ def test_times_of_requests():
 @pytest.mark.slow
 def test_many_requests_with_disconnects(process):
     def go(count: int, seed: int) -> dict[str, object]:
-        wanted = Load(process.url, 60.0, count, 0.05, 16, "threshold:tau=0.5", seed)
+        wanted = Load(process.url, RATE, count, 0.05, 16, "threshold:tau=0.5", seed)
         began = time.perf_counter()
         outcomes = asyncio.run(run_load(wanted))
         process.wait_until_idle()
