@@ -12,7 +12,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 demo: $(STAMP)
 	$(BIN)/xflow demo
 
-# A file stays with one worker: its tests share what they have compiled. Unoptimised, since compiling takes most of the time.
+# A file stays with one worker: its tests share what they have compiled. Unoptimised, since compiling takes most of the time:
+# tests/conftest.py then sets a further flag.
 test: $(STAMP)
 	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
 		$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile

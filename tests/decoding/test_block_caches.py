@@ -203,6 +203,7 @@ def test_drawn_tokens_do_not_depend_on_their_batch():
 
 def check_rows(setting: Setting, rule: Rule) -> None:
     prompts = random_prompts([3, 16, 7, 1, 12, 32, 20])
+    decode_batch.clear_cache()  # of other modules' programs
     together = run(toy(), setting, prompts, rule)
     if setting.rule == "threshold":
         assert len(set(together.forward_passes.tolist())) > 1
