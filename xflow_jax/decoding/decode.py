@@ -264,7 +264,9 @@ def _move(
 
     moving = {name: getattr(state, name) for name in ("x", "t", "tokens")}
     part = dataclasses.replace(state, **{name: cut(x) for name, x in moving.items()})
-    part = move(cut(candidates), part, jax.tree.map(cut, belief), jax.tree.map(cut, action))
+    # A rule's number, such as a floor, is of all positions.
+    action = jax.tree.map(lambda x: cut(x) if jnp.ndim(x) else x, action)
+    part = move(cut(candidates), part, jax.tree.map(cut, belief), action)
     update = jax.lax.dynamic_update_slice_in_dim
     moved = {name: update(x, getattr(part, name), first, axis=1) for name, x in moving.items()}
     return dataclasses.replace(state, **moved)
