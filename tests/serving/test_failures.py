@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import http.client
 import json
+import socket
 import urllib.request
 
 import openai
@@ -97,6 +98,28 @@ def test_a_hundred_malformed_requests(running, client):
     connection.close()
     assert running.engine.count_running() == running.engine.count_waiting() == 0
     assert ask(client).choices[0].message.content == before
+
+
+def test_half_open_connections_and_large_heads(running, client):
+    address = "127.0.0.1", running.server.port
+    half_open = [socket.create_connection(address) for _ in range(50)]
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+    half_open[0].sendall(
+        head + f"Authorization: Bearer {KEY}\r\nContent-Length: 9\r\n\r\n{{".encode()
+    )
+    half_open[1].sendall(head)
+    half_open[2].sendall(b"\x16\x03")
+    with socket.create_connection(address, timeout=600) as bomb:
+        bomb.sendall(head + b"x: y\r\n" * 20_000)
+        answer = http.client.HTTPResponse(bomb)
+        answer.begin()
+        assert answer.status == 431
+        assert json.loads(answer.read())["error"]["code"] == "too_large"
+    assert failures(running)["too_large"] >= 1
+    assert ask(client).choices[0].finish_reason == "stop"
+    for connection in half_open:
+        connection.close()
+    assert ask(client).choices[0].finish_reason == "stop"
 
 
 class Torn:
