@@ -33,7 +33,6 @@ class ServerProcess:
             stdout=subprocess.PIPE,
             text=True,
         )
-        assert self._process.stdout is not None
         for line in self._process.stdout:
             if found := re.search(r"ready after .* at (http://\S+)", line):
                 self.url = found.group(1)
@@ -58,13 +57,13 @@ class ServerProcess:
 
     def metric(self, name: str) -> float:
         """Returns a metric without labels."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as answer:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=600) as answer:
             text = answer.read().decode()
         return float(re.search(rf"^xflow:{name} (\S+)$", text, re.MULTILINE).group(1))
 
     def wait_until_idle(self) -> None:
         """Waits until no request is in a slot or in the queue."""
-        until = time.monotonic() + 120
+        until = time.monotonic() + 600
         while self.metric("slots_busy") + self.metric("num_requests_waiting"):
             assert time.monotonic() < until
             time.sleep(0.1)
@@ -76,6 +75,7 @@ class ServerProcess:
     def wait(self) -> int:
         """Waits for the end, and returns the exit status."""
         try:
-            return self._process.wait(120)
+            return self._process.wait(600)
         finally:
             self._process.kill()
+            self._process.stdout.close()

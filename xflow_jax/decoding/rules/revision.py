@@ -48,11 +48,11 @@ def reedit_all(
     state: DecodeState,
     step: Step,
     enters: Bool[Array, "B N"],
-    sure: float,
+    sure: Array | float,
     least_passes: int = 1,
     rescale: bool = False,
     expected: bool = False,
-    floor: float = 0.0,
+    floor: Array | float = 0.0,
 ) -> Action:
     """Re-edits every position that has entered (Eq. 10 in every step).
 
@@ -65,7 +65,7 @@ def reedit_all(
         state: the state before it, with a Revision as memory. A position has entered if t > 0.
         step: slice of the schedule.
         enters: masks that enter.
-        sure: confidence at which a prediction needs no further step.
+        sure: confidence at which a prediction needs no further step, for all rows or [B, 1].
         least_passes: passes of a block before it can be over. Above 1, its last one must have
             changed nothing.
         rescale: as in Action.
