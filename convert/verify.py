@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from xflow_jax.input_files import read_json_object
 from xflow_jax.lm import load
 from xflow_jax.types import ModelConfig
 
-CASES = ((1, 32), (2, 17))  # B, L
+CASES = ((1, 32), (2, 17))  # B, L. With blocks, L has one more.
 TOLERANCE = 1e-3
 MODEL_CLASSES = ("AutoModelForCausalLM", "AutoModel")  # keys of auto_map, the first one wins
 
@@ -70,11 +71,12 @@ def compare(ours: np.ndarray, original: np.ndarray) -> Difference:
     return Difference(largest, largest / float(original.std()), agreement)
 
 
-def inputs(config: ModelConfig, seed: int = 0) -> list[np.ndarray]:
+def inputs(config: ModelConfig, block_length: int | None = None, seed: int = 0) -> list[np.ndarray]:
     """Draws token ids, int [B, L], half of them the mask."""
     rng = np.random.default_rng(seed)
     cases = []
-    for shape in CASES:
+    for batch, length in CASES:
+        shape = batch, length + (block_length or 0)
         ids = rng.integers(0, config.vocab_size, shape)
         cases.append(np.where(rng.random(shape) < 0.5, config.mask_id, ids))
     return cases
@@ -100,7 +102,8 @@ def verify(
     Raises:
         UserError: if the model cannot be loaded, or the shapes of the logits differ.
     """
-    cases = inputs(resolve_mask_id(read_hf_config(directory), directory, mask_id))
+    config = resolve_mask_id(read_hf_config(directory), directory, mask_id)
+    cases = inputs(config, block_length)
     expected = original(cases)
     gc.collect()
     lm = load(directory)
@@ -108,6 +111,26 @@ def verify(
         compare(np.asarray(lm.logits(ids, block_length=block_length)), logits)
         for ids, logits in zip(cases, expected, strict=True)
     ]
+
+
+def block_options(
+    forward: Callable[..., object], length: int, block_length: int | None
+) -> dict[str, Any]:
+    """Returns the arguments by which the original's code attends in blocks.
+
+    Args:
+        forward: function of the code.
+        length: positions of the inputs.
+        block_length: positions of a block, or None for the code's own attention.
+
+    Returns:
+        Its own argument `block_size`, as in Fast-dLLM v2, or a mask.
+    """
+    if block_length is None:
+        return {}
+    if "block_size" in inspect.signature(forward).parameters:
+        return {"block_size": block_length}
+    return {"attention_mask": block_mask(length, block_length)}
 
 
 def block_mask(length: int, block_length: int) -> np.ndarray:
@@ -156,11 +179,9 @@ def torch_logits(directory: Path, trust: bool, block_length: int | None = None) 
         model, found = _torch_model(directory, auto_map), []
         with torch.no_grad():
             for ids in cases:
-                options = {}
-                if block_length is not None:
-                    options["attention_mask"] = torch.from_numpy(
-                        block_mask(ids.shape[1], block_length)
-                    )
+                options = block_options(model.forward, ids.shape[1], block_length)
+                if "attention_mask" in options:
+                    options["attention_mask"] = torch.from_numpy(options["attention_mask"])
                 output = model(input_ids=torch.from_numpy(ids), **options)
                 found.append(output.logits.float().numpy())
         return found
@@ -230,9 +251,9 @@ def main(arguments: argparse.Namespace) -> None:
     require(size is None or size >= 1, f"--block-length must be at least 1, not {size}")
     original = torch_logits(directory, arguments.trust_remote_code, size)
     differences = verify(directory, original, arguments.mask_id, size)
-    for shape, d in zip(CASES, differences, strict=True):
+    for (batch, length), d in zip(CASES, differences, strict=True):
         print(
-            f"ids {list(shape)}: largest difference {d.largest:.2e} "
+            f"ids {[batch, length + (size or 0)]}: largest difference {d.largest:.2e} "
             f"({d.relative:.1e} standard deviations), "
             f"same argmax at {d.agreement:.2%} of positions"
         )
@@ -272,8 +293,8 @@ if __name__ == "__main__":
         "--block-length",
         type=int,
         metavar="N",
-        help="compare under block-causal attention in blocks of N positions, and pass the code a "
-        "mask of it, as SDAR's needs (default: full attention, without a mask)",
+        help="compare under block-causal attention in blocks of N positions, and pass the code "
+        "its argument block_size, or else a mask (default: full attention, without a mask)",
     )
     parser.add_argument(
         "--tolerance",

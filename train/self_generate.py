@@ -196,7 +196,7 @@ def main(path: str, overrides: list[str]) -> None:
     """
     config = load_toml(path, SelfGenerateConfig, overrides)
     directory, model_config = read_model_config(config.model)
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, model_config.chat_template)
     if tokenizer is None:
         raise UserError(
             f"{config.model} has no tokenizer.json, which self-generation needs for its prompts"

@@ -77,7 +77,7 @@ def main(path: str, overrides: list[str]) -> None:
     config = load_toml(path, SFTRunConfig, overrides)
     directory, model_config = read_model_config(config.model)
     check_canvas(model_config, config)
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, model_config.chat_template)
     if tokenizer is None:
         raise UserError(
             f"{config.model} has no tokenizer.json, which fine-tuning needs for its conversations"

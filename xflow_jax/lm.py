@@ -304,7 +304,7 @@ def load(
     config = resolve_stop_ids(resolve_mask_id(config, directory, mask_id), directory)
     float_dtype = compute_dtype(dtype)
     model = build(config, float_dtype, param_dtype=float_dtype)
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, config.chat_template)
     return LM(model, config, params, tokenizer, mesh, read_tasks(directory))
 
 

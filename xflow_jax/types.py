@@ -90,6 +90,7 @@ class ModelConfig(Protocol):
         mask_id, eos_id, pad_id: ids of the special tokens.
         stop_ids: ids that end a text, EOS first.
         stop_token_names: names in the family's tokenizers of tokens that end a text.
+        chat_template: template of the family's chats, for a tokenizer that has none, or None.
         given_mask_id: the mask token as the configuration has it, or None if only a
             tokenizer names it.
         mask_token_names: names of the mask token in the family's tokenizers.
@@ -155,6 +156,8 @@ class ModelConfig(Protocol):
     def stop_ids(self) -> tuple[int, ...]: ...
     @property
     def stop_token_names(self) -> tuple[str, ...]: ...
+    @property
+    def chat_template(self) -> str | None: ...
     @property
     def pad_id(self) -> int: ...
     @property

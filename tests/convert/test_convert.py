@@ -414,6 +414,20 @@ def test_verify_compares_under_block_causal_attention():
     assert min(d.relative for d in full) > verify.TOLERANCE
 
 
+def test_verify_passes_blocks_as_the_code_takes_them():
+    def of_sdar(input_ids, attention_mask=None, **_): ...
+    def of_fast_dllm_v2(input_ids, attention_mask=None, block_size=32, **_): ...
+
+    assert verify.block_options(of_sdar, 6, None) == {}
+    assert verify.block_options(of_fast_dllm_v2, 6, 4) == {"block_size": 4}
+    (mask,) = verify.block_options(of_sdar, 6, 4).values()
+    np.testing.assert_array_equal(mask, verify.block_mask(6, 4))
+    # Each input crosses the end of a block, however long it is.
+    config = golden_lm("fastdllm2_tiny").config
+    assert [ids.shape for ids in verify.inputs(config, 32)] == [(1, 64), (2, 49)]
+    assert [ids.shape for ids in verify.inputs(config)] == [(1, 32), (2, 17)]
+
+
 # Memory
 
 MEASURE = """

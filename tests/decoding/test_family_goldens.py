@@ -19,27 +19,47 @@ from xflow_jax.decoding.rules.baselines import Editing
 from xflow_jax.decoding.rules.flow import Flow
 from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
 from xflow_jax.decoding.state import DecodeConfig
+from xflow_jax.errors import UserError
 from xflow_jax.models import build, shift_rows
 from xflow_jax.tokenizer import pad_left
 
-# Masks in a prompt are context here, and compete with those of the response in the originals.
-MASKS_IN_PROMPT = ("mask_in_prompt",)
 OFFICIAL = ["illada_tiny", "lladamoe_tiny"]  # decoded by LLaDA's own loop
 
 
-def first_quick(kind, checkpoints, left_out=()):
-    """Lists (checkpoint, case). The first case of each checkpoint is quick."""
+def first_quick(kind, checkpoints, left_out=(), quick=()):
+    """Lists (checkpoint, case). The first of each checkpoint is quick, and those of `quick`."""
     return [
-        pytest.param(checkpoint, name, marks=[pytest.mark.slow] if number else [])
+        pytest.param(
+            checkpoint, name, marks=[pytest.mark.slow] if number and name not in quick else []
+        )
         for checkpoint in checkpoints
         for number, name in enumerate(decode_cases(kind, checkpoint))
         if name not in left_out
     ]
 
 
-@pytest.mark.parametrize(
-    "checkpoint, name", first_quick("llada_official_generate", OFFICIAL, MASKS_IN_PROMPT)
-)
+def check_whole_rows(out, case):
+    """Compares prompts and responses with rows of an original that fills both.
+
+    A mask that no step wrote has the last prediction here, and stays a mask in the original.
+    """
+    mask, n = case["args"]["mask_id"], case["args"]["gen_length"]
+    wanted, prompts = np.asarray(case["output"]), unpadded(case)
+    tokens = np.where(out.progress < 1, mask, out.tokens)
+    np.testing.assert_array_equal(tokens, wanted[:, -n:])
+    if any(mask in prompt for prompt in prompts):
+        assert out.prompts == [
+            row[-n - len(prompt) : -n].tolist() for row, prompt in zip(wanted, prompts, strict=True)
+        ]
+    np.testing.assert_array_equal(out.forward_passes, case["n_forward"])
+
+
+def infill_of(case):
+    """Returns True if a prompt holds masks."""
+    return any(case["args"]["mask_id"] in row for row in case["prompt"])
+
+
+@pytest.mark.parametrize("checkpoint, name", first_quick("llada_official_generate", OFFICIAL))
 def test_mask_prediction_equals_the_official_decoder(checkpoint, name):
     case = decode_cases("llada_official_generate", checkpoint)[name]
     args = case["args"]
@@ -51,9 +71,9 @@ def test_mask_prediction_equals_the_official_decoder(checkpoint, name):
         args["gen_length"],
         args["steps"],
         block_length=args["block_length"],
+        infill=infill_of(case),
     )
-    np.testing.assert_array_equal(out.tokens, np.asarray(case["output"])[:, -args["gen_length"] :])
-    np.testing.assert_array_equal(out.forward_passes, case["n_forward"])
+    check_whole_rows(out, case)
 
 
 # --- LLaDA2.1
@@ -121,30 +141,49 @@ DREAM_ORDERS = {
     "entropy": "entropy",
     "origin": "origin",
 }
-# Draws are recorded, and tested below.
-NOT_DREAM = (*MASKS_IN_PROMPT, "origin_recorded_draws", "origin_batch_ragged")
 
 
-def dream_rule(args):
-    return MaskPrediction(
-        order=DREAM_ORDERS[args["alg"]],
-        schedule="eps",
-        eps=args["eps"],
-        temperature=args["temperature"],
-        top_k=args["top_k"] or 0,
-        top_p=args["top_p"] or 1.0,
-    )
+@struct.dataclass
+class RecordedDraws(MaskPrediction):
+    """Takes the numbers of the order "origin" from a table [steps, B, N]."""
+
+    table: jax.Array | None = None
+
+    def draw_scores(self, masked, step):
+        return self.table[step.index]
+
+
+def dream_rule(case):
+    args = case["args"]
+    options = {
+        "order": DREAM_ORDERS[args["alg"]],
+        "schedule": "eps",
+        "eps": args["eps"],
+        "temperature": args["temperature"],
+        "top_k": args["top_k"] or 0,
+        "top_p": args["top_p"] or 1.0,
+    }
+    if "uniforms" not in case:
+        return MaskPrediction(**options)
+    masked = np.ones((len(case["prompt"]), args["gen_length"]), bool)
+    tables = []
+    for drawn, step in zip(case["uniforms"], case["trajectory"], strict=True):
+        tables.append(np.ones(masked.shape, np.float32))
+        tables[-1][masked] = np.ravel(drawn)  # of the masks, row by row
+        for row, places in enumerate(step["positions"]):
+            masked[row, np.asarray(places, int) - len(case["prompt"][0])] = False
+    return RecordedDraws(**options, table=jnp.asarray(np.stack(tables)))
 
 
 @pytest.mark.parametrize(
-    "checkpoint, name", first_quick("dream_generate", ["dream_tiny"], NOT_DREAM)
+    "checkpoint, name",
+    first_quick("dream_generate", ["dream_tiny"], quick=("mask_in_prompt", "origin_batch_ragged")),
 )
 def test_the_schedule_of_dream_equals_the_original_decoder(checkpoint, name):
     case = decode_cases("dream_generate", checkpoint)[name]
-    args, n = case["args"], case["args"]["gen_length"]
-    out = generate(golden_lm(checkpoint), unpadded(case), dream_rule(args), n, args["steps"])
-    np.testing.assert_array_equal(out.tokens, np.asarray(case["output"])[:, -n:])
-    np.testing.assert_array_equal(out.forward_passes, case["n_forward"])
+    n, steps, infill = case["args"]["gen_length"], case["args"]["steps"], infill_of(case)
+    lm, prompts = golden_lm(checkpoint), unpadded(case)
+    check_whole_rows(generate(lm, prompts, dream_rule(case), n, steps, infill=infill), case)
 
 
 @pytest.mark.parametrize("name", decode_cases("dream_schedule", None))
@@ -159,23 +198,51 @@ def test_the_times_of_dream(name):
 
 
 def test_the_order_origin_writes_each_mask_by_chance():
-    """By the draws that the original's run recorded."""
-    case = decode_cases("dream_generate", "dream_tiny")["origin_recorded_draws"]
-    n, steps = case["args"]["gen_length"], case["args"]["steps"]
-    shares = make_schedule(DecodeConfig(n, n, steps, eps=case["args"]["eps"])).share
-    masked = np.ones(n, bool)
-    for number, step in enumerate(case["trajectory"]):
-        drawn = np.ones(n)
-        drawn[masked] = np.ravel(case["uniforms"][number])
-        chosen = masked & (drawn < float(shares[number]))
-        places = np.asarray(step["positions"][0], int) - len(case["prompt"][0])
-        assert np.flatnonzero(chosen).tolist() == sorted(places)
-        masked &= ~chosen
     rule = MaskPrediction(order="origin", schedule="eps")
     belief, state = belief_of(np.full(4000, 0.5)), state_of(np.zeros(4000))
     for share in (0.0, 0.25, 1.0):
         action = rule(belief, state, step_of(4000).replace(share=jnp.float32(share)))
         assert abs(float(action.a.mean()) - share) < 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "checkpoint, rule",
+    [
+        ("dream_tiny", Flow()),
+        ("illada_tiny", MaskPrediction(cfg_scale=0.5)),
+        ("lladamoe_tiny", Flow()),
+    ],
+)
+def test_masks_of_a_prompt_change_no_other_row(checkpoint, rule):
+    """A prompt without masks decodes as ever, and one with masks as alone."""
+    lm = golden_lm(checkpoint)
+    mask = lm.config.mask_id
+    prompts = [[20, 21, 22, 23, 24], [mask, 31, mask], [40, mask, 42, 43]]
+
+    def run(prompts, infill=True):
+        options = {"block_length": 4, "infill": infill, "eos_early_stop": True}
+        return generate(lm, prompts, rule, 8, 4, **options)
+
+    together, alone = run(prompts), run(prompts[1:2])
+    np.testing.assert_array_equal(together.tokens[1], alone.tokens[0])
+    assert together.prompts[1] == alone.prompts[0]
+    plain = run(prompts[:1], infill=False)
+    np.testing.assert_array_equal(together.tokens[0], plain.tokens[0])
+    assert together.forward_passes[0] == plain.forward_passes[0]
+    np.testing.assert_allclose(together.progress[0], plain.progress[0], rtol=0, atol=2e-3)
+    assert plain.prompts is None
+    for before, after in zip(prompts, together.prompts, strict=True):
+        assert len(before) == len(after)
+        assert all(x == y for x, y in zip(before, after, strict=True) if x != mask)
+        assert mask not in after
+
+
+def test_infill_needs_attention_both_ways_and_no_cache():
+    with pytest.raises(UserError, match="^sdar attends to earlier blocks only, so masks in a pro"):
+        generate(golden_lm("sdar_tiny"), [[310]], Flow(), 8, 4, infill=True)
+    with pytest.raises(UserError, match="^infill works with cache none, not with dual$"):
+        generate(golden_lm("dream_tiny"), [[310]], Flow(), 8, 4, infill=True, cache="dual")
 
 
 BOTH_WAYS = ("dream_tiny", "illada_tiny", "lladamoe_tiny")
@@ -256,7 +323,7 @@ def test_draws_repeat_with_their_seed_and_one_token_is_no_draw():
 
 # --- SDAR
 
-NOT_SDAR = ("quirk_one_step_rewrites_prompt_tail",)  # it overwrites the prompt's tail
+QUIRK = "quirk_one_step_rewrites_prompt_tail"
 
 
 @struct.dataclass
@@ -268,10 +335,8 @@ class WithoutDraws(MaskPrediction):
         return dataclasses.replace(options, temperature=0.0)
 
 
-@pytest.mark.parametrize("checkpoint, name", first_quick("sdar_generate", ["sdar_tiny"], NOT_SDAR))
-def test_mask_prediction_equals_sdar(checkpoint, name):
-    case = decode_cases("sdar_generate", checkpoint)[name]
-    args, (prompt,) = case["args"], case["prompt"]
+def decode_as_sdar(case, prompt, gen_length):
+    args = case["args"]
     strategy = args["remasking_strategy"]
     rule = WithoutDraws(
         temperature=args["temperature"],
@@ -281,18 +346,61 @@ def test_mask_prediction_equals_sdar(checkpoint, name):
         order="sequential" if strategy == "sequential" else "confidence",
         threshold=args["confidence_threshold"] if strategy.endswith("dynamic") else None,
     )
-    out = generate(
-        golden_lm(checkpoint),
+    return generate(
+        golden_lm("sdar_tiny"),
         [prompt],
         rule,
-        args["gen_length"],
+        gen_length,
         steps_per_block=args["denoising_steps"],
         block_length=args["block_length"],
+        early_exit=True,
+        trace=True,
     )
-    wanted = np.ravel(case["output"])[len(prompt) : len(prompt) + args["gen_length"]]
+
+
+@pytest.mark.parametrize("checkpoint, name", first_quick("sdar_generate", ["sdar_tiny"], (QUIRK,)))
+def test_mask_prediction_equals_sdar(checkpoint, name):
+    case = decode_cases("sdar_generate", checkpoint)[name]
+    args, (prompt,) = case["args"], case["prompt"]
+    first, n, size = len(prompt), args["gen_length"], args["block_length"]
+    out = decode_as_sdar(case, prompt, n)
+    wanted = np.ravel(case["output"])[first : first + n]
     ends = np.flatnonzero(np.isin(wanted, args["stopping_criteria_idx"] or [300]))
     kept = ends[0] + 1 if ends.size else len(wanted)
     np.testing.assert_array_equal(out.tokens[0, :kept], wanted[:kept])
+    for step in case["trajectory"]:
+        at = (step["block"] - first // size) * args["denoising_steps"] + step["step_in_block"]
+        before = out.trace.progress[at - 1, 0] if at else np.zeros(n)
+        ours = np.flatnonzero((out.trace.progress[at, 0] == 1) & (before < 1))
+        inside = [i for i, place in enumerate(step["positions"]) if place < first + n]
+        assert ours.tolist() == [step["positions"][i] - first for i in inside]
+        for part, key in ((out.trace.tokens, "tokens"), (out.trace.confidence, "confidence")):
+            wanted = np.asarray(step[key])[inside]
+            np.testing.assert_allclose(part[at, 0, ours], wanted, rtol=0, atol=1e-3)
+    # Theirs also counts a pass that stores each block, and the prompt's.
+    stored = len({step["block"] for step in case["trajectory"]}) + (first >= size)
+    assert out.forward_passes[0] + stored == case["n_forward"]
+
+
+def test_the_end_of_a_prompt_stays():
+    """SDAR writes over it, if the schedule asks for more positions than there are masks."""
+    case = decode_cases("sdar_generate", "sdar_tiny")[QUIRK]
+    (prompt,), wanted = case["prompt"], np.ravel(case["output"])
+    first, size = len(prompt), case["args"]["block_length"]
+    whole, tail = first // size * size, first % size
+    assert (wanted[whole:first] != prompt[whole:]).all()
+    # The first block has the same tokens, since all are written in one pass.
+    out = decode_as_sdar(case, prompt, case["args"]["gen_length"])
+    np.testing.assert_array_equal(out.tokens[0, : size - tail], wanted[first : whole + size])
+    logits = golden_lm("sdar_tiny").logits(
+        [[*prompt, *[case["args"]["mask_id"]] * (size - tail)]], block_length=size
+    )
+    np.testing.assert_array_equal(
+        np.argmax(logits[0, whole:first], -1), case["trajectory"][0]["tokens"][:tail]
+    )
+    # Later blocks have them too, behind the prompt as the original left it.
+    rest = decode_as_sdar(case, wanted[: whole + size].tolist(), len(wanted) - whole - size)
+    np.testing.assert_array_equal(rest.tokens[0], wanted[whole + size :])
 
 
 # --- Fast-dLLM v2
@@ -319,10 +427,18 @@ def test_parts_of_blocks_equal_fast_dllm_v2(checkpoint, name):
         kept = wanted[length : length + n + more]
         kept = kept[: kept.index(a["stop_token"]) + 1] if a["stop_token"] in kept else kept
         np.testing.assert_array_equal(out.tokens[row, : len(kept)], kept)
-    for step, places in steps_of(case, out, 0) if case.get("trajectory") else ():
+    if not case.get("trajectory"):
+        return
+    for step, places in steps_of(case, out, 0):
         for part, key in ((out.trace.tokens, "tokens"), (out.trace.confidence, "confidence")):
             ours = part[step["at"], 0, places]
             np.testing.assert_allclose(ours, step[key], rtol=0, atol=1e-3)
+    # Theirs also counts a pass that stores each block, but for one with the stop token, and the
+    # prompt's.
+    blocks = {step["block"] for step in case["trajectory"] if step["rule"] != "next_token"}
+    stored = len(blocks) - (not more) + (length >= size)
+    taken = (out.trace.confidence[: len(blocks) * size, 0] > 0).any(-1).sum()
+    assert taken + stored == case["n_forward"]
 
 
 def steps_of(case, out, row):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +83,12 @@ def test_draws_have_the_filtered_distribution():
     np.testing.assert_allclose(belief.confidence[0], p[np.ravel(belief.tokens)], atol=1e-5)
     kept = p[p > 0]
     np.testing.assert_allclose(belief.entropy, -(kept * np.log(kept)).sum(), atol=1e-4)
+    # Fast-dLLM v2 draws the same tokens, and reads confidences before it filters.
+    rule = dataclasses.replace(rule, confidence_of="temperature")
+    other = compute_belief(read_logits, z, len(row), rule.belief_options(CONFIG, None), keys)
+    np.testing.assert_array_equal(other.tokens, belief.tokens)
+    p = reference(row[None], Filters(0.8))[0]
+    np.testing.assert_allclose(other.confidence[0], p[np.ravel(other.tokens)], atol=1e-5)
 
 
 def read_logits(hidden, start, size):
@@ -127,7 +135,7 @@ def test_positions_are_drawn_by_the_softmax_of_their_score():
         ({"top_k": -1}, "top_k must be at least 0, not -1"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, not 0.0"),
         ({"top_p": 0.5, "confidence_of": "model"}, "confidence_of model needs top_k 0 and top_p 1"),
-        ({"confidence_of": "x"}, "confidence_of must be model or sampler, not 'x'"),
+        ({"confidence_of": "x"}, "confidence_of must be model, temperature or sampler, not 'x'"),
         ({"order_temperature": 1.0, "order": "random"}, "order_temperature needs order confidence"),
         ({"order_temperature": -1.0}, "order_temperature must be at least 0"),
         ({"sub_block": 0}, "sub_block must be at least 1, not 0"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import xflow_jax
+from tests.family_helpers import family_config
 from xflow_jax.errors import UserError
 from xflow_jax.tokenizer import chat_ids, load_tokenizer
 from xflow_jax.tokenizer import chat_template as limits
@@ -49,6 +50,75 @@ def test_the_text_is_that_of_transformers(tokenizer, template):
         )
         assert ours == theirs and type(ours) is type(theirs)
     assert chat_ids(tokenizer, CHAT) == original.apply_chat_template(CHAT, **options)
+
+
+# Texts of a chat: with the default system prompt, with one, and with an earlier answer.
+USER = {"role": "user", "content": "A"}
+CHATS = ([USER], [{"role": "system", "content": "S"}, USER])
+CHATS += ([*CHATS[1], {"role": "assistant", "content": "B"}, {"role": "user", "content": "C"}],)
+SYSTEM, ASK = "<|im_start|>system\nS<|im_end|>\n", "<|im_start|>user\nA<|im_end|>\n"
+MORE = "<|im_start|>assistant\nB<|im_end|>\n<|im_start|>user\nC<|im_end|>\n"
+REPLY = "<|im_start|>assistant\n"
+QWEN = [
+    f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{ASK}{REPLY}",
+    f"{SYSTEM}{ASK}{REPLY}",
+    f"{SYSTEM}{ASK}{MORE}{REPLY}",
+]
+ROLE_TURNS = "<role>HUMAN</role>A<|role_end|>", "<role>SYSTEM</role>S<|role_end|>"
+FAMILY_CHATS = {
+    "dream": QWEN,
+    "fast_dllm": QWEN,
+    "sdar": [f"{ASK}{REPLY}", *QWEN[1:]],
+    "lladamoe": [
+        f"{ROLE_TURNS[0]}<role>ASSISTANT</role>",
+        f"{ROLE_TURNS[1]}{ROLE_TURNS[0]}<role>ASSISTANT</role>",
+        f"{ROLE_TURNS[1]}{ROLE_TURNS[0]}<role>ASSISTANT</role>B<|role_end|>"
+        "<role>HUMAN</role>C<|role_end|><role>ASSISTANT</role>",
+    ],
+}
+
+
+def tokenizer_of_a_family(folder, *tokens):
+    """Writes a tokenizer without a template that has some special tokens."""
+    content = json.loads((TINY / "tokenizer.json").read_text())
+    first = max(token["id"] for token in content["added_tokens"]) + 1
+    model = content["added_tokens"][0]
+    content["added_tokens"] += [
+        {**model, "id": first + number, "content": token} for number, token in enumerate(tokens)
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILY_CHATS)
+def test_a_tokenizer_without_a_template_gets_that_of_its_family(tmp_path, family):
+    template = family_config(family).chat_template
+    special = ("<|role_end|>",) if family == "lladamoe" else ("<|im_start|>", "<|im_end|>")
+    tokenizer = load_tokenizer(tokenizer_of_a_family(tmp_path, *special), template)
+    for chat, text in zip(CHATS, FAMILY_CHATS[family], strict=True):
+        options = {"add_generation_prompt": True, "tokenize": False}
+        assert tokenizer.apply_chat_template(chat, **options) == text
+        ids = chat_ids(tokenizer, chat)
+        assert tokenizer.decode(ids) == text
+        # The turns before a response are the beginning of those with it, for fine-tuning.
+        reply = [*chat, {"role": "assistant", "content": "D"}]
+        whole = tokenizer.apply_chat_template(reply, tokenize=False)
+        assert whole.startswith(text + "D" + special[-1])
+    if family == "sdar":
+        silent = tokenizer.apply_chat_template(CHATS[0], enable_thinking=False, **options)
+        assert silent == FAMILY_CHATS[family][0] + "<think>\n\n</think>\n\n"
+
+
+def test_a_template_of_a_family_is_the_last_resort(tmp_path, caplog):
+    """A tokenizer keeps its own one, and one without its special tokens gets none."""
+    template = family_config("sdar").chat_template
+    assert load_tokenizer(TINY, template).chat_template == load_tokenizer(TINY).chat_template
+    lacking = tokenizer_of_a_family(tmp_path, "<|im_start|>")
+    assert load_tokenizer(lacking, template).chat_template is None and not caplog.messages
+    whole = tokenizer_of_a_family(tmp_path, "<|im_start|>", "<|im_end|>")
+    assert load_tokenizer(whole, template).chat_template == template
+    (message,) = caplog.messages
+    assert message == "The model's tokenizer has no chat template. That of its family is used."
 
 
 WRONG = {

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.family_helpers import golden_lm
+from tests.family_helpers import GOLDEN_MODELS, golden_lm
 from tests.helpers import eight
 from xflow_jax.models.config import LLaDAConfig
 from xflow_jax.models.factory import build, init_params
@@ -218,7 +218,8 @@ def test_accumulated_parts_average_their_gradients(setting):
         ("dream_tiny", "trajectory"),
         *(
             pytest.param(name, "masked", marks=pytest.mark.slow)
-            for name in ("fastdllm2_tiny", "sdar_tiny", "illada_tiny", "lladamoe_tiny")
+            for name in GOLDEN_MODELS
+            if name != "dream_tiny"
         ),
     ],
 )

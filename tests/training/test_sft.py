@@ -39,15 +39,16 @@ from xflow_jax.training.state import TrainState
 CONFIG = SFTConfig(lengths=(12,), batch_size=3, chunk=16)
 
 
-MODELS = {
-    "full attention": toy,
-    "shifted logits": lambda: golden_lm("dream_tiny"),
-    "blocks": lambda: golden_lm("sdar_tiny"),
-    "blocks of experts": lambda: golden_lm("llada21_tiny"),
-    "shifted blocks": lambda: golden_lm("fastdllm2_tiny"),
-    "tied head": lambda: golden_lm("illada_tiny"),
-    "experts": lambda: golden_lm("lladamoe_tiny"),
+GOLDENS = {
+    "shifted logits": "dream_tiny",
+    "blocks": "sdar_tiny",
+    "blocks of experts": "llada21_tiny",
+    "shifted blocks": "fastdllm2_tiny",
+    "tied head": "illada_tiny",
+    "experts": "lladamoe_tiny",
 }
+MODELS = {"full attention": toy}
+MODELS |= {kind: functools.partial(golden_lm, name) for kind, name in GOLDENS.items()}
 
 
 def batch_of(lm: LM, block: int) -> dict[str, jax.Array]:

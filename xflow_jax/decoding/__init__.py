@@ -10,7 +10,8 @@ from xflow_jax.decoding.blocks import (
 )
 from xflow_jax.decoding.cache_options import CacheOptions
 from xflow_jax.decoding.cached_forward import make_forward
-from xflow_jax.decoding.decode import commit_tokens, decode, embed, move_positions
+from xflow_jax.decoding.canvas import embed
+from xflow_jax.decoding.decode import commit_tokens, decode, move_positions
 from xflow_jax.decoding.forward import ExactCache
 from xflow_jax.decoding.generate import (
     PROMPT_MULTIPLE,

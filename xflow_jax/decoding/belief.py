@@ -220,13 +220,14 @@ def _constrain(
     z = jnp.where(_exclude(ids, possible, options.never)[None, None, :], z, -jnp.inf)
     if options.temperature > 0 or options.doubted or options.filters:
         z = z.astype(jnp.float32)
-    if options.filters is not None:
-        z = options.filters.apply(z, axis)
     logits = noisy = z
+    if options.filters is not None:
+        noisy = options.filters.apply(z, axis)
+        logits = z / options.filters.temperature if options.filters.draws_only else noisy
     if options.temperature > 0:
         assert keys is not None
         noise = jax.vmap(lambda key: _gumbel_noise(key, ids, z.shape[1]))(keys)
-        noisy = logits + options.temperature * noise
+        noisy = noisy + options.temperature * noise
     if options.doubted:
         allowed = _exclude(ids, possible, options.doubted)
         logits = jnp.where(allowed[None, None, :], logits, -jnp.inf)

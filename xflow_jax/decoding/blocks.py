@@ -158,7 +158,11 @@ def block_layout(
     index = jnp.arange(config.canvas)[None, :]
     if not config.block_causal:
         shape = (prompt_mask.shape[0], config.canvas)
-        return jnp.broadcast_to(index // config.block_length, shape), jnp.ones(shape, bool)
+        block = jnp.maximum(index - config.infill, 0) // config.block_length
+        on_canvas = jnp.ones(shape, bool)
+        if config.infill:
+            on_canvas = jnp.concatenate([prompt_mask, on_canvas[:, config.infill :]], axis=1)
+        return jnp.broadcast_to(block, shape), on_canvas
     length = jnp.sum(prompt_mask, axis=-1, keepdims=True)
     size = config.block_length
     end = -(-(length + config.gen_length) // size) * size

@@ -13,7 +13,7 @@ from xflow_jax.decoding.forward import Block, FullForward
 from xflow_jax.decoding.rules.base import Rule
 from xflow_jax.decoding.state import DecodeConfig
 from xflow_jax.errors import require
-from xflow_jax.types import Array, Backbone, Bool, Int, Key, Params
+from xflow_jax.types import Array, Backbone, Bool, Float, Int, Key, Params
 
 Scan: TypeAlias = Callable[..., Any]  # the signature of jax.lax.scan
 
@@ -34,6 +34,8 @@ class DecodeContext:
         scan: jax.lax.scan, or a plain loop of its signature.
         starts: True at positions that begin a block and come from the block before, bool [B, N].
             None for models without such positions.
+        fixed: True at positions of the canvas that hold the prompt, bool [B, N]. None if the
+            prompt is not on the canvas.
     """
 
     model: Backbone
@@ -47,6 +49,7 @@ class DecodeContext:
     on_canvas: Bool[Array, "B N"]
     scan: Scan
     starts: Bool[Array, "B N"] | None = None
+    fixed: Bool[Array, "B N"] | None = None
 
     def __post_init__(self) -> None:
         crosses = self.config.block_causal and self.model.config.logits_shift
@@ -56,9 +59,18 @@ class DecodeContext:
             "block before, which this program does not support",
         )
 
-    def positions(self, block: Block) -> Bool[Array, "B N"]:
-        """Returns the positions that the steps of a block move."""
+    def positions(self, block: Block, t: Float[Array, "B N"]) -> Bool[Array, "B N"]:
+        """Returns the positions that the steps of a block move.
+
+        Args:
+            block: the block.
+            t: progress of all positions. With the prompt on the canvas, masks of earlier blocks
+                are still open.
+        """
         here = (self.block_of == block) & self.on_canvas
+        if self.fixed is not None:
+            left = (self.block_of < block) & self.on_canvas & (t == 0)
+            return (here | left) & ~self.fixed
         return here if self.starts is None else here & ~self.starts
 
     @property
@@ -69,6 +81,12 @@ class DecodeContext:
         """
         return 2 if self.options.guidance else 1
 
-    def model_rows(self, x: Array) -> Array:
-        """Repeats [B, ...] for the copies of each sequence: [copies B, ...]."""
-        return jnp.tile(x, (self.copies,) + (1,) * (x.ndim - 1))
+    def model_rows(self, x: Float[Array, "B N E"]) -> Float[Array, "R N E"]:
+        """Repeats the canvas for each copy of a sequence: [copies B, N, E]."""
+        if self.copies == 1:
+            return x
+        free = x
+        if self.fixed is not None:
+            m = self.params["wte"]["embedding"][self.model.config.mask_id].astype(x.dtype)
+            free = jnp.where(self.fixed[..., None], m[None, None, :], x)
+        return jnp.concatenate([x, free])

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from xflow_jax.decoding.belief import TOP, Belief, BeliefOptions, compute_belief
 from xflow_jax.decoding.blocks import block_layout, block_starts, make_schedule
 from xflow_jax.decoding.cached_forward import make_forward
-from xflow_jax.decoding.canvas import onto_canvas
+from xflow_jax.decoding.canvas import embed, onto_canvas, start_state
 from xflow_jax.decoding.context import DecodeContext, Scan
 from xflow_jax.decoding.forward import Block, Carry
 from xflow_jax.decoding.rules.base import Action, Rule
@@ -59,10 +59,12 @@ def decode(
         The final state over the whole canvas, [B, config.canvas], and the trace of all steps
         [T, B, canvas] if config.trace is set, otherwise None.
     """
-    batch, canvas = prompt.shape[0], config.canvas
     block_of, on_canvas = block_layout(config, prompt_mask)
     m = embed(params, jnp.full((1, 1), model.config.mask_id))
     options = rule.belief_options(model.config, config.eot_id)
+    start, fixed = start_state(model, params, rule, config, prompt, prompt_mask)
+    if config.infill:  # it stands on the canvas
+        prompt, prompt_mask = prompt[:, :0], prompt_mask[:, :0]
     prompt_x = model.apply({"params": params}, prompt, method="embed")
     masks = (prompt_mask, on_canvas)
     if options.guidance:
@@ -72,16 +74,18 @@ def decode(
     forward = make_forward(model, params, config, prompt_x, *masks)
     starts = block_starts(config, prompt_mask) if model.config.logits_shift else None
     context = DecodeContext(
-        model, params, rule, config, forward, options, keys, block_of, on_canvas, scan, starts
-    )
-    start = DecodeState(
-        x=jnp.broadcast_to(m, (batch, canvas, m.shape[-1])),
-        t=jnp.zeros((batch, canvas)),
-        tokens=jnp.full((batch, canvas), model.config.mask_id, jnp.int32),
-        forward_passes=jnp.zeros(batch, jnp.int32),
-        finished=jnp.zeros(batch, bool),
-        memory=rule.init_memory(batch, canvas),
-        finite=jnp.ones(batch, bool),
+        model,
+        params,
+        rule,
+        config,
+        forward,
+        options,
+        keys,
+        block_of,
+        on_canvas,
+        scan,
+        starts,
+        fixed,
     )
     by_block = jax.tree.map(
         lambda x: jnp.reshape(x, (config.blocks, config.steps)), make_schedule(config)
@@ -116,6 +120,8 @@ def begin_block(context: DecodeContext, state: DecodeState, block: Block) -> Dec
     if config.stop_at_eos:
         in_response = old & (jnp.arange(config.canvas)[None, :] < config.gen_length)
         finished |= jnp.any(in_response & is_stop(state.tokens, model.stop_ids), axis=-1)
+    if context.fixed is not None:
+        old &= state.t > 0  # masks stay open
     return dataclasses.replace(commit_tokens(context.params, state, old), finished=finished)
 
 
@@ -152,7 +158,7 @@ def decode_step(
         The new state and cache, and the trace or None.
     """
     state = carry[0]
-    here = context.positions(step.block)
+    here = context.positions(step.block, state.t)
     needed = here & context.rule.is_open(state) if context.config.early_exit else here
     busy = ~state.finished & jnp.any(needed, axis=-1)
     step = dataclasses.replace(step, candidates=here & busy[:, None])
@@ -255,7 +261,7 @@ def _move(
     config, candidates = context.config, step.candidates
     action = dataclasses.replace(action, notes=None, memory=None)
     move = functools.partial(move_positions, context.params, context.model.config.mask_id)
-    if config.block_causal or config.blocks == 1 or step.block.ndim:
+    if config.block_causal or config.blocks == 1 or config.infill or step.block.ndim:
         return move(candidates, state, belief, action)
     first, size = step.block * config.block_length, config.block_length
 
@@ -390,11 +396,6 @@ def commit_tokens(params: Params, state: DecodeState, positions: Bool[Array, "B 
     return dataclasses.replace(state, x=x, t=jnp.where(positions, 1.0, state.t))
 
 
-def embed(params: Params, tokens: Int[Array, "*shape"]) -> Float[Array, "*shape E"]:
-    """Reads rows of the embedding table in float32."""
-    return params["wte"]["embedding"][tokens].astype(jnp.float32)
-
-
 def _find_finished(
     context: DecodeContext, before: DecodeState, after: DecodeState
 ) -> Bool[Array, " B"]:
@@ -406,7 +407,8 @@ def _find_finished(
     config, index = context.config, jnp.arange(context.config.canvas)[None, :]
     settled = after.t >= SETTLED
     is_eos = is_stop(after.tokens, context.model.config.stop_ids)
-    end = settled & is_eos & (index < config.gen_length)
+    in_response = (index >= config.infill) & (index < config.infill + config.gen_length)
+    end = settled & is_eos & in_response
     first = jnp.argmax(end, axis=-1, keepdims=True)
     finished = jnp.any(end, axis=-1) & jnp.all(settled | (index > first), axis=-1)
     if config.block_causal:

@@ -20,12 +20,14 @@ class Filters:
         top_p: a token stays if all likelier ones together have at most this probability. 1 keeps
             all.
         top_p_first: probabilities of top_p count all tokens, not those of top_k alone.
+        draws_only: probabilities are those of all tokens, and top_k and top_p restrict draws.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     top_p_first: bool = False
+    draws_only: bool = False
 
     def apply(self, z: Float[Array, "B N v"], axis: str | None = None) -> Float[Array, "B N v"]:
         """Returns scaled logits, with -inf for the tokens that do not stay.

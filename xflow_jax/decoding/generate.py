@@ -3,6 +3,8 @@
 The shape [B, P] of a batch decides how sums are rounded. P is the length of the longest prompt,
 rounded up to a multiple of PROMPT_MULTIPLE. In float32 the rounding changes no token, but for near
 ties. In bfloat16 it can, so there a prompt has the same tokens only in batches of one shape.
+
+One compilation serves all calls of `generate` with equal batch shape, rule and lengths.
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ class Generation:
         progress: final t, float [B, N].
         forward_passes: passes that each sequence took part in, int [B].
         trace: every step, arrays [T, B, N], if asked for.
+        prompts: the prompts with their masks replaced, with `infill`. Otherwise None.
     """
 
     tokens: np.ndarray
@@ -70,6 +73,7 @@ class Generation:
     progress: np.ndarray
     forward_passes: np.ndarray
     trace: Trace | None = None
+    prompts: list[list[int]] | None = None
 
 
 def generate(
@@ -89,15 +93,13 @@ def generate(
     refresh: Count = 0,
     window: Count = 0,
     prompt_every: Count = 1,
+    infill: bool = False,
 ) -> Generation:
     """Decodes a response of up to `gen_length` tokens to each prompt.
 
-    One compilation serves all calls with equal batch shape, rule and lengths.
-
     Args:
         lm: the model, from `load`.
-        prompts: texts or lists of chat messages {"role": ..., "content": ...}, which get the chat
-            template, or lists of token ids, taken as they are.
+        prompts: texts or lists of chat messages, which get the chat template, or token ids.
         rule: how far each position moves in a step.
         gen_length: N, positions of the response.
         steps: forward passes for the whole response.
@@ -111,6 +113,7 @@ def generate(
         refresh: steps after which an approximate cache is renewed.
         window: further positions on each side of a block.
         prompt_every: blocks after which the prompt is read again.
+        infill: predict the mask tokens of the prompts too. Otherwise they are context.
 
     Returns:
         Tokens, texts, final progress, and forward passes of each sequence.
@@ -120,7 +123,7 @@ def generate(
     """
     check_kinds(lm, rule, seed)
     options = CacheOptions(cache, refresh, window, prompt_every)
-    options.resolve(lm.config)
+    used = options.resolve(lm.config)
     rows = token_rows(lm, prompts)
     longest = max(map(len, rows))
     config = make_decode_config(lm, longest, gen_length, steps, steps_per_block, block_length)
@@ -130,8 +133,20 @@ def generate(
         eos_early_stop=eos_early_stop,
         trace=trace,
         eot_id=find_eot_id(lm),
+        infill=_infill_length(lm, used, longest) if infill else 0,
     )
     return _decode_rows(lm, rows, rule, adapt_loop(rule, config), seed)
+
+
+def _infill_length(lm: LanguageModel, cache: str, longest: int) -> int:
+    """Returns the positions of the padded prompts, which stand on the canvas."""
+    require(
+        not lm.config.is_block_causal,
+        f"{lm.config.family} attends to earlier blocks only, so masks in a prompt cannot be "
+        "predicted from what follows. Leave infill out.",
+    )
+    require(cache == "none", f"infill works with cache none, not with {cache}")
+    return padded_length(longest)
 
 
 def check_kinds(lm: object, rule: object, seed: object) -> None:
@@ -165,12 +180,17 @@ def _decode_rows(
     tokens, progress, passes, trace = fetch_to_host(out)
     tokens, progress, passes = (x[: len(rows)] for x in (tokens, progress, passes))
     require_finite(lm, progress)
+    start, end, prompts = config.infill, config.infill + config.gen_length, None
+    if config.infill:
+        filled = zip(tokens[:, :start].tolist(), rows, strict=True)
+        prompts = [row[start - len(prompt) :] for row, prompt in filled]
+        tokens, progress = tokens[:, start:], progress[:, start:]
     if trace is not None:
-        trace = jax.tree.map(lambda x: x[:, : len(rows), : config.gen_length], trace)
+        trace = jax.tree.map(lambda x: x[:, : len(rows), start:end], trace)
     texts = None
     if lm.tokenizer is not None:
         texts = decode_responses(lm.tokenizer, tokens, lm.config.stop_ids)
-    return Generation(tokens, texts, progress, passes, trace)
+    return Generation(tokens, texts, progress, passes, trace, prompts)
 
 
 def require_finite(lm: LanguageModel, results: np.ndarray) -> None:
@@ -266,7 +286,12 @@ def pad_prompts(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> tuple[np.nd
     for number, row in enumerate(rows):
         inside = all(0 <= token <= last for token in row)
         require(inside, f"prompt {number} holds ids outside the vocabulary, 0 to {last}")
-    return pad_left(rows, lm.config.pad_id, -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE)
+    return pad_left(rows, lm.config.pad_id, padded_length(longest))
+
+
+def padded_length(longest: int) -> int:
+    """Returns P for the longest prompt: the next multiple of PROMPT_MULTIPLE."""
+    return -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
 
 
 def make_decode_config(

@@ -21,8 +21,9 @@ from flax import struct
 
 from xflow_jax.decoding.blocks import block_layout
 from xflow_jax.decoding.cached_forward import CachedForward, constrain_cache
+from xflow_jax.decoding.canvas import embed
 from xflow_jax.decoding.context import DecodeContext
-from xflow_jax.decoding.decode import begin_block, decode_step, embed
+from xflow_jax.decoding.decode import begin_block, decode_step
 from xflow_jax.decoding.forward import Carry, FullForward
 from xflow_jax.decoding.rules.base import Rule
 from xflow_jax.decoding.rules.numbers import with_numbers

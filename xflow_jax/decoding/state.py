@@ -48,6 +48,8 @@ class DecodeConfig:
         extra_steps: steps of a block, the last ones, in which the schedule writes no mask.
         eps: end of Dream's times, which go from 1 to eps in even steps. None: there are none.
         cut_at_eos: repeat the first EOS of a response up to its end, however the decode went on.
+        infill: P if the prompt stands on the canvas, so that its masks are decoded too. They belong
+            to the first block, and masks that a block leaves are open in the next one. Otherwise 0.
     """
 
     gen_length: int
@@ -67,19 +69,21 @@ class DecodeConfig:
     extra_steps: int = 0
     eps: float | None = None
     cut_at_eos: bool = False
+    infill: int = 0
 
     @property
     def canvas(self) -> int:
         """Positions that are decoded.
 
-        These are N, plus those that rounding up to a whole block can add.
+        These are N, plus those that rounding up to a whole block can add, and P with `infill`.
         """
-        return self.gen_length + (self.block_length - 1 if self.block_causal else 0)
+        surplus = self.block_length - 1 if self.block_causal else 0
+        return self.infill + self.gen_length + surplus
 
     @property
     def blocks(self) -> int:
         """Largest number of blocks that the canvas can touch."""
-        return -(-self.canvas // self.block_length)
+        return -(-(self.canvas - self.infill) // self.block_length)
 
     @property
     def block_only(self) -> bool:
@@ -190,12 +194,13 @@ def read_out(
     """Returns (tokens, final progress).
 
     After the end of a sequence all tokens are EOS, the first of `stop_ids`. The progress of a
-    sequence is NaN if its logits were not finite.
+    sequence is NaN if its logits were not finite. With `infill` the prompt comes first.
     """
-    tokens, n = state.tokens[:, : config.gen_length], config.gen_length
+    n = config.infill + config.gen_length
+    tokens = state.tokens[:, :n]
     always = config.stop_at_eos or config.cut_at_eos
     if always or config.eos_early_stop:
-        is_eos = is_stop(tokens, stop_ids)
+        is_eos = is_stop(tokens, stop_ids) & (jnp.arange(n)[None, :] >= config.infill)
         after = jnp.cumsum(is_eos, axis=-1) - is_eos > 0
         cut = after if always else after & state.finished[:, None]
         tokens = jnp.where(cut, stop_ids[0], tokens)

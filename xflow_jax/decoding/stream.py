@@ -12,7 +12,6 @@ import numpy as np
 from xflow_jax.decoding.blocks import Count, require_count
 from xflow_jax.decoding.cache_options import CacheOptions
 from xflow_jax.decoding.generate import (
-    PROMPT_MULTIPLE,
     AnyModel,
     AnyRule,
     Prompts,
@@ -20,6 +19,7 @@ from xflow_jax.decoding.generate import (
     check_kinds,
     find_eot_id,
     make_decode_config,
+    padded_length,
     require_finite,
     token_rows,
 )
@@ -106,7 +106,7 @@ def stream(
         early_exit=rule.early_exit if early_exit is None else early_exit,
     )
     config = adapt_loop(rule, config)
-    lane = Lane.of(config, len(rows), -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE)
+    lane = Lane.of(config, len(rows), padded_length(longest))
     return _run(lm, rule, lane, config, rows, seed, every)
 
 

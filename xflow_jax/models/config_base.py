@@ -64,6 +64,7 @@ class HfConfig:
 
     stop_token_names: ClassVar[tuple[str, ...]] = ()
     mask_token_names: ClassVar[tuple[str, ...]] = ()
+    chat_template: ClassVar[str | None] = None
     logits_shift: ClassVar[bool] = False
     norm_full_precision: ClassVar[bool] = False
 

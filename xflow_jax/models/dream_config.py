@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from xflow_jax.models.chat_templates import CHATML_WITH_SYSTEM
 from xflow_jax.models.config_base import KeyTable
 from xflow_jax.models.llama_config import FIXED, WINDOW_KEYS, LlamaConfig
 
@@ -18,6 +19,7 @@ class DreamConfig(LlamaConfig):
 
     family: ClassVar[str] = "dream"
     stop_token_names: ClassVar[tuple[str, ...]] = ("<|im_end|>",)
+    chat_template: ClassVar[str | None] = CHATML_WITH_SYSTEM
     logits_shift: ClassVar[bool] = True
     mask_token_names: ClassVar[tuple[str, ...]] = ("<|mask|>",)
     key_table: ClassVar[KeyTable] = KeyTable(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from xflow_jax.models.chat_templates import CHATML_WITH_SYSTEM
 from xflow_jax.models.config_base import KeyTable, check_positive
 from xflow_jax.models.llama_config import FIXED, WINDOW_KEYS, LlamaConfig
 
@@ -26,6 +27,7 @@ class FastDLLMConfig(LlamaConfig):
     is_block_causal: ClassVar[bool] = True
     logits_shift: ClassVar[bool] = True
     mask_token_names: ClassVar[tuple[str, ...]] = ("|<MASK>|",)
+    chat_template: ClassVar[str | None] = CHATML_WITH_SYSTEM
     key_table: ClassVar[KeyTable] = KeyTable(
         FIXED,
         {"architectures": ("Fast_dLLM_QwenForCausalLM",), "layer_types": ("full_attention",)},

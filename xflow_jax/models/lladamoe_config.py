@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from xflow_jax.errors import UserError, require
+from xflow_jax.models.chat_templates import ROLES
 from xflow_jax.models.config_base import (
     EndTokens,
     HfConfig,
@@ -91,6 +92,7 @@ class LLaDAMoEConfig(EndTokens, TransformersKeys, HfConfig):
 
     family: ClassVar[str] = "lladamoe"
     stop_token_names: ClassVar[tuple[str, ...]] = ("<|role_end|>",)
+    chat_template: ClassVar[str | None] = ROLES
     mask_token_names: ClassVar[tuple[str, ...]] = ("<|mask|>",)
     head_bias: ClassVar[bool] = False
     rope_full_precision: ClassVar[bool] = False

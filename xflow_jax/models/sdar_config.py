@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from xflow_jax.models.chat_templates import CHATML
 from xflow_jax.models.config_base import KeyTable, check_positive
 from xflow_jax.models.llama_config import FIXED, WINDOW_KEYS, LlamaConfig
 
@@ -24,6 +25,7 @@ class SDARConfig(LlamaConfig):
 
     family: ClassVar[str] = "sdar"
     stop_token_names: ClassVar[tuple[str, ...]] = ("<|im_end|>",)
+    chat_template: ClassVar[str | None] = CHATML
     is_block_causal: ClassVar[bool] = True
     qk_norm: ClassVar[bool] = True
     norm_full_precision: ClassVar[bool] = True

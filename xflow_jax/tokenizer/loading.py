@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,15 +27,19 @@ _FILES = (
     "config.json",
 )
 MOST_BYTES = 2**29  # of a file of a tokenizer
+_SPECIAL = re.compile(r"<\|\w+\|>")  # tokens of a chat template that no text has
+_LOG = logging.getLogger("xflow_jax")
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer | None:
+def load_tokenizer(directory: str | Path, chat_template: str | None = None) -> Tokenizer | None:
     """Loads the transformers tokenizer of a directory.
 
     No code of the directory runs, except the chat template, in a process with limits.
 
     Args:
         directory: directory with tokenizer.json.
+        chat_template: template for a tokenizer that has none, in Jinja. It is used only if all of
+            its special tokens are in the vocabulary.
 
     Returns:
         The tokenizer, or None if there is no tokenizer.json.
@@ -49,19 +55,30 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
             for name in _FILES:
                 if (directory / name).exists():
                     (Path(folder) / name).write_bytes(read_bytes(directory / name, MOST_BYTES))
-            return load_tokenizer(folder)
+            return load_tokenizer(folder, chat_template)
     for name in _FILES:
         _check_file(file_inside(directory, name))
     # Without this, transformers warns every user that PyTorch is missing. It is not needed here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        return _tokenizer_class().from_pretrained(str(directory), trust_remote_code=False)
+        tokenizer = _tokenizer_class().from_pretrained(str(directory), trust_remote_code=False)
     except BaseException as error:  # the library raises bare exceptions, and panics of Rust
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(
             f"{directory}/tokenizer.json cannot be read as a tokenizer: {error}"
         ) from error
+    _complete(tokenizer, chat_template)
+    return tokenizer
+
+
+def _complete(tokenizer: Any, chat_template: str | None) -> None:
+    """Gives a tokenizer a chat template if it has none."""
+    if tokenizer.chat_template is not None or chat_template is None:
+        return
+    if {*_SPECIAL.findall(chat_template)} <= tokenizer.get_vocab().keys():
+        tokenizer.chat_template = chat_template
+        _LOG.warning("The model's tokenizer has no chat template. That of its family is used.")
 
 
 def _check_file(file: Path) -> None:

@@ -22,7 +22,7 @@ from xflow_jax.decoding.rules.base import (
 )
 from xflow_jax.decoding.state import DecodeConfig, DecodeState, Step
 from xflow_jax.errors import require
-from xflow_jax.types import Array, Bool, Int, ModelConfig
+from xflow_jax.types import Array, Bool, Float, Int, ModelConfig
 
 
 @struct.dataclass
@@ -47,8 +47,9 @@ class MaskPrediction(TokenConstraints):
         top_p: draw from the likeliest tokens up to this probability. SDAR counts it among those of
             top_k, and Dream (schedule "eps") among all.
         confidence_of: distribution from which confidence, margin and entropy are read: "model"
-            (LLaDA), or "sampler" after temperature, top_k and top_p (Dream, SDAR). None: "sampler"
-            with schedule "eps", top_k or top_p, otherwise "model".
+            (LLaDA), "temperature" after it and before top_k and top_p (Fast-dLLM v2), or "sampler"
+            after all three (Dream, SDAR). None: "sampler" with schedule "eps", top_k or top_p,
+            otherwise "model".
         order_temperature: T for positions that are drawn, by softmax(score / T), in the place of
             the highest scores. It is Dream's alg_temp.
         cfg_scale: classifier-free guidance w.
@@ -90,8 +91,8 @@ class MaskPrediction(TokenConstraints):
         require(self.top_k >= 0, f"top_k must be at least 0, not {self.top_k}")
         require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}")
         require(
-            self.confidence_of in (None, "model", "sampler"),
-            f"confidence_of must be model or sampler, not {self.confidence_of!r}",
+            self.confidence_of in (None, "model", "temperature", "sampler"),
+            f"confidence_of must be model, temperature or sampler, not {self.confidence_of!r}",
         )
         require(
             self.confidence_of != "model" or not self.filters_tokens,
@@ -143,7 +144,13 @@ class MaskPrediction(TokenConstraints):
         noise = 1.0 if self.temperature > 0 else 0.0
         if not self.filters_tokens and self.temperature in (0.0, 1.0):
             return dataclasses.replace(options, temperature=noise)
-        filters = Filters(self.temperature or 1.0, self.top_k, self.top_p, self.schedule == "eps")
+        filters = Filters(
+            self.temperature or 1.0,
+            self.top_k,
+            self.top_p,
+            top_p_first=self.schedule == "eps",
+            draws_only=self.confidence_of == "temperature",
+        )
         return dataclasses.replace(options, temperature=noise, filters=filters)
 
     def __call__(self, belief: Belief, state: DecodeState, step: Step) -> Action:
@@ -152,9 +159,7 @@ class MaskPrediction(TokenConstraints):
         if self.sub_block is not None:
             masked = _first_part(masked, step.candidates, self.sub_block)
         if self.order in ("random", "origin"):
-            # A folded key, since the noise on the logits uses the step's key itself.
-            keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(step.keys)
-            score = jax.vmap(lambda key: jax.random.uniform(key, masked.shape[1:]))(keys)
+            score = self.draw_scores(masked, step)
         elif self.order == "sequential":
             score = jnp.broadcast_to(-jnp.arange(masked.shape[1], dtype=jnp.float32), masked.shape)
         else:
@@ -171,6 +176,12 @@ class MaskPrediction(TokenConstraints):
             confident = masked & (belief.confidence > self.threshold)
             chosen = quota_or_confident(chosen, confident, step.quota)
         return Action.unmask(chosen)
+
+    def draw_scores(self, masked: Bool[Array, "B N"], step: Step) -> Float[Array, "B N"]:
+        """Draws the numbers in [0, 1) of the orders random and origin."""
+        # A folded key, since the noise on the logits uses the step's key itself.
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(step.keys)
+        return jax.vmap(lambda key: jax.random.uniform(key, masked.shape[1:]))(keys)
 
     def _quota(self, masked: Bool[Array, "B N"], step: Step) -> Int[Array, "*shape"]:
         """Returns the number of masks that the schedule writes."""
