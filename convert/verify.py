@@ -32,7 +32,7 @@ from xflow_jax.input_files import read_json_object
 from xflow_jax.lm import load
 from xflow_jax.types import ModelConfig
 
-CASES = ((1, 32), (2, 17))  # B, L. With blocks, L has one more.
+CASES = ((1, 32), (2, 17))  # B, L. With --block-length, L is a block longer.
 TOLERANCE = 1e-3
 MODEL_CLASSES = ("AutoModelForCausalLM", "AutoModel")  # keys of auto_map, the first one wins
 

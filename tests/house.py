@@ -47,7 +47,7 @@ LINEN = "xflow_jax.models"
 SHORT_FUNCTIONS = ("decoding", "models", "training")
 MAX_FUNCTION = 60
 FAMILY_PACKAGES = ("models", "checkpoints")  # only these may compare a family's name
-FAMILIES = ("llada", "llada2")
+FAMILIES = ("llada", "llada2", "lladamoe", "illada", "dream", "sdar", "fast_dllm")
 MAX_ANY = 0.02  # share of all parameters that may be Any
 # A docstring's first line is a verb or noun phrase of at most this many words.
 MAX_FIRST_LINE = 12

@@ -48,7 +48,7 @@ def test_round_trip_bit_for_bit(tmp_path, dtype, mesh):
             assert (tmp_path / "hf" / name).read_bytes() == (GOLDEN / name).read_bytes()
 
 
-def test_round_trip_of_mixed_dtypes(tmp_path):
+def test_round_trip_of_mixed_dtypes_and_of_a_chat_template(tmp_path):
     def mix(tensors):
         tensors[Q2] = tensors[Q2].astype(np.float32) / 3
         tensors[PREFIX + "ln_f.weight"] = (
@@ -57,6 +57,8 @@ def test_round_trip_of_mixed_dtypes(tmp_path):
         tensors[PREFIX + "blocks.0.rotary_emb.inv_freq"] = np.ones(4, np.float32)
 
     source = edited(tmp_path / "mixed", mix)
+    template = b"{{ messages[0]['content'] }}\n"
+    (source / "chat_template.jinja").write_bytes(template)
     from_hf.convert(source, tmp_path / "orbax")
     record = read_record(tmp_path / "orbax")
     assert record.leaves["blocks/q_proj/kernel"][0] == "float32", "the widest of its layers"
@@ -65,6 +67,7 @@ def test_round_trip_of_mixed_dtypes(tmp_path):
     wanted = tensors_of(source)
     del wanted[PREFIX + "blocks.0.rotary_emb.inv_freq"]
     assert tensors_of(tmp_path / "hf") == wanted
+    assert (tmp_path / "hf" / "chat_template.jinja").read_bytes() == template
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,22 @@ def test_masks_in_the_prompt_are_context():
     assert (out.progress == 1).all()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["quirk_mask_token_inside_prompt", "quirk_model_predicts_the_mask_token"]
+)
+def test_infill_leaves_masks_to_later_blocks_as_the_official_loop_does(name):
+    """A mask that no step writes has the last prediction here, and stays a mask there."""
+    case, lm = OFFICIAL[name], llada_tiny()
+    args, (prompt,) = case["args"], case["prompt"]
+    config = dataclasses.replace(lm.config, mask_token_id=args["mask_id"])
+    lm = dataclasses.replace(lm, config=config, model=build(config))
+    lengths = {"steps": args["steps"], "block_length": args["block_length"]}
+    out = generate(lm, [prompt], MaskPrediction(), args["gen_length"], **lengths, infill=True)
+    tokens = np.where(out.progress < 1, args["mask_id"], out.tokens)
+    np.testing.assert_array_equal([[*out.prompts[0], *tokens[0]]], case["output"])
+
+
 def test_a_predicted_mask_token_gives_way_to_the_last_prediction():
     """The end of a block commits the last predictions, as for every other rule.
 

@@ -27,15 +27,16 @@ OFFICIAL = ["illada_tiny", "lladamoe_tiny"]  # decoded by LLaDA's own loop
 
 
 def first_quick(kind, checkpoints, left_out=(), quick=()):
-    """Lists (checkpoint, case). The first of each checkpoint is quick, and those of `quick`."""
-    return [
-        pytest.param(
-            checkpoint, name, marks=[pytest.mark.slow] if number and name not in quick else []
-        )
-        for checkpoint in checkpoints
-        for number, name in enumerate(decode_cases(kind, checkpoint))
-        if name not in left_out
-    ]
+    """Lists (checkpoint, case). Those of `quick` are quick, else the first of each checkpoint."""
+    found = []
+    for checkpoint in checkpoints:
+        names = [name for name in decode_cases(kind, checkpoint) if name not in left_out]
+        slow = [name for name in names if name not in (quick or names[:1])]
+        found += [
+            pytest.param(checkpoint, name, marks=[pytest.mark.slow] if name in slow else [])
+            for name in names
+        ]
+    return found
 
 
 def check_whole_rows(out, case):
@@ -382,6 +383,7 @@ def test_mask_prediction_equals_sdar(checkpoint, name):
     assert out.forward_passes[0] + stored == case["n_forward"]
 
 
+@pytest.mark.slow
 def test_the_end_of_a_prompt_stays():
     """SDAR writes over it, if the schedule asks for more positions than there are masks."""
     case = decode_cases("sdar_generate", "sdar_tiny")[QUIRK]
