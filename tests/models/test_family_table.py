@@ -1,12 +1,13 @@
 """The page of families against the tests that there are, and against the code."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from tests.decoding import test_family_goldens as decoding
-from tests.family_helpers import GOLDEN_MODELS, decode_cases, family_config
+from tests.family_helpers import FAMILY, GOLDEN_MODELS, decode_cases, family_config
 from tests.models import test_families as families
 from tests.training import test_alignment as alignment
 from tests.training import test_sft as fine_tuning
@@ -15,14 +16,14 @@ from xflow_jax.models.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reference" / "models.md").read_text()
-# Decoders of the families' authors.
-DECODERS = (
-    "llada_official_generate",
-    "dream_generate",
-    "llada21_generate",
-    "sdar_generate",
-    "fast_dllm_v2_generate",
-)
+# Decoders of the families' authors, and the tests that compare with them.
+DECODERS = {
+    "llada_official_generate": decoding.test_mask_prediction_equals_the_official_decoder,
+    "dream_generate": decoding.test_the_schedule_of_dream_equals_the_original_decoder,
+    "llada21_generate": decoding.test_editing_equals_the_original_decoder,
+    "sdar_generate": decoding.test_mask_prediction_equals_sdar,
+    "fast_dllm_v2_generate": decoding.test_parts_of_blocks_equal_fast_dllm_v2,
+}
 MODULES = {"llada": ["llada.py"], "llada2": ["llada2.py", "moe.py"]}  # beside the configuration
 
 
@@ -33,15 +34,20 @@ def table(first_column):
     return {row[0].strip("`"): dict(zip(head, row, strict=True)) for row in rows}
 
 
-def covered(test):
-    """Returns the golden checkpoints among the parameters of a test."""
+def parameters(test):
+    """Returns the texts among the parameters of a test, as a tuple for each run of it."""
     found = set()
     for mark in test.pytestmark:
         for value in mark.args[1] if mark.name == "parametrize" else ():
             values = getattr(value, "values", value)
             values = values if isinstance(values, tuple) else (values,)
-            found |= {name for name in values if isinstance(name, str) and name in GOLDEN_MODELS}
+            found.add(tuple(text for text in values if isinstance(text, str)))
     return found
+
+
+def covered(test):
+    """Returns the golden checkpoints among the parameters of a test."""
+    return {name for values in parameters(test) for name in values if name in GOLDEN_MODELS}
 
 
 def test_every_family_is_on_the_page():
@@ -49,6 +55,22 @@ def test_every_family_is_on_the_page():
         assert sorted(rows) == sorted(WEIGHT_TABLES)
     listed = " ".join(row["presets"] for row in table("family | models").values())
     assert PRESETS.keys() - {*re.findall("`([^`]+)`", listed)} == {"llada2-20m"}
+
+
+def test_every_decode_of_the_goldens_is_compared():
+    groups = json.loads((FAMILY / "decode_golden.json").read_text())["groups"]
+    cases = {(group["kind"], group["checkpoint"]) for group in groups}
+    assert {kind for kind, _ in cases} == {*DECODERS, "dream_schedule"}
+    for kind, checkpoint in cases - {("dream_schedule", None)}:
+        wanted = {(checkpoint, name) for name in decode_cases(kind, checkpoint)}
+        # What SDAR does to a prompt's end has a test of its own.
+        assert wanted - parameters(DECODERS[kind]) <= {("sdar_tiny", decoding.QUIRK)}
+    times = decode_cases("dream_schedule", None)
+    assert parameters(decoding.test_the_times_of_dream) == {(name,) for name in times}
+    for name in FAMILY.glob("flow_*"):
+        flows = json.loads((name / "flow_golden.json").read_text())["cases"]
+        numbers = [n for checkpoint, n in decoding.FLOWS if f"flow_{checkpoint}" == name.name]
+        assert numbers == list(range(len(flows)))
 
 
 @pytest.mark.parametrize("name", GOLDEN_MODELS)

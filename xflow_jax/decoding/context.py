@@ -82,7 +82,7 @@ class DecodeContext:
         return 2 if self.options.guidance else 1
 
     def model_rows(self, x: Float[Array, "B N E"]) -> Float[Array, "R N E"]:
-        """Repeats the canvas for each copy of a sequence: [copies B, N, E]."""
+        """Repeats the canvas for each copy: [copies B, N, E]."""
         if self.copies == 1:
             return x
         free = x
