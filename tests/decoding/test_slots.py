@@ -33,7 +33,7 @@ PROMPTS = random_prompts([5, 17, 2], 3)
 RULES = [
     pytest.param("threshold:tau=0.3", marks=pytest.mark.slow),
     "flow:power=2,early_exit=true",
-    pytest.param("flow:reedit=always", marks=pytest.mark.slow),
+    pytest.param("flow:reedit=always,floor=0.6", marks=pytest.mark.slow),
     pytest.param("mask", marks=pytest.mark.slow),
     pytest.param("mask:order=random,temperature=0.7", marks=pytest.mark.slow),
     pytest.param("mask:schedule=eps,order=origin", marks=pytest.mark.slow),

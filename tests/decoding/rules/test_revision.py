@@ -76,8 +76,9 @@ def test_the_end_of_a_block(c, t, tokens, over):
 
 def test_a_floor_applies_to_all_that_has_entered():
     action, reset = call(Flow(reedit="always", floor=0.6), c=[0.3, 0.95, 0.2], t=[0.3, 0.0, 0.0])
-    assert action.floor == 0.6 and reset == [0, 1]
-    assert call(Flow(reedit="always"), c=[0.3], t=[0.3])[0].floor == 0.0
+    np.testing.assert_allclose(action.floor, [[0.6] * 3])
+    assert reset == [0, 1]
+    assert not np.any(call(Flow(reedit="always"), c=[0.3], t=[0.3])[0].floor)
 
 
 def test_a_mask_keeps_its_block_open():

@@ -98,7 +98,8 @@ class Action:
             mixture of two vectors is shorter than the mean of their lengths.
         expected: below t = 1, x_pred is the mean embedding of the four likeliest tokens, with
             renormalised probabilities, instead of the likeliest one's.
-        floor: least progress of a re-edited position. Where c is below it, it replaces c.
+        floor: least progress of re-edited positions, [B, N] or one number. Where c is below it, it
+            replaces c.
     """
 
     a: jax.Array

@@ -86,6 +86,8 @@ def reedit_all(
     no = jnp.zeros_like(here)
     memory = Revision(over, passes)
     moved = stood | enters
+    # Of all positions, since a row may have a number of its own.
+    floor = jnp.broadcast_to(jnp.asarray(floor, c.dtype), c.shape)
     return Action(jnp.zeros_like(c), moved, no, None, None, memory, rescale, expected, floor=floor)
 
 
