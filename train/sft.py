@@ -50,6 +50,9 @@ class SFTRunConfig(SFTConfig, loop.RunConfig):
         turns: "last" trains on the last response of a conversation, with all earlier turns as its
             prompt. "each" does so for every response, as a row of its own.
         end_of_turn: end responses by the token of the chat template, before EOS.
+        group_by_length: make batches of pairs of similar length, which need less padding, not of
+            random pairs. None does so for block-causal models only. Under full attention the length
+            of a row then tells how long its response may be, which it does not in a decode.
 
     Raises:
         UserError: if a value is out of range.
@@ -58,6 +61,7 @@ class SFTRunConfig(SFTConfig, loop.RunConfig):
     task_seed: int = 1
     turns: Turns = "last"
     end_of_turn: bool = True
+    group_by_length: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,12 +91,7 @@ def main(path: str, overrides: list[str]) -> None:
     )
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
-    canvas = Canvas(
-        config.lengths,
-        config.batch_size,
-        model_config.eos_id,
-        find_block_length(model_config, config),
-    )
+    canvas = make_canvas(config, model_config)
     rows = local_rows(batch_sharding(mesh), config.batch_size)
     source = BucketedPairs(pairs, canvas, config.seed, rows)
     held_out = BucketedPairs(measured, canvas, rows=rows)
@@ -102,6 +101,23 @@ def main(path: str, overrides: list[str]) -> None:
         training.train(
             iterate_batches(source), [held_out[number] for number in range(held_out.batches)]
         )
+
+
+def make_canvas(config: SFTRunConfig, model_config: ModelConfig) -> Canvas:
+    """Builds the rows of a run.
+
+    Args:
+        config: the configuration.
+        model_config: configuration of the model.
+    """
+    block_length, grouped = find_block_length(model_config, config), config.group_by_length
+    return Canvas(
+        config.lengths,
+        config.batch_size,
+        model_config.eos_id,
+        block_length,
+        bool(block_length) if grouped is None else grouped,
+    )
 
 
 def read_pairs(

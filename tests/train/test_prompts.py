@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from train import self_generate
-from train.prompts import read_conversations
+from train import prompts, self_generate
+from train.prompts import read_conversations, read_dialogues
 from xflow_jax.errors import UserError
 
 CONFIG = Path(__file__).parents[2] / "configs/self_generate_tiny.toml"
@@ -16,6 +16,7 @@ ASKED = [{"role": "user", "content": "Why?"}]
 
 
 def write(path, *records):
+    path.parent.mkdir(exist_ok=True)
     path.write_text(
         "".join(
             record if isinstance(record, str) else json.dumps(record) + "\n" for record in records
@@ -59,6 +60,28 @@ def test_parquet_and_folders(tmp_path):
         ASKED,
         [{"role": "user", "content": "How?"}],
     ]
+
+
+def test_a_name_of_the_hub_is_its_jsonl_and_parquet_files(tmp_path, monkeypatch):
+    write(tmp_path / "b/test.jsonl", {"prompt": "How?", "response": "So."})
+    (tmp_path / "README.md").write_text("not data")
+    calls = []
+    monkeypatch.setattr(prompts, "download_from_hub", lambda *a: calls.append(a) or tmp_path)
+    ((where, turns),) = read_dialogues("someone/talks")
+    assert where == f"{tmp_path / 'b/test.jsonl'}, line 1"
+    assert [turn["content"] for turn in turns] == ["How?", "So."]
+    assert calls == [("someone/talks", "dataset", "file", ["*.jsonl", "*.parquet"])]
+
+
+def test_bad_parquet_files_are_named_with_their_record(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"prompt": ["a", "b"], "response": ["c", None]}), file)
+    with pytest.raises(UserError, match="a.parquet, record 2 has a `prompt`, but no text under"):
+        list(read_dialogues(str(file)))
+    file.write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="a.parquet: cannot be read after 0 records: "):
+        list(read_dialogues(str(file)))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 QUICK = ["lengths=[16,24]", "batch_size=8", "held_out=8", "limit=0", "steps=6", "seed=3"]
 QUICK += ["save_every=2", "log_every=1", "optimizer.warmup_steps=1", "optimizer.rate=0.01"]
+QUICK += ["group_by_length=true"]  # so that both lengths occur
 QUICK += ["export_dtype=float32"]  # so that runs can be compared to the last bit
 USER = {"role": "user", "content": "Why?"}
 ANSWER = {"role": "assistant", "content": "Because."}
@@ -161,6 +162,25 @@ def test_long_responses_are_left_out_and_tasks_are_endless(base, tmp_path, capsy
     assert told in capsys.readouterr().out
     again = sft.read_pairs(dataclasses.replace(config, task_seed=2), tokenizer, model_config)
     assert {tuple(pair.prompt) for pair in pairs}.isdisjoint(tuple(p.prompt) for p in again)
+
+
+@pytest.mark.parametrize(
+    ("preset", "override", "grouped"),
+    [
+        ("llada-8b", "none", False),
+        ("llada-8b", "true", True),
+        ("llada2.1-mini", "none", True),
+        ("llada2.1-mini", "false", False),
+    ],
+)
+def test_only_block_causal_models_have_batches_of_similar_lengths(preset, override, grouped):
+    """The EOS tokens of a row end with its block there, so its length tells nothing."""
+    overrides = [f"group_by_length={override}"]
+    config = load_toml(CONFIGS / "sft_llada2_1_mini.toml", sft.SFTRunConfig, overrides)
+    block_length = 32 if PRESETS[preset].is_block_causal else 0
+    config = dataclasses.replace(config, block_length=block_length)
+    canvas = sft.make_canvas(config, PRESETS[preset])
+    assert (canvas.group_by_length, canvas.block_length) == (grouped, block_length)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from xflow_jax.lm import LM
 from xflow_jax.models.lora import LoraConfig, lora_init
 from xflow_jax.tokenizer import chat_ids
 from xflow_jax.training import alignment_loss, losses
+from xflow_jax.training.pretraining import response_logits
 from xflow_jax.training.sft import (
     SFTConfig,
     block_copies_mask,
@@ -97,6 +98,31 @@ def test_the_loss_is_that_of_plain_loops(name):
     loss, metrics = jax.jit(make_sft_loss(lm.model, config))(lm.params, batch, key)
     np.testing.assert_allclose(loss, plain_loss(lm, batch, key, block), rtol=2e-4)
     assert metrics["text_nll"] != metrics["masked_nll"]
+
+
+def test_the_loss_is_that_of_pretraining_for_equal_pairs_and_noise():
+    """So a base model is not pulled towards another loss."""
+    lm, key = toy(), jax.random.key(5)
+    prompts, responses = random_prompts([5] * 3), random_prompts([4, 6, 2], seed=1)
+    canvas = Canvas((12,), 3, lm.config.eos_id)
+    rows = [
+        canvas.example(TokenizedPair(*pair), 12) for pair in zip(prompts, responses, strict=True)
+    ]
+    batch = {name: jnp.stack([row[name] for row in rows]) for name in rows[0]}
+    loss, metrics = jax.jit(make_sft_loss(lm.model, CONFIG))(lm.params, batch, key)
+    masked, sigma = draw_response_noise(key, batch["response"], 0)
+    # The stratified ratios are those that pretraining draws from the first half of the same key.
+    ratios = losses.mask_ratios(jax.random.split(key)[0], 3)
+    np.testing.assert_allclose(sigma[:, 0], ratios)
+    noised = jnp.where(masked, lm.config.mask_id, batch["tokens"])
+    logits = jax.jit(response_logits, static_argnums=(0, 4))(
+        lm.model, lm.params, noised, jnp.ones_like(masked), 5
+    )
+    nll = losses.cross_entropy(logits, batch["tokens"][:, 5:])
+    np.testing.assert_allclose(loss, losses.diffusion_loss(nll, masked[:, 5:], ratios), rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics["masked_nll"], losses.masked_mean(nll, masked[:, 5:]), rtol=1e-5
+    )
 
 
 def test_the_mask_of_two_copies():
@@ -195,6 +221,12 @@ def test_turns_and_their_ends():
     assert last == TokenizedPair(chat_ids(TOKENIZER, turns[:4]), texts[1] + [eot])
     assert each == [TokenizedPair(chat_ids(TOKENIZER, turns[:2]), texts[0] + [eot]), last]
     assert tokenize(end_of_turn=False)[0].response == texts[1]
+    greeted = [("there", [{"role": "assistant", "content": "Hello."}, *turns[1:3]])]
+    (only,) = tokenize_dialogues(greeted, TOKENIZER, config, "each")
+    assert only == TokenizedPair(chat_ids(TOKENIZER, greeted[0][1][:2]), each[0].response)
+    silent = [("there, line 2", [turns[1], {"role": "assistant", "content": " "}])]
+    with pytest.raises(UserError, match="there, line 2: a response of the assistant in it is e"):
+        tokenize_dialogues(silent, TOKENIZER, config)
     with pytest.raises(UserError, match="here: the tokenizer makes the id .* has ids 0 to 23"):
         tokenize_dialogues([("here", turns)], TOKENIZER, TOY)
 
@@ -202,7 +234,7 @@ def test_turns_and_their_ends():
 def test_batches_have_one_length_each_and_miss_few_pairs():
     rng = np.random.default_rng(0)
     pairs = [TokenizedPair([i], rng.integers(0, 9, n).tolist()) for i, n in enumerate([3, 10] * 9)]
-    source = BucketedPairs(pairs, Canvas((8, 16), 4, 99), seed=5)
+    source = BucketedPairs(pairs, canvas := Canvas((8, 16), 4, 99, group_by_length=True), seed=5)
     assert source.batches == 4
     for first in (0, 4):  # two epochs
         batches = [source[first + i] for i in range(4)]
@@ -210,7 +242,7 @@ def test_batches_have_one_length_each_and_miss_few_pairs():
         assert lengths == [(4, 8), (4, 8), (4, 16), (4, 16)]
         members = np.concatenate([batch["tokens"][:, 0] for batch in batches])
         assert len(set(members.tolist())) == 16  # two of 18 wait for the next epoch
-    again = BucketedPairs(pairs, Canvas((8, 16), 4, 99), seed=5, rows=np.asarray([1, 3]))
+    again = BucketedPairs(pairs, canvas, seed=5, rows=np.asarray([1, 3]))
     np.testing.assert_array_equal(again[6]["tokens"], source[6]["tokens"][[1, 3]])
     assert any(np.any(source[i]["tokens"][:, 0] != source[4 + i]["tokens"][:, 0]) for i in range(4))
     rest, held_out = split_pairs(pairs, 7, 4)
@@ -220,20 +252,50 @@ def test_batches_have_one_length_each_and_miss_few_pairs():
         split_pairs(pairs, 3, 4)
 
 
-@pytest.mark.slow
-def test_steps_lower_the_loss_and_compile_once():
-    lm, batch = toy(), batch_of(toy(), 0)
-    batch = {name: jnp.concatenate([x, x[:1]]) for name, x in batch.items()}
-    config = dataclasses.replace(CONFIG, batch_size=4)
-    optimizer = optax.adam(3e-3)
+LEARNERS = [
+    pytest.param(name, tune, marks=() if (name, tune) == ("blocks", "all") else pytest.mark.slow)
+    for name in MODELS
+    for tune in ("all", "lora")
+]
+
+
+@pytest.mark.parametrize(("name", "tune"), LEARNERS)
+def test_every_family_learns_its_responses_and_compiles_once(name, tune):
+    lm = MODELS[name]()
+    block = 4 if "blocks" in name else 0
+    batch = {name: jnp.concatenate([x, x[:1]]) for name, x in batch_of(lm, block).items()}
+    config = dataclasses.replace(
+        CONFIG, batch_size=4, block_length=block, tune=tune, lora=LoraConfig(rank=4)
+    )
+    params, base = lm.params, None
+    if tune == "lora":
+        params, base = lora_init(jax.random.key(0), lm.params, config.lora), lm.params
+    optimizer = optax.adam(0.01 if tune == "lora" else 0.003)
     step = jax.jit(make_sft_step(lm.model, optimizer, config))
-    state = TrainState.create(lm.params, optimizer)
-    nll = []
-    for _ in range(40):
-        state, metrics = step(state, batch, jax.random.key(0))
+    state, nll = TrainState.create(params, optimizer), []
+    for _ in range(30):
+        state, metrics = step(state, batch, jax.random.key(0), base)
         nll.append(float(metrics["masked_nll"]))
-    assert np.mean(nll[-10:]) < 0.7 * np.mean(nll[:10])
-    assert step._cache_size() == 1 and state.step == 40
+    assert np.mean(nll[-10:]) < 0.8 * np.mean(nll[:10])
+    assert step._cache_size() == 1 and state.step == 30
+
+
+def test_random_batches_give_long_rows_to_short_responses_too():
+    """A decode has rows of one length for responses of all lengths, so training needs them too."""
+    rng = np.random.default_rng(1)
+    sizes = rng.permutation([3] * 150 + [10] * 50)
+    pairs = [TokenizedPair([i], [7] * n) for i, n in enumerate(sizes)]
+    source = BucketedPairs(pairs, Canvas((8, 16), 2, 99), seed=5)
+    batches = [source[i] for i in range(source.batches)]
+    found = {8: [], 16: []}
+    for batch in batches:
+        responses = batch["tokens"][:, 1:] == 7
+        found[batch["tokens"].shape[1]] += responses.sum(axis=1).tolist()
+    assert set(found[8]) == {3}
+    # Short responses have both lengths, so a row of 16 is no sign of a long one.
+    assert 20 < found[16].count(3) < 60 and found[16].count(10) == 50
+    members = np.concatenate([batch["tokens"][:, 0] for batch in batches])
+    assert sorted(members.tolist()) == list(range(200))
 
 
 @pytest.mark.slow

@@ -29,8 +29,8 @@ class SFTConfig(TrainingConfig):
     """The computation of a supervised fine-tuning. Lengths are in tokens.
 
     Attributes:
-        lengths: lengths of the canvases, ascending. A conversation gets the shortest one that holds
-            it with an EOS, and there is one compilation for each.
+        lengths: lengths of the canvases, ascending. A batch gets the shortest one that holds its
+            conversations with an EOS each, and there is one compilation for each length.
         block_length: positions of a block for block-causal models, 0 for the model's own.
         freeze_embedding: keep the embedding table constant.
 

@@ -79,14 +79,15 @@ def tokenize_dialogues(
         tokenizer: tokenizer with a chat template.
         config: configuration of the model.
         turns: "last" takes the last response of a conversation. "each" makes a pair of every turn
-            of the assistant.
+            of the assistant that has a turn before it.
         end_of_turn: True to end a response by the template's own token (`end_of_turn_id`).
 
     Returns:
         The pairs, in the order of the data.
 
     Raises:
-        UserError: if the tokenizer has no chat template, or if a token is not of the model.
+        UserError: if the tokenizer has no chat template, if a response is empty, or if a token is
+            not of the model.
     """
     if tokenizer.chat_template is None:
         raise UserError(
@@ -98,9 +99,10 @@ def tokenize_dialogues(
     pairs = []
     for where, messages in dialogues:
         spoken = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
-        for turn in spoken[-1:] if turns == "last" else spoken:
+        for turn in filter(None, spoken[-1:] if turns == "last" else spoken):
             prompt = chat_ids(tokenizer, messages[:turn])
             text = messages[turn]["content"]
+            require(bool(text.strip()), f"{where}: a response of the assistant in it is empty")
             response = tokenizer.encode(text, add_special_tokens=False) + ending
             _check_ids(prompt + response, config, where)
             pairs.append(TokenizedPair(prompt, response))
@@ -141,16 +143,18 @@ class Canvas:
     """The rows that pairs fill.
 
     Attributes:
-        lengths: lengths of the rows, ascending. A pair has the shortest one that holds it.
+        lengths: lengths of the rows, ascending. A batch has one of them.
         batch_size: B, rows of a batch.
         eos_id: id of EOS, which fills a row after its response.
         block_length: positions of a block, 0 for full attention.
+        group_by_length: batches of pairs with one shortest length, not of random pairs.
     """
 
     lengths: tuple[int, ...]
     batch_size: int
     eos_id: int
     block_length: int = 0
+    group_by_length: bool = False
 
     def example(self, pair: TokenizedPair, length: int) -> Example:
         """Fills a row with a pair.
@@ -176,9 +180,10 @@ class Canvas:
 class BucketedPairs:
     """Endless shuffled epochs of pairs, in batches of one length each.
 
-    In every epoch, the pairs of a length that do not fill a batch join the next longer one, and
-    those of the longest wait for the next epoch. Batch n is the same in every process and in a
-    continued run.
+    A batch of random pairs has the shortest length that holds its longest pair. In batches that are
+    grouped by length, the pairs of a length that do not fill a batch join the next longer one.
+    Pairs at the end of an epoch that fill no batch wait for the next one. Batch n is the same in
+    every process and in a continued run.
 
     Args:
         pairs: the pairs, none longer than the longest row.
@@ -200,8 +205,7 @@ class BucketedPairs:
         self.pairs, self.canvas, self.seed = pairs, canvas, seed
         self.rows = np.arange(canvas.batch_size) if rows is None else rows
         self.batches = len(pairs) // canvas.batch_size
-        own = np.asarray([bisect_left(canvas.lengths, pair.length) for pair in pairs], int)
-        self._buckets = [np.flatnonzero(own == i) for i in range(len(canvas.lengths))]
+        self._own = np.asarray([bisect_left(canvas.lengths, pair.length) for pair in pairs], int)
         self._epoch: tuple[int, list[tuple[int, np.ndarray]]] = (-1, [])
 
     def __len__(self) -> int:
@@ -220,12 +224,12 @@ class BucketedPairs:
     def epoch(self, number: int) -> list[tuple[int, np.ndarray]]:
         """Returns the batches of an epoch, each as (length, indices of pairs)."""
         rng = np.random.default_rng((self.seed, number))
-        size, batches, left = self.canvas.batch_size, [], np.empty(0, int)
-        for length, bucket in zip(self.canvas.lengths, self._buckets, strict=True):
-            members = rng.permutation(np.concatenate([left, bucket]))
-            whole = len(members) // size * size
-            left = members[whole:]
-            batches += [(length, part) for part in members[:whole].reshape(-1, size)]
+        order = rng.permutation(len(self.pairs))
+        if self.canvas.group_by_length:
+            order = order[np.argsort(self._own[order], kind="stable")]
+        size = self.canvas.batch_size
+        parts = order[: self.batches * size].reshape(self.batches, size)
+        batches = [(self.canvas.lengths[self._own[part].max()], part) for part in parts]
         return [batches[i] for i in rng.permutation(len(batches))]
 
 
