@@ -72,3 +72,21 @@ def test_an_answer_among_63_neighbours_is_that_of_an_idle_server():
             thread.join()
     assert running.end() == 0
     assert len(answers) == 65 and answers[63] == answers[-1]
+
+
+def test_seeds_and_temperatures_of_a_rule_that_draws():
+    rule = "mask:order=random,temperature=0.9"
+    running = start(rule)
+    running.wait_until_ready()
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
+
+        def texts(**fields: object) -> list[str]:
+            made = ask(client, rule, "Hello.", **fields)
+            return [choice.message.content for choice in made.choices]
+
+        several = texts(seed=1, n=6, temperature=0.9)
+        assert several == texts(seed=1, n=6) and len(set(several)) > 1
+        assert several != texts(seed=2, n=6) and several[:1] == texts(seed=1)
+        with pytest.raises(openai.BadRequestError, match="has the temperature 0.9"):
+            texts(temperature=0.5)
+    assert running.end() == 0

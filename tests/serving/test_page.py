@@ -353,10 +353,12 @@ def test_two_decoders_of_a_real_server_end_with_its_answers():
     running.wait_until_ready()
     prompt = "Keep the even numbers, then square each number and return the sum."
     with browser() as page:
+        page.set_default_timeout(600_000)
         page.goto(running.url)
         page.wait_for_function("document.querySelector('#model').textContent === 'tiny'")
         page.check("[name=beside]")
         ask(page, prompt)
+        page.wait_for_selector(".panel >> nth=1 >> dl:has-text('for 48 positions')")
         page.wait_for_selector("#stop", state="hidden")
         assert page.locator(".panel").count() == 2
         shown = [panel.inner_text() for panel in page.locator(".panel").all()]
