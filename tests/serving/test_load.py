@@ -106,7 +106,7 @@ def test_a_client_that_does_not_read(process):
 
 @pytest.mark.slow
 def test_sigterm_ends_what_has_begun_and_refuses_the_rest():
-    ending = ServerProcess("--slots", "2", "--steps-per-call", "1")
+    ending = ServerProcess("--slots", "2", "--steps-per-call", "1", "--drain", "600")
     text, finished = [], []
     with openai.OpenAI(base_url=f"{ending.url}/v1", api_key="none", max_retries=0) as client:
         stream = client.chat.completions.create(
