@@ -134,11 +134,11 @@ def test_one_sentence_and_nothing_written(tmp_path, change, sentence):
     folder = shutil.copytree(GOLDEN, tmp_path / "source")
     change(folder)
     for read in (load, lambda path: from_hf.convert(path, tmp_path / "orbax")):
-        began = time.monotonic()
+        began = time.process_time()  # other processes do not count
         with pytest.raises(UserError) as caught:
             read(folder)
         assert sentence in str(caught.value) and str(caught.value).isprintable()
-        assert time.monotonic() - began < 5
+        assert time.process_time() - began < 5
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
 
 

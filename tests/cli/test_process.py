@@ -33,7 +33,7 @@ def run(
         env={"PYTHON": sys.executable, "CODE": code, "PATH": "/usr/bin:/bin", **env},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
 

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ import pytest
 from xflow_jax.errors import UserError
 from xflow_jax.sandbox import commands, pool, worker
 from xflow_jax.sandbox.limits import FULL_ISOLATION, Limits
-from xflow_jax.sandbox.pool import Pool, run_program
+from xflow_jax.sandbox.pool import Pool, Result, run_program
 
 PATIENT = Limits(seconds=60, memory_mb=256)
 # Runs in the isolation alone and prints name -> result, or None if the attempt was refused.
@@ -101,7 +102,7 @@ def probe(tmp_path, method: str, landlock: bool) -> dict[str, str | None]:
                 command,
                 pass_fds=[theirs.fileno()],
                 env={},
-                timeout=60,
+                timeout=300,
                 start_new_session=True,
                 check=False,
             )
@@ -305,7 +306,7 @@ def test_what_stays_in_its_group_is_ended_by_the_zygote(methods, monkeypatch, tm
     with Pool(Limits(seconds=60, processes=10**5), workers=1) as pool:
         result = pool.run(stay)
         assert result.passed
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while is_alive(int(result.output)) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not is_alive(int(result.output))
@@ -370,10 +371,10 @@ def test_a_forgotten_pool_ends_with_the_process(tmp_path):
         command = [sys.executable, "-c", code, *arguments]
         environment = {**os.environ, "TMPDIR": str(tmp_path)}
         ended = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=120
+            command, env=environment, capture_output=True, text=True, timeout=300
         )
         assert ended.returncode == (-9 if arguments else 0), ended.stderr
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             if not any(is_alive(int(pid)) for pid in ended.stdout.split()):
                 break
@@ -385,17 +386,20 @@ def test_a_forgotten_pool_ends_with_the_process(tmp_path):
 
 
 def test_a_warm_worker_is_much_quicker_than_a_cold_one():
-    """By wall clock in one process. The ratio is about 20."""
-    times, jobs = {}, [(f"x = {i}", f"assert x == {i}") for i in range(30)]
+    """By the shortest wall time of each, which other processes lengthen least. About 20 times."""
+
+    def shortest(run: Callable[..., Result], count: int) -> float:
+        times = []
+        for i in range(count):
+            start = time.monotonic()
+            assert run(f"x = {i}", f"assert x == {i}").passed
+            times.append(time.monotonic() - start)
+        return min(times)
+
     with Pool(PATIENT, workers=1) as pool:
-        pool.run("x = 1")
-        start = time.monotonic()
-        assert all(pool.run(*job).passed for job in jobs)
-        times["warm"] = (time.monotonic() - start) / 30
-    start = time.monotonic()
-    assert all(run_program(*job, PATIENT).passed for job in jobs[:3])
-    times["cold"] = (time.monotonic() - start) / 3
-    assert times["cold"] > 3 * times["warm"], times
+        warm = shortest(pool.run, 30)
+    cold = shortest(functools.partial(run_program, limits=PATIENT), 3)
+    assert cold > 3 * warm, (cold, warm)
 
 
 def test_a_worker_is_renewed_after_some_programs(monkeypatch):

@@ -157,7 +157,7 @@ def test_wrong_templates(tokenizer, monkeypatch, template, sentence):
     began = time.monotonic()
     with pytest.raises(UserError, match="^the chat template of the model's tokenizer ") as caught:
         chat_ids(tokenizer, "hello")
-    assert sentence in str(caught.value) and time.monotonic() - began < 10
+    assert sentence in str(caught.value) and time.monotonic() - began < 60
 
 
 def test_the_next_prompt_after_a_wrong_template(tokenizer):
