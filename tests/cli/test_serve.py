@@ -21,7 +21,12 @@ def test_lists_and_automatic_numbers():
         (["--port", "70000"], "--port must be from 0 to 65535, not 70000"),
         (["--steps-per-call", "9"], "--steps-per-call must be from 1 to 8, not 9"),
         (["--slots", "0"], "--slots must be at least 1, not 0"),
-        (["--cache", "dual"], "the server decodes with cache auto, none or exact, not dual"),
+        (
+            ["--cache", "duel"],
+            "there is no cache 'duel'. There are none, exact, prompt, prefix and",
+        ),
+        (["--cache", "exact"], "llada attends to later blocks, so it has no exact cache"),
+        (["--cache", "auto", "--window", "8"], "window 8 needs cache dual, not none"),
         (["--gen-lengths", "64,0"], "must be lengths of at least 1"),
         (["--gen-lengths", "a"], "must be a whole number"),
         (["--rules", "nope"], "there is no rule 'nope'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -10,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.family_helpers import golden_lm
 from tests.helpers import eight, random_prompts, toy
 from tests.llada2_helpers import toy2
+from xflow_jax.decoding.cache_options import CacheOptions
 from xflow_jax.decoding.generate import generate, make_decode_config
 from xflow_jax.decoding.rules.base import Rule
 from xflow_jax.decoding.rules.baselines import Threshold
-from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
 from xflow_jax.decoding.rules.numbers import row_numbers
 from xflow_jax.decoding.rules.own_loop import adapt_loop
 from xflow_jax.decoding.rules.parsing import parse_rule
@@ -28,7 +30,18 @@ from xflow_jax.models.logical_axes import shardings
 from xflow_jax.parallel import make_mesh
 
 RULE = Threshold(tau=0.4)
-MODELS = {"bidirectional": toy, "block-causal": toy2}
+MODELS = {
+    "bidirectional": toy,
+    "block-causal": toy2,
+    "shifted": functools.partial(golden_lm, "fastdllm2_tiny"),  # block-causal too
+}
+NO_CACHE = CacheOptions()
+CACHES = {
+    "prompt": CacheOptions("prompt", refresh=2, prompt_every=2),
+    "prefix": CacheOptions("prefix", refresh=3),
+    "dual": CacheOptions("dual"),
+    "all options": CacheOptions("dual", refresh=2, window=3, prompt_every=2),
+}
 PROMPTS = random_prompts([5, 17, 2], 3)
 RULES = [
     pytest.param("threshold:tau=0.3", marks=pytest.mark.slow),
@@ -41,10 +54,13 @@ RULES = [
     pytest.param("edit:tau=0.5,tau_edit=0.3", marks=pytest.mark.slow),
     pytest.param("dmax", marks=pytest.mark.slow),
     pytest.param("softmask", marks=pytest.mark.slow),
+    pytest.param("mask:cfg_scale=0.5", marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(
+    "family", ["bidirectional", "shifted", pytest.param("block-causal", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("text", RULES)
 def test_a_stream_ends_with_the_tokens_of_generate(family, text):
     lm, rule = MODELS[family](), parse_rule(text)[1]
@@ -59,11 +75,31 @@ def test_a_stream_ends_with_the_tokens_of_generate(family, text):
     assert all((a.forward_passes <= b.forward_passes).all() for a, b in itertools.pairwise(states))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["threshold:tau=0.3", "flow", "mask:cfg_scale=0.5"])
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("model", [toy, functools.partial(golden_lm, "dream_tiny")])
+def test_a_stream_with_a_cache_ends_with_the_tokens_of_generate(model, cache, rule):
+    lm, rule = model(), parse_rule(rule)[1]
+    options = {"steps_per_block": 3, "block_length": 4, **dataclasses.asdict(CACHES[cache])}
+    *_, last = stream(lm, PROMPTS, rule, 16, **options)
+    expected = generate(lm, PROMPTS, rule, 16, **options)
+    assert np.array_equal(last.tokens, expected.tokens)
+    assert np.array_equal(last.forward_passes, expected.forward_passes)
+
+
 class Bench:
     """A lane of a model, which decodes requests in given slots."""
 
-    def __init__(self, lm: LM, slots: int = 6, prompt_length: int = 32, rule: Rule = RULE) -> None:
-        self.lm, self.rule = lm, rule
+    def __init__(
+        self,
+        lm: LM,
+        slots: int = 6,
+        prompt_length: int = 32,
+        rule: Rule = RULE,
+        cache: CacheOptions = NO_CACHE,
+    ) -> None:
+        self.lm, self.rule, self.cache = lm, rule, cache
         # Twelve steps are more than any request takes.
         config = self.config(rule, 16, steps=12)
         numbers = row_numbers(rule, lm.config)
@@ -73,7 +109,7 @@ class Bench:
 
     def config(self, rule: Rule, gen_length: int, steps: int):
         config = make_decode_config(self.lm, 32, gen_length, 1, steps, 4)
-        return adapt_loop(rule, slot_config(self.lm, rule, config))
+        return adapt_loop(rule, slot_config(self.lm, rule, config, self.cache.within(config)))
 
     def admit(
         self,
@@ -114,10 +150,24 @@ def equal(a, b) -> bool:
 
 
 @pytest.mark.parametrize(
-    "family", ["bidirectional", pytest.param("block-causal", marks=pytest.mark.slow)]
+    ("family", "cache"),
+    [
+        ("bidirectional", CACHES["all options"]),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("bidirectional", NO_CACHE),
+                ("bidirectional", CACHES["prompt"]),
+                ("bidirectional", CACHES["prefix"]),
+                ("block-causal", NO_CACHE),
+                ("shifted", NO_CACHE),
+            ]
+        ),
+    ],
 )
-def test_neighbours_change_nothing(family):
-    bench = Bench(MODELS[family]())
+def test_neighbours_change_nothing(family, cache):
+    """Rows of several lengths begin at different times, and one of them twice."""
+    bench = Bench(MODELS[family](), cache=cache)
     mine = random_prompts([11], 8)[0]
     bench.admit(2, mine, steps=3)
     alone = bench.finish(2)
@@ -131,21 +181,34 @@ def test_neighbours_change_nothing(family):
         bench.run()
         bench.admit(slot, others.pop(), Threshold(tau=0.9), 16, steps=4)
     assert equal(bench.finish(5), alone)
+    expected = generate(
+        bench.lm, [mine], RULE, 16, steps_per_block=3, block_length=4, **dataclasses.asdict(cache)
+    )
+    assert np.array_equal(alone.tokens[:16] & 0xFFFFFF, expected.tokens[0])
+    assert alone.rows[1] == expected.forward_passes[0] > 4
     assert len({tuple(row) for row in (np.asarray(bench.slots.state.tokens)).tolist()}) > 4
 
 
 @pytest.mark.slow
-def test_rows_have_their_own_numbers_lengths_and_steps():
+@pytest.mark.parametrize("cache", [NO_CACHE, *CACHES.values()])
+def test_rows_have_their_own_numbers_lengths_and_steps(cache):
     lm = toy()
-    bench = Bench(lm)
+    bench = Bench(lm, cache=cache)
     assert bench.lane.numbers == ("tau",)
-    cases = [(0.1, 8, 1), (0.3, 16, 4), (0.95, 12, 2)]
+    cases = [(0.1, 8, 3), (0.3, 16, 4), (0.95, 12, 3)]
     for slot, (tau, length, steps) in enumerate(cases):
         bench.admit(slot, PROMPTS[slot], Threshold(tau=tau), length, steps)
+        bench.run(slot)  # so that each begins at another time
     for slot, (tau, length, steps) in enumerate(cases):
         row = bench.finish(slot)
         expected = generate(
-            lm, [PROMPTS[slot]], Threshold(tau=tau), length, steps_per_block=steps, block_length=4
+            lm,
+            [PROMPTS[slot]],
+            Threshold(tau=tau),
+            length,
+            steps_per_block=steps,
+            block_length=4,
+            **dataclasses.asdict(cache),
         )
         tokens = row.tokens[:length] & 0xFFFFFF
         assert np.array_equal(tokens, expected.tokens[0])
@@ -188,10 +251,8 @@ def test_numbers_that_a_row_can_have(text, names):
 
 
 def test_what_slots_cannot_do():
-    with pytest.raises(UserError, match="slots work with cache none or exact, not dual"):
-        stream(toy(), PROMPTS, Threshold(), 16, block_length=4, cache="dual")
-    with pytest.raises(UserError, match="the rule has guidance"):
-        stream(toy2(), PROMPTS, MaskPrediction(cfg_scale=1.0), 16, block_length=4)
+    with pytest.raises(UserError, match="llada2 is block-causal, so its cache is exact"):
+        stream(toy2(), PROMPTS, RULE, 16, block_length=4, cache="dual")
     bench = Bench(toy(), prompt_length=4)
     with pytest.raises(UserError, match="the prompt has 5 tokens, but there is room for 4"):
         bench.admit(0, PROMPTS[0])
@@ -208,14 +269,21 @@ def on_mesh(lm: LM, spec: str) -> LM:
 
 @eight
 @pytest.mark.slow
-@pytest.mark.parametrize("family", MODELS)
-def test_a_mesh_changes_no_token(family):
-    rule, options = Threshold(tau=0.3), {"gen_length": 16, "steps": 8, "block_length": 4}
-    prompts = random_prompts([5, 17, 2, 9], 3)
-    expected = generate(MODELS[family](), prompts, rule, **options)
-    lm = on_mesh(MODELS[family](), "2,2,2")
-    *_, last = stream(lm, prompts, rule, **options)
+@pytest.mark.parametrize(
+    ("family", "cache"),
+    [*((family, NO_CACHE) for family in MODELS), ("bidirectional", CACHES["all options"])],
+)
+@pytest.mark.parametrize("count", [8, 3])
+def test_a_mesh_changes_no_token(family, cache, count):
+    """Also with a number of rows that the mesh does not divide."""
+    rule, options = Threshold(tau=0.3), {"steps_per_block": 2, "block_length": 4}
+    options |= dataclasses.asdict(cache)
+    prompts = random_prompts([5, 17, 2, 9, 12, 1, 30, 3], 3)[:count]
+    expected = generate(MODELS[family](), prompts, rule, 16, **options)
+    lm = on_mesh(MODELS[family](), "2,2,2" if family == "bidirectional" else "4,1,2")
+    *_, last = stream(lm, prompts, rule, 16, **options)
     assert np.array_equal(last.tokens, expected.tokens)
+    assert np.array_equal(last.forward_passes, expected.forward_passes)
 
 
 def test_a_lane_is_hashable():

@@ -9,6 +9,7 @@ from xflow_jax.cli.arguments import (
     MODEL,
     RULE,
     add_block_length_argument,
+    add_cache_arguments,
     add_dtype_argument,
     add_mask_argument,
     add_mesh_argument,
@@ -82,12 +83,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         ("--steps-per-call", "passes of a call, 1 to 8 (default: as many as take about 50 ms)"),
     ):
         parser.add_argument(option, type=_auto_number, metavar="N", help=help_)
-    parser.add_argument(
-        "--cache",
-        default=AUTO,
-        metavar="CACHE",
-        help="auto, none, or exact for models that have it (default: %(default)s)",
-    )
+    add_cache_arguments(parser)
     add_number(parser, "--max-queue", "requests that may wait for a slot", 256)
     add_number(parser, "--request-timeout", "seconds of a request", 300, "S")
     add_number(parser, "--drain", "seconds for requests under way after SIGTERM", 30, "S")
@@ -114,10 +110,7 @@ def run(args: argparse.Namespace) -> int:
         f"--steps-per-call must be from 1 to 8, not {args.steps_per_call}",
     )
     require(args.block_length != 0, "block_length must be a whole number of at least 1, not 0")
-    require(
-        args.cache in (AUTO, "none", "exact"),
-        f"the server decodes with cache auto, none or exact, not {args.cache}",
-    )
+    args.cache = None if args.cache == AUTO else args.cache
     args.api_key = args.api_key or os.environ.get(KEY) or None
     try:
         # Imported here because the help and a wrong option must not wait for JAX.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import time
 
+from xflow_jax.cli.arguments import cache_arguments
 from xflow_jax.cli.generate_run import longest_task
 from xflow_jax.cli.process import print_text
-from xflow_jax.decoding import parse_rules
+from xflow_jax.decoding import CacheOptions, parse_rules
 from xflow_jax.errors import require
 from xflow_jax.input_files import to_path
 from xflow_jax.lm import load
@@ -44,14 +45,8 @@ def serve(args: argparse.Namespace) -> int:
     task = longest_task(find_tasks(lm.tasks), [])
     if task is not None and gen_lengths is None and block_length is None:
         gen_lengths, block_length = [task.config.gen_length], task.config.block_length
-    lengths = make_lengths(
-        lm,
-        gen_lengths,
-        args.prompt_lengths,
-        block_length,
-        args.slots,
-        None if args.cache == "auto" else args.cache,
-    )
+    cache = CacheOptions(**cache_arguments(args))
+    lengths = make_lengths(lm, gen_lengths, args.prompt_lengths, block_length, args.slots, cache)
     limits = EngineOptions(args.steps_per_call, args.max_queue, float(args.request_timeout))
     engine = Engine(lm, rules, lengths, limits)
     name = args.served_model_name or to_path(args.model).name or args.model

@@ -5,6 +5,7 @@ from xflow_jax.decoding.blocks import (
     block_layout,
     branch_shares,
     make_schedule,
+    nearest_multiples,
     pass_positions,
     resolve_steps,
 )
@@ -106,6 +107,7 @@ __all__ = [
     "make_row",
     "make_schedule",
     "move_positions",
+    "nearest_multiples",
     "order_score",
     "pad_prompts",
     "parse_budget",

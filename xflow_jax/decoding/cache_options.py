@@ -108,6 +108,15 @@ class CacheOptions:
         about |= {"window": int(self.window)} if self.window else {}
         return about | ({"prompt_every": int(self.prompt_every)} if self.prompt_every > 1 else {})
 
+    def within(self, config: DecodeConfig) -> CacheOptions:
+        """Returns the options with numbers that a decode is long enough for.
+
+        Args:
+            config: lengths and steps.
+        """
+        refresh, window = min(self.refresh, config.steps), min(self.window, config.gen_length)
+        return dataclasses.replace(self, refresh=refresh, window=window)
+
     def apply(self, model: ModelConfig, config: DecodeConfig) -> DecodeConfig:
         """Returns a decode's configuration with the cache.
 

@@ -6,7 +6,7 @@ The interface is that of the pass without a cache (forward.py).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import jax
@@ -21,6 +21,8 @@ from xflow_jax.models import kv_cache
 from xflow_jax.parallel import BATCH, LOGICAL, divides
 from xflow_jax.types import Array, Backbone, Bool, Cache, Float, Int, Params
 
+# Position of the first of some consecutive ones: of all rows, or of each one.
+Start: TypeAlias = int | Int[Array, ""] | Int[Array, " B"]
 Pass: TypeAlias = Callable[[Cache], tuple[jax.Array, Cache]]  # hidden states and the next cache
 
 
@@ -91,7 +93,7 @@ class CachedForward(FullForward):
 
     def _first(self, block: Block) -> Int[Array, " B"]:
         """Position of a block's start, counted from the row's first token."""
-        size, block = self.config.block_length, block[:, 0] if block.ndim else block
+        size, block = self.config.block_length, self.row_blocks(block)
         return (self.length[:, 0] // size + block) * size
 
 
@@ -164,7 +166,7 @@ class PromptCacheForward(FullForward):
         """Selects the hidden states that the step needs."""
         return h
 
-    def _write(self, cache: Cache, new: Cache, start: int | Int[Array, ""], step: Step) -> Cache:
+    def _write(self, cache: Cache, new: Cache, start: Start, step: Step) -> Cache:
         """Writes keys and values of consecutive positions.
 
         A row that skips the step keeps its own, if a later block could read them: those of the
@@ -177,7 +179,7 @@ class PromptCacheForward(FullForward):
             busy = jnp.tile(busy, self.prompt_x.shape[0] // busy.shape[0])[:, None, None, None]
 
             def merge(old: Array, part: Array) -> Array:
-                old = jax.lax.dynamic_slice_in_dim(old, start, part.shape[2], axis=2)
+                old = jax.vmap(lambda x: cut(x, start, part.shape[2]))(old)
                 return jnp.where(busy[None], part, old)
 
             new = jax.tree.map(merge, cache, new)
@@ -231,10 +233,10 @@ class PrefixCacheForward(PromptCacheForward):
 
     def _active(self, h: Float[Array, "B N E"], step: Step) -> Float[Array, "B n E"]:
         size = self.config.block_length
-        return jax.lax.dynamic_slice_in_dim(h, step.block * size, size, axis=1)
+        return cut(h, self.row_blocks(step.block) * size, size)
 
     def _read(
-        self, cache: Cache, x: Float[Array, "B N E"], first: int | Int[Array, ""], count: int
+        self, cache: Cache, x: Float[Array, "B N E"], first: Start, count: int
     ) -> tuple[Array, Cache]:
         """Runs consecutive positions, whose keys and values replace those of the cache.
 
@@ -243,7 +245,7 @@ class PrefixCacheForward(PromptCacheForward):
         Args:
             cache: keys and values of all positions.
             x: the canvas.
-            first: canvas position of the first one, at least -window.
+            first: canvas position of the first one, at least -window, or one for each row.
             count: number of positions.
 
         Returns:
@@ -252,14 +254,14 @@ class PrefixCacheForward(PromptCacheForward):
         prompt, before = self.prompt_x.shape[1], self.config.window + self.shift
         row = jnp.concatenate([self.prompt_x[:, prompt - before :], x], axis=1)
         row = jnp.pad(row, ((0, 0), (0, self.surplus), (0, 0)))
-        more, cut = count + self.shift, jax.lax.dynamic_slice_in_dim
-        part = cut(row, before + first - self.shift, more, axis=1)
+        more = count + self.shift
+        part = cut(row, before + first - self.shift, more)
         mask = jnp.pad(self.mask, ((0, 0), (0, self.positions - self.mask.shape[1])))
         start = self._column(first)
         h, new = self._apply("hidden_cached", part, cache, start, mask, None, True)
-        return self._predicting(h, cut(mask, start, more, axis=1))[:, self.shift :], new
+        return self._predicting(h, cut(mask, start, more))[:, self.shift :], new
 
-    def _column(self, first: int | Int[Array, ""]) -> int | Int[Array, ""]:
+    def _column(self, first: Start) -> Start:
         """Returns the position of the first one that `_read` runs."""
         return self.prompt_x.shape[1] + first - self.shift
 
@@ -280,7 +282,7 @@ class DualCacheForward(PrefixCacheForward):
         self, x: Float[Array, "B N E"], step: Step, cache: Cache
     ) -> tuple[Float[Array, "B n E"], Cache]:
         size, window = self.config.block_length, self.config.window
-        first = step.block * size - window
+        first = self.row_blocks(step.block) * size - window
         h, new = self._read(cache, x, first, size + 2 * window)
         # The next pass computes the same positions again, or all of the canvas. So only what a
         # window holds of the prompt can be read later.
@@ -305,13 +307,34 @@ def make_forward(
     prompt_x: Float[Array, "B P E"],
     prompt_mask: Bool[Array, "B P"],
     on_canvas: Bool[Array, "B N"],
+    forwards: Mapping[str, type[FullForward]] = FORWARDS,
 ) -> FullForward:
-    """Builds the forward pass that a decode's configuration selects."""
+    """Builds the forward pass that a decode's configuration selects.
+
+    Args:
+        model: the backbone.
+        params: its parameters.
+        config: lengths, steps and cache.
+        prompt_x: embeddings of the prompt, padded on the left.
+        prompt_mask: False at padding.
+        on_canvas: True at positions that the row decodes.
+        forwards: class of each cache.
+
+    Returns:
+        The forward pass.
+    """
     before = config.window + int(model.config.logits_shift)
     if (more := before - prompt_x.shape[1]) > 0:  # what a pass reads before the first block
         prompt_x = jnp.pad(prompt_x, ((0, 0), (more, 0), (0, 0)))
         prompt_mask = jnp.pad(prompt_mask, ((0, 0), (more, 0)))
-    return FORWARDS[config.cache](model, params, config, prompt_x, prompt_mask, on_canvas)
+    return forwards[config.cache](model, params, config, prompt_x, prompt_mask, on_canvas)
+
+
+def cut(x: Array, start: Start, count: int) -> Array:
+    """Cuts consecutive positions of [B, L, ...], which begin at `start`."""
+    if jnp.ndim(start):
+        return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, count))(x, start)
+    return jax.lax.dynamic_slice_in_dim(x, start, count, axis=1)
 
 
 def _choose(scope: str, condition: Bool[Array, ""], branch: Pass, other: Pass) -> Pass:

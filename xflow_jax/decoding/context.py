@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 
 from xflow_jax.decoding.belief import BeliefOptions
+from xflow_jax.decoding.blocks import block_layout, block_starts
+from xflow_jax.decoding.cached_forward import FORWARDS, make_forward
 from xflow_jax.decoding.forward import Block, FullForward
 from xflow_jax.decoding.rules.base import Rule
 from xflow_jax.decoding.state import DecodeConfig
-from xflow_jax.errors import require
 from xflow_jax.types import Array, Backbone, Bool, Float, Int, Key, Params
 
 Scan: TypeAlias = Callable[..., Any]  # the signature of jax.lax.scan
@@ -51,14 +53,6 @@ class DecodeContext:
     starts: Bool[Array, "B N"] | None = None
     fixed: Bool[Array, "B N"] | None = None
 
-    def __post_init__(self) -> None:
-        crosses = self.config.block_causal and self.model.config.logits_shift
-        require(
-            self.starts is not None or not crosses,
-            f"the first position of a block of {self.model.config.family} is predicted by the "
-            "block before, which this program does not support",
-        )
-
     def positions(self, block: Block, t: Float[Array, "B N"]) -> Bool[Array, "B N"]:
         """Returns the positions that the steps of a block move.
 
@@ -90,3 +84,63 @@ class DecodeContext:
             m = self.params["wte"]["embedding"][self.model.config.mask_id].astype(x.dtype)
             free = jnp.where(self.fixed[..., None], m[None, None, :], x)
         return jnp.concatenate([x, free])
+
+
+def make_context(
+    model: Backbone,
+    params: Params,
+    rule: Rule,
+    config: DecodeConfig,
+    prompt: Int[Array, "B P"],
+    prompt_mask: Bool[Array, "B P"],
+    keys: Key[Array, " B"],
+    scan: Scan = jax.lax.scan,
+    forwards: Mapping[str, type[FullForward]] = FORWARDS,
+    positions: Int[Array, " B"] | None = None,
+    fixed: Bool[Array, "B N"] | None = None,
+) -> DecodeContext:
+    """Builds the context of a decode.
+
+    Args:
+        model: the backbone.
+        params: its parameters.
+        rule: how far each position moves in a step.
+        config: static lengths and switches.
+        prompt: token ids, padded on the left.
+        prompt_mask: False at padding.
+        keys: one random key per sequence.
+        scan: jax.lax.scan, or a plain loop of its signature.
+        forwards: class of the forward pass with each cache.
+        positions: canvas positions that each row decodes, or None for those of `config`.
+        fixed: canvas positions that hold the prompt, or None.
+
+    Returns:
+        The context.
+    """
+    block_of, on_canvas = block_layout(config, prompt_mask)
+    if positions is not None:
+        on_canvas = jnp.arange(config.canvas)[None, :] < positions[:, None]
+    if config.infill:  # the prompt stands on the canvas
+        prompt, prompt_mask = prompt[:, :0], prompt_mask[:, :0]
+    options = rule.belief_options(model.config, config.eot_id)
+    ids, masks = prompt, (prompt_mask, on_canvas)
+    if options.guidance:
+        ids = jnp.concatenate([prompt, jnp.full_like(prompt, model.config.mask_id)])
+        masks = (jnp.tile(prompt_mask, (2, 1)), jnp.tile(on_canvas, (2, 1)))
+    prompt_x = model.apply({"params": params}, ids, method="embed")
+    forward = make_forward(model, params, config, prompt_x, *masks, forwards)
+    starts = block_starts(config, prompt_mask) if model.config.logits_shift else None
+    return DecodeContext(
+        model,
+        params,
+        rule,
+        config,
+        forward,
+        options,
+        keys,
+        block_of,
+        on_canvas,
+        scan,
+        starts,
+        fixed,
+    )

@@ -22,10 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from xflow_jax.decoding.belief import TOP, Belief, BeliefOptions, compute_belief
-from xflow_jax.decoding.blocks import block_layout, block_starts, make_schedule
-from xflow_jax.decoding.cached_forward import make_forward
+from xflow_jax.decoding.blocks import make_schedule
 from xflow_jax.decoding.canvas import embed, onto_canvas, start_state
-from xflow_jax.decoding.context import DecodeContext, Scan
+from xflow_jax.decoding.context import DecodeContext, Scan, make_context
 from xflow_jax.decoding.forward import Block, Carry
 from xflow_jax.decoding.rules.base import Action, Rule
 from xflow_jax.decoding.state import SETTLED, DecodeConfig, DecodeState, Step, Trace, is_stop
@@ -59,39 +58,15 @@ def decode(
         The final state over the whole canvas, [B, config.canvas], and the trace of all steps
         [T, B, canvas] if config.trace is set, otherwise None.
     """
-    block_of, on_canvas = block_layout(config, prompt_mask)
-    m = embed(params, jnp.full((1, 1), model.config.mask_id))
-    options = rule.belief_options(model.config, config.eot_id)
     start, fixed = start_state(model, params, rule, config, prompt, prompt_mask)
-    if config.infill:  # it stands on the canvas
-        prompt, prompt_mask = prompt[:, :0], prompt_mask[:, :0]
-    prompt_x = model.apply({"params": params}, prompt, method="embed")
-    masks = (prompt_mask, on_canvas)
-    if options.guidance:
-        masked = jnp.broadcast_to(m, prompt_x.shape).astype(prompt_x.dtype)
-        prompt_x = jnp.concatenate([prompt_x, masked])
-        masks = (jnp.tile(prompt_mask, (2, 1)), jnp.tile(on_canvas, (2, 1)))
-    forward = make_forward(model, params, config, prompt_x, *masks)
-    starts = block_starts(config, prompt_mask) if model.config.logits_shift else None
-    context = DecodeContext(
-        model,
-        params,
-        rule,
-        config,
-        forward,
-        options,
-        keys,
-        block_of,
-        on_canvas,
-        scan,
-        starts,
-        fixed,
+    context = make_context(
+        model, params, rule, config, prompt, prompt_mask, keys, scan, fixed=fixed
     )
     by_block = jax.tree.map(
         lambda x: jnp.reshape(x, (config.blocks, config.steps)), make_schedule(config)
     )
     one_block = functools.partial(_decode_block, context)
-    (state, _), trace = scan(one_block, (start, forward.init_cache()), by_block)
+    (state, _), trace = scan(one_block, (start, context.forward.init_cache()), by_block)
     return state, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), trace)
 
 
@@ -108,7 +83,7 @@ def _decode_block(
         cache = context.forward.begin_block(cache, context.model_rows(state.x), block, any_active)
     if context.starts is not None:
         first = jax.tree.map(lambda x: x[0], steps)
-        state = _write_start(context, first, cache, state)
+        state = write_start(context, first, cache, state)
     return context.scan(functools.partial(decode_step, context), (state, cache), steps)
 
 
@@ -125,10 +100,20 @@ def begin_block(context: DecodeContext, state: DecodeState, block: Block) -> Dec
     return dataclasses.replace(commit_tokens(context.params, state, old), finished=finished)
 
 
-def _write_start(
+def write_start(
     context: DecodeContext, step: Step, cache: Carry, state: DecodeState
 ) -> DecodeState:
-    """Writes the first token of a block, the block before's likeliest one."""
+    """Writes the first token of a block, the block before's likeliest one.
+
+    Args:
+        context: everything that stays the same.
+        step: first step of the block.
+        cache: the cache of the block.
+        state: the state. Rows that are finished stay as they are.
+
+    Returns:
+        The new state.
+    """
     assert context.starts is not None
     new = context.starts & (context.block_of == step.block) & context.on_canvas
     new &= ~state.finished[:, None]

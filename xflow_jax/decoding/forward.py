@@ -35,8 +35,8 @@ class ExactCache:
 
 
 Carry: TypeAlias = Cache | ExactCache | None
-# The active block: of all rows, or of each one.
-Block: TypeAlias = Int[Array, ""] | Int[Array, "B 1"]
+# The active block: of all sequences, or of each one.
+Block: TypeAlias = Int[Array, ""] | Int[Array, "S 1"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,7 +129,14 @@ class FullForward:
         """
         size = self.config.block_length
         shift = self.length % size if self.config.block_causal else jnp.zeros_like(self.length)
-        return block * size - shift + jnp.arange(size)[None, :]
+        first = jnp.reshape(self.row_blocks(block) * size, (-1, 1))
+        return first - shift + jnp.arange(size)[None, :]
+
+    def row_blocks(self, block: Block) -> Int[Array, "*rows"]:
+        """Returns the active block: a scalar, or [B] with copies for guidance."""
+        if block.ndim == 0:
+            return block
+        return jnp.tile(block[:, 0], self.prompt_x.shape[0] // block.shape[0])
 
     @property
     def shift(self) -> int:

@@ -34,7 +34,7 @@ from xflow_jax.decoding.rules.base import Rule
 from xflow_jax.decoding.rules.own_loop import adapt_loop
 from xflow_jax.decoding.state import DecodeConfig, Trace, read_out
 from xflow_jax.errors import UserError, check_seed, describe, require
-from xflow_jax.parallel import batch_sharding, fetch_to_host, put_sharded
+from xflow_jax.parallel import batch_sharding, count_shards, fetch_to_host, put_sharded
 from xflow_jax.tokenizer import chat_ids, check_messages, decode_responses, pad_left
 from xflow_jax.types import Array, Backbone, Bool, Float, Int, Key, LanguageModel, Params
 
@@ -168,10 +168,9 @@ def _decode_rows(
     """Pads the rows, runs the jitted decode, and fetches the result."""
     ids, mask = pad_prompts(lm, rows)
     take = np.arange(len(rows))
-    if lm.mesh is not None:
-        # Every device needs equally many rows. The last row is repeated, and the copies dropped.
-        fill = -len(rows) % (lm.mesh.shape["data"] * lm.mesh.shape["fsdp"])
-        take = np.concatenate([take, np.full(fill, len(rows) - 1)])
+    # Every device needs equally many rows. The last row is repeated, and the copies dropped.
+    fill = -len(rows) % count_shards(lm.mesh)
+    take = np.concatenate([take, np.full(fill, len(rows) - 1)])
     with lm.scope():
         arrays = (ids[take], mask[take], row_keys(jax.random.key(seed), rows)[take])
         if lm.mesh is not None:

@@ -34,12 +34,6 @@ class Lane:
     prompt_length: int
     numbers: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        require(
-            self.config.cache in ("none", "exact"),
-            f"slots work with cache none or exact, not {self.config.cache}",
-        )
-
     @classmethod
     def of(
         cls, config: DecodeConfig, slots: int, prompt_length: int, numbers: Sequence[str] = ()

@@ -19,19 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from xflow_jax.decoding.blocks import block_layout
-from xflow_jax.decoding.cached_forward import CachedForward, constrain_cache
-from xflow_jax.decoding.canvas import embed
-from xflow_jax.decoding.context import DecodeContext
-from xflow_jax.decoding.decode import begin_block, decode_step
-from xflow_jax.decoding.forward import Carry, FullForward
+from xflow_jax.decoding.belief import TOP
+from xflow_jax.decoding.blocks import cache_passes
+from xflow_jax.decoding.canvas import start_state
+from xflow_jax.decoding.context import DecodeContext, make_context
+from xflow_jax.decoding.decode import begin_block, decode_step, write_start
+from xflow_jax.decoding.forward import Carry
 from xflow_jax.decoding.rules.base import Rule
 from xflow_jax.decoding.rules.numbers import with_numbers
+from xflow_jax.decoding.slot_forward import SLOT_FORWARDS, SlotExactForward
 from xflow_jax.decoding.slot_rows import Lane, Rows, make_row
 from xflow_jax.decoding.state import DecodeConfig, DecodeState, Step
-from xflow_jax.models import kv_cache
-from xflow_jax.parallel import batch_sharding, replicated
-from xflow_jax.types import Array, Backbone, Bool, Float, Int, Key, LanguageModel, Params
+from xflow_jax.parallel import constrain_batch
+from xflow_jax.types import Array, Backbone, Bool, Int, Key, LanguageModel, Params
 
 
 @no_type_check  # of the fields, since transforms of trees put other leaves there
@@ -87,23 +87,6 @@ class Snapshot:
     top_tokens: jax.Array
 
 
-class SlotCacheForward(CachedForward):
-    """Forward pass over each row's active block, with an exact cache.
-
-    Rows are at different blocks. Every pass writes its keys and values, so a finished block takes
-    one more pass, with its final tokens. What earlier passes wrote is overwritten before a query
-    attends to it. The cache has a place for the last block too, since every block is written.
-    """
-
-    def hidden(
-        self, cache: Carry, x: Float[Array, "B N E"], step: Step
-    ) -> tuple[Float[Array, "B n E"], Carry]:
-        """Computes hidden states of the active blocks, [B, block_length, E]."""
-        assert isinstance(cache, dict)  # none of a model with logits_shift
-        h, new = self._read(cache, x, step.block)
-        return h, constrain_cache(kv_cache.write_cache(cache, new, self._first(step.block)))
-
-
 def init_slots(lm: LanguageModel, rule: Rule, lane: Lane) -> Slots:
     """Makes the state of a lane without requests.
 
@@ -115,15 +98,7 @@ def init_slots(lm: LanguageModel, rule: Rule, lane: Lane) -> Slots:
     row = make_row(lane, lm.config.pad_id, [lm.config.pad_id], rule, _one_step(lane.config))
     rows = jax.tree.map(lambda x: np.repeat(x, lane.slots, axis=0), row)
     with lm.scope():
-        slots = _init(lm.model, lm.params, rule, lane, rows)
-        if lm.mesh is None:
-            return slots
-        shards = lm.mesh.shape["data"] * lm.mesh.shape["fsdp"]
-        split = lane.slots % shards == 0
-        sharding = batch_sharding(lm.mesh) if split else replicated(lm.mesh)
-        cache = slots.cache
-        placed = jax.device_put(dataclasses.replace(slots, cache=None), sharding)
-        return dataclasses.replace(placed, cache=cache)
+        return _init(lm.model, lm.params, rule, lane, rows)
 
 
 def _one_step(config: DecodeConfig) -> DecodeConfig:
@@ -132,39 +107,26 @@ def _one_step(config: DecodeConfig) -> DecodeConfig:
 
 @partial(jax.jit, static_argnames=("model", "lane"))
 def _init(model: Backbone, params: Params, rule: Rule, lane: Lane, rows: Rows) -> Slots:
-    s, cache = lane.slots, None
-    if lane.config.cache == "exact":
-        size = lane.config.block_length
-        whole = lane.prompt_length // size * size
-        cache = model.empty_cache(s, whole + lane.config.blocks * size)
-        cache = constrain_cache(cache)
     rows = jax.tree.map(jnp.asarray, rows)
-    return dataclasses.replace(
-        _fresh(model, params, with_numbers(rule, rows.numbers), lane, rows, cache),
-        active=jnp.zeros(s, bool),
-    )
+    context = _make_context(model, params, rule, lane, rows)
+    fresh = _fresh(context, rows, context.forward.init_cache())
+    return _constrain(dataclasses.replace(fresh, active=jnp.zeros(lane.slots, bool)))
 
 
-def _fresh(
-    model: Backbone, params: Params, rule: Rule, lane: Lane, rows: Rows, cache: Carry
-) -> Slots:
+def _constrain(slots: Slots) -> Slots:
+    """Shards slots as a batch, but for the cache."""
+    rest = jax.tree.map(constrain_batch, dataclasses.replace(slots, cache=None))
+    return dataclasses.replace(rest, cache=slots.cache)
+
+
+def _fresh(context: DecodeContext, rows: Rows, cache: Carry) -> Slots:
     """Returns decodes before their first pass."""
-    batch, canvas = rows.positions.shape[0], lane.config.canvas
-    m = embed(params, jnp.full((1, 1), model.config.mask_id))
-    zero, no = jnp.zeros((batch, canvas)), jnp.zeros(batch, bool)
-    start = jnp.zeros((batch, 1), jnp.int32)
-    state = DecodeState(
-        x=jnp.broadcast_to(m, (batch, canvas, m.shape[-1])),
-        t=zero,
-        tokens=jnp.full((batch, canvas), model.config.mask_id, jnp.int32),
-        forward_passes=jnp.zeros(batch, jnp.int32),
-        finished=no,
-        memory=rule.init_memory(batch, canvas),
-        finite=~no,
-    )
-    four = jnp.zeros((batch, canvas, 4))
-    edits = jnp.zeros((batch, canvas), jnp.uint8)
-    tokens = four.astype(jnp.int32)
+    parts = (context.model, context.params, context.rule, context.config)
+    state, _ = start_state(*parts, rows.prompt, rows.prompt_mask)
+    zero, no = jnp.zeros_like(state.t), jnp.zeros_like(state.finished)
+    start = jnp.zeros((len(no), 1), jnp.int32)
+    four = jnp.zeros((*zero.shape, TOP))
+    edits, tokens = zero.astype(jnp.uint8), four.astype(jnp.int32)
     return Slots(rows, state, cache, start, start, no, ~no, zero, four, tokens, edits)
 
 
@@ -193,23 +155,14 @@ def admit(
         The new state.
     """
     row = jax.tree.map(jnp.asarray, row)
-    fresh = _fresh(model, params, with_numbers(rule, row.numbers), lane, row, None)
-    update = jax.lax.dynamic_update_slice_in_dim
+    context = _make_context(model, params, rule, lane, row)
     cache = slots.cache
-    if cache is not None:
-        prompt_x = model.apply({"params": params}, row.prompt, method="embed")
-        on_canvas = jnp.ones((1, lane.config.canvas), bool)
-        forward = CachedForward(model, params, lane.config, prompt_x, row.prompt_mask, on_canvas)
-        whole = lane.prompt_length // lane.config.block_length * lane.config.block_length
-
-        def write(old: Array, new: Array) -> Array:
-            return jax.lax.dynamic_update_slice(old, new[:, :, :whole], [0, slot, 0, 0, 0])
-
-        if whole:
-            cache = constrain_cache(jax.tree.map(write, cache, forward.init_cache()))
-    rest = dataclasses.replace(slots, cache=None)
+    if isinstance(context.forward, SlotExactForward):
+        cache = context.forward.write_prompt(cache, slot)
+    fresh, rest = _fresh(context, row, None), dataclasses.replace(slots, cache=None)
+    update = jax.lax.dynamic_update_slice_in_dim
     rest = jax.tree.map(lambda old, new: update(old, new.astype(old.dtype), slot, 0), rest, fresh)
-    return dataclasses.replace(rest, cache=cache)
+    return _constrain(dataclasses.replace(rest, cache=cache))
 
 
 @partial(jax.jit, static_argnames=("model", "lane", "passes"), donate_argnames="slots")
@@ -244,24 +197,24 @@ def run_passes(
         return _pass(context, lane, rows, slots), None
 
     slots = jax.lax.scan(one, slots, None, length=passes)[0]
-    return dataclasses.replace(slots, rows=rows), take_snapshot(slots)
+    return _constrain(dataclasses.replace(slots, rows=rows)), take_snapshot(slots)
 
 
 def _make_context(
     model: Backbone, params: Params, rule: Rule, lane: Lane, rows: Rows
 ) -> DecodeContext:
     """Builds the context of the decoder's step."""
-    config, mask = lane.config, rows.prompt_mask
-    rule = with_numbers(rule, rows.numbers)
-    block_of = block_layout(config, mask)[0]
-    on_canvas = jnp.arange(config.canvas)[None, :] < rows.positions[:, None]
-    options = rule.belief_options(model.config, config.eot_id)
-    prompt_x = model.apply({"params": params}, rows.prompt, method="embed")
-    kind = SlotCacheForward if config.cache == "exact" else FullForward
-    forward = kind(model, params, config, prompt_x, mask, on_canvas)
-    keys = jax.vmap(_row_key)(rows.salts)
-    return DecodeContext(
-        model, params, rule, config, forward, options, keys, block_of, on_canvas, jax.lax.scan
+    rule, keys = with_numbers(rule, rows.numbers), jax.vmap(_row_key)(rows.salts)
+    return make_context(
+        model,
+        params,
+        rule,
+        lane.config,
+        rows.prompt,
+        rows.prompt_mask,
+        keys,
+        forwards=SLOT_FORWARDS,
+        positions=rows.positions,
     )
 
 
@@ -271,22 +224,30 @@ def _row_key(salts: Array) -> Key[Array, ""]:
     return fold(fold(jax.random.key(salts[0]), salts[1]), salts[2])
 
 
-def _row_step(rows: Rows, slots: Slots) -> Step:
+def _row_step(config: DecodeConfig, rows: Rows, slots: Slots) -> Step:
     """Returns the step of each row, with arrays [S, 1]."""
     at = jnp.minimum(slots.local, rows.schedule.rho.shape[1] - 1)
     step = jax.tree.map(lambda x: jnp.take_along_axis(x, at, axis=1), rows.schedule)
-    index = slots.block * rows.steps + slots.local
-    return dataclasses.replace(step, index=index, block=slots.block)
+    return dataclasses.replace(
+        step,
+        index=slots.block * rows.steps + slots.local,
+        block=slots.block,
+        cache_pass=jnp.asarray(cache_passes(config))[slots.block, at],
+    )
 
 
 def _pass(context: DecodeContext, lane: Lane, rows: Rows, slots: Slots) -> Slots:
     """Takes one step with each row."""
     old, exact = slots.state, lane.config.cache == "exact"
     frozen = old.finished | ~slots.active | slots.writing
-    step = _row_step(rows, slots)
+    step = _row_step(lane.config, rows, slots)
     if exact:
         step = dataclasses.replace(step, writes=slots.writing & slots.active)
-    state = dataclasses.replace(old, finished=frozen)
+    state = old
+    if context.starts is not None:
+        goes_on = dataclasses.replace(old, finished=frozen | (slots.local[:, 0] > 0))
+        state = write_start(context, step, slots.cache, goes_on)
+    state = dataclasses.replace(state, finished=frozen)
     (state, cache), trace = decode_step(context, (state, slots.cache), step)
     assert trace is not None
     state = dataclasses.replace(state, finished=jnp.where(frozen, old.finished, state.finished))
@@ -301,17 +262,16 @@ def _pass(context: DecodeContext, lane: Lane, rows: Rows, slots: Slots) -> Slots
         top_tokens=jnp.where(moved[..., None], trace.top_tokens, slots.top_tokens),
         edits=slots.edits + (trace.reedited & moved).astype(jnp.uint8),
     )
-    return _next_step(context, rows, slots, here, exact)
+    return _next_step(context, rows, slots, exact)
 
 
-def _next_step(
-    context: DecodeContext, rows: Rows, slots: Slots, here: Bool[Array, "S N"], exact: bool
-) -> Slots:
+def _next_step(context: DecodeContext, rows: Rows, slots: Slots, exact: bool) -> Slots:
     """Moves each row to its next step, or to its next block."""
     state, wrote = slots.state, slots.writing
     is_over = slots.local + 1 >= rows.steps
     if context.config.early_exit:
-        is_over |= ~jnp.any(here & context.rule.is_open(state), axis=-1, keepdims=True)
+        needed = context.positions(slots.block, state.t) & context.rule.is_open(state)
+        is_over |= ~jnp.any(needed, axis=-1, keepdims=True)
     ends = is_over & (slots.active & ~wrote)[:, None]
     goes_on = ends & (slots.block + 1 < rows.blocks)
     # A decode does not commit its last block, and rows that are over stay as they are.

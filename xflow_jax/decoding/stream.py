@@ -28,8 +28,7 @@ from xflow_jax.decoding.rules.own_loop import adapt_loop
 from xflow_jax.decoding.slot_rows import Lane, make_row
 from xflow_jax.decoding.slots import Slots, admit, init_slots, run_passes
 from xflow_jax.decoding.state import DecodeConfig, read_out
-from xflow_jax.errors import require
-from xflow_jax.parallel import fetch_to_host
+from xflow_jax.parallel import count_shards, fetch_to_host
 from xflow_jax.tokenizer import decode_responses
 from xflow_jax.types import LanguageModel
 
@@ -69,6 +68,9 @@ def stream(
     seed: Seed = 0,
     early_exit: bool | None = None,
     cache: str | bool | None = None,
+    refresh: Count = 0,
+    window: Count = 0,
+    prompt_every: Count = 1,
 ) -> Iterator[StreamState]:
     """Decodes like `generate`, and yields the state after every few passes.
 
@@ -87,7 +89,10 @@ def stream(
         eos_early_stop: stop a sequence when everything up to its first EOS is settled.
         seed: of rules that draw.
         early_exit: skip passes that can change nothing, or None for the default of the rule.
-        cache: "none", or "exact" if the model has it.
+        cache: one of CACHES, or None for "exact" if the model has it (see `CacheOptions`).
+        refresh: steps after which an approximate cache is renewed.
+        window: further positions on each side of a block.
+        prompt_every: blocks after which the prompt is read again.
 
     Yields:
         The states in order.
@@ -100,18 +105,18 @@ def stream(
     rows = token_rows(lm, prompts)
     longest = max(map(len, rows))
     config = make_decode_config(lm, longest, gen_length, steps, steps_per_block, block_length)
-    config = dataclasses.replace(
-        slot_config(lm, rule, config, cache),
-        eos_early_stop=eos_early_stop,
-        early_exit=rule.early_exit if early_exit is None else early_exit,
-    )
+    config = slot_config(lm, rule, config, CacheOptions(cache, refresh, window, prompt_every))
+    early_exit = rule.early_exit if early_exit is None else early_exit
+    config = dataclasses.replace(config, eos_early_stop=eos_early_stop, early_exit=early_exit)
     config = adapt_loop(rule, config)
-    lane = Lane.of(config, len(rows), padded_length(longest))
+    # Every device needs equally many rows. Surplus slots stay empty.
+    slots = len(rows) + -len(rows) % count_shards(lm.mesh)
+    lane = Lane.of(config, slots, padded_length(longest))
     return _run(lm, rule, lane, config, rows, seed, every)
 
 
 def slot_config(
-    lm: LanguageModel, rule: Rule, config: DecodeConfig, cache: str | bool | None = None
+    lm: LanguageModel, rule: Rule, config: DecodeConfig, options: CacheOptions
 ) -> DecodeConfig:
     """Returns a decode's configuration in slots, before the rule adapts it.
 
@@ -119,23 +124,12 @@ def slot_config(
         lm: the model.
         rule: the rule.
         config: lengths and steps.
-        cache: "none", "exact", or None for the model's default.
+        options: the cache.
 
     Raises:
-        UserError: for a cache or a rule that slots cannot have.
+        UserError: for a cache that the model or the lengths cannot have.
     """
-    config = CacheOptions(cache).apply(lm.config, config)
-    require(
-        not (lm.config.logits_shift and config.block_causal),
-        f"{lm.config.family} begins a block with a token of the block before, which rows at "
-        "different blocks cannot have. Use xflow_jax.generate.",
-    )
-    options = rule.belief_options(lm.config, None)
-    require(
-        not (options.guidance and config.block_causal),
-        f"the rule has guidance, which rows at different blocks of {lm.config.family} cannot have. "
-        "Use xflow_jax.generate.",
-    )
+    config = options.apply(lm.config, config)
     return dataclasses.replace(config, early_exit=rule.early_exit, eot_id=find_eot_id(lm))
 
 
@@ -162,7 +156,7 @@ def _run(
     while not is_over:
         with lm.scope():
             slots, _ = run_passes(lm.model, lm.params, rule, lane, slots, live, every)
-            state = _read(lm, lane, slots)
+            state = _read(lm, lane, slots, len(prompts))
         is_over = not state.active.any()
         if is_over and lm.tokenizer is not None:
             texts = decode_responses(lm.tokenizer, state.tokens, lm.config.stop_ids)
@@ -170,12 +164,13 @@ def _run(
         yield state
 
 
-def _read(lm: LanguageModel, lane: Lane, slots: Slots) -> StreamState:
-    """Fetches the state of a lane."""
+def _read(lm: LanguageModel, lane: Lane, slots: Slots, count: int) -> StreamState:
+    """Fetches the state of the first slots of a lane."""
     n, state = lane.config.gen_length, slots.state
     final, progress = read_out(lane.config, state, lm.config.stop_ids)
     parts = (state.tokens, final, progress, slots.confidence, state.forward_passes, slots.active)
-    tokens, final, progress, confidence, passes, active = fetch_to_host(parts)
+    fetched = (part[:count] for part in fetch_to_host(parts))
+    tokens, final, progress, confidence, passes, active = fetched
     require_finite(lm, progress)
     tokens = np.where(active[:, None], tokens[:, :n], final)
     return StreamState(tokens, progress, confidence[:, :n], passes, active)

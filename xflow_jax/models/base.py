@@ -182,7 +182,7 @@ class BackboneBase(nn.Module):
             mask: real positions, [B, N] or [B, M + N], as in `kv_cache.cache_mask`.
             block_length: positions of a block, for block-causal attention among the N positions.
             replace: use the cache at all positions but these N, so also at later ones. The cache
-                then has a place for them, `start` is a scalar, and `mask` is [B, M].
+                then has a place for them, and `mask` is [B, M].
 
         Returns:
             (hidden states after the final norm, keys and values of the N positions).

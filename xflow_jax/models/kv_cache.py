@@ -20,6 +20,7 @@ queries' own keys and values take the place of those at their positions (`replac
 
 from __future__ import annotations
 
+import functools
 from typing import TypeAlias
 
 import jax
@@ -28,8 +29,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from xflow_jax.types import Array, Bool, Cache, Float, Int
 
-# {"k", "v"}: [B, M, K, D] of one layer. With "column", a scalar, the keys and values of the queries
-# take the place of those from this position on.
+# {"k", "v"}: [B, M, K, D] of one layer. With "column", a scalar or [B], the keys and values of the
+# queries take the place of those from this position on.
 LayerCache: TypeAlias = dict[str, jax.Array]
 
 
@@ -146,25 +147,35 @@ def extend_keys(
         return k, v, None
     pairs = ((layer["k"], k), (layer["v"], v))
     if "column" in layer:
-        update = jax.lax.dynamic_update_slice_in_dim
-        keys, values = (update(old, new, layer["column"], axis=1) for old, new in pairs)
+        keys, values = (_put(old, new, layer["column"]) for old, new in pairs)
     else:
         keys, values = (jnp.concatenate(pair, axis=1) for pair in pairs)
     return keys, values, {"k": k, "v": v}
 
 
-def replace_keys(cache: Cache, start: int | Int[ArrayLike, ""]) -> Cache:
+def _put(
+    old: Float[Array, "B M K D"], new: Float[Array, "B n K D"], start: Int[Array, "*rows"]
+) -> Float[Array, "B M K D"]:
+    """Writes new positions over old ones, which begin at `start`."""
+    update = jax.lax.dynamic_update_slice_in_dim
+    if start.ndim:
+        return jax.vmap(functools.partial(update, axis=0))(old, new, start)
+    return update(old, new, start, axis=1)
+
+
+def replace_keys(cache: Cache, start: int | Int[ArrayLike, ""] | Int[ArrayLike, " B"]) -> Cache:
     """Marks where the queries' keys and values replace cached ones.
 
     Args:
         cache: the cache.
-        start: position of the first query.
+        start: position of the first query, or int [B] with one for each row.
 
     Returns:
         The cache with a "column" for each layer, as `extend_keys` reads it.
     """
+    first = jnp.asarray(start, jnp.int32)
     return {
-        stack: {**part, "column": jnp.broadcast_to(jnp.asarray(start, jnp.int32), len(part["k"]))}
+        stack: {**part, "column": jnp.broadcast_to(first, (len(part["k"]), *first.shape))}
         for stack, part in cache.items()
     }
 

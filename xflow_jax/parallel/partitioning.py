@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from xflow_jax.errors import UserError
@@ -86,6 +86,26 @@ def divides(size: int, axes: tuple[str, ...]) -> bool:
         and set(axes) <= set(mesh.axis_names)
         and size % math.prod(mesh.shape[a] for a in axes) == 0
     )
+
+
+def count_shards(mesh: Mesh | AbstractMesh | None) -> int:
+    """Returns the parts of a batch on a mesh, 1 without one.
+
+    Args:
+        mesh: the mesh, or None for one device.
+    """
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def batch_shards(size: int) -> int:
+    """Returns the parts of a batch on the current mesh.
+
+    It is 1 without a mesh (`jax.set_mesh`), or if the mesh does not divide the batch.
+
+    Args:
+        size: rows of the batch.
+    """
+    return count_shards(jax.sharding.get_abstract_mesh()) if divides(size, BATCH) else 1
 
 
 def path_name(path: jax.tree_util.KeyPath) -> str:

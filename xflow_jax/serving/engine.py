@@ -11,9 +11,8 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from xflow_jax.decoding import Rule, Snapshot
@@ -22,12 +21,9 @@ from xflow_jax.lm import LM
 from xflow_jax.serving.errors import ApiError
 from xflow_jax.serving.lanes import DeviceLane, Lengths, make_kinds, make_lanes
 from xflow_jax.serving.metrics import Metrics
-from xflow_jax.serving.ticket import SETTLED, RowState, Ticket
+from xflow_jax.serving.ticket import IDS, SETTLED, RowState, Ticket, read_state
 
 _LOG = logging.getLogger(__name__)
-
-CALL_SECONDS, MOST_PASSES = 0.05, 8  # a call takes about this long
-EDITS, IDS = 24, 0xFFFFFF  # parts of a snapshot's token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +31,7 @@ class EngineOptions:
     """Limits of an engine.
 
     Attributes:
-        passes: steps of a call, or None for as many as take about CALL_SECONDS.
+        passes: steps of a call, or None for as many as take about lanes.CALL_SECONDS.
         max_queue: most requests that wait for a slot.
         timeout: seconds after which a request is given up.
     """
@@ -118,7 +114,8 @@ class Engine:
         rules = ", ".join(kind.label for kind in self.kinds)
         return (
             f"{lanes} of {self.lengths.slots} slots: canvases {', '.join(map(str, n))}, "
-            f"prompts {', '.join(map(str, p))}, rules {rules}"
+            f"prompts {', '.join(map(str, p))}, rules {rules}, "
+            f"cache {self.lengths.cache.resolve(self.lm.config)}"
         )
 
     # --- other threads
@@ -126,7 +123,7 @@ class Engine:
     def start(self) -> None:
         """Compiles all programs, and starts the thread."""
         for runtime in self._runtimes:
-            self._warm_up(runtime.lane)
+            runtime.lane.warm_up(self.options.passes)
         self.is_ready = True
         self._thread.start()
 
@@ -225,25 +222,6 @@ class Engine:
         )
 
     # --- the engine's thread
-
-    def _warm_up(self, lane: DeviceLane) -> None:
-        """Compiles a lane's programs, and chooses the passes of a call."""
-        config = lane.lane.config
-        pad = self.lm.config.pad_id
-        row = lane.row([pad], lane.kind.rule, dataclasses.replace(config, trace=False), (0, 0))
-        live = np.ones(lane.lane.slots, bool)
-        lane.admit(0, row)
-        if self.options.passes is None:
-            np.asarray(lane.run(live).rows)
-            began = time.perf_counter()
-            np.asarray(lane.run(live).rows)
-            seconds = time.perf_counter() - began
-            lane.passes = int(np.clip(CALL_SECONDS / max(seconds, 1e-4), 1, MOST_PASSES))
-        else:
-            lane.passes = self.options.passes
-        lane.admit(0, row)
-        lane.run(live)
-        np.asarray(lane.run(~live).rows)
 
     def _main(self) -> None:
         try:
@@ -375,29 +353,20 @@ class Engine:
 
     def _publish(self, ticket: Ticket, parts: list[np.ndarray]) -> bool:
         """Gives a request its new state. Returns True if it has ended."""
-        n, (packed, levels, row) = ticket.config.gen_length, parts[:3]
-        blocks, passes, active, finite = map(int, row)
-        tokens, old = (packed[:n] & IDS).astype(np.int32), ticket.state
-        t = levels[:n, 0]
-        is_final = ticket.block_of < blocks
-        if not ticket.rule.revises:
-            is_final |= t == SETTLED
-        final = n if not active or is_final.all() else int(np.argmin(is_final))
-        edits = (packed[:n] >> EDITS).astype(np.uint8)
-        top = [part[:n] for part in parts[3:]] if ticket.needs_top else []
-        version = 1 if old is None else old.version + 1
-        state = RowState(version, tokens, t, levels[:n, 1], edits, blocks, passes, final, *top)
+        old, n = ticket.state, ticket.config.gen_length
+        state, active, finite = read_state(ticket, parts)
         self._count(ticket, old, state)
         ticket.state = state
         now = time.monotonic()
-        if ticket.settled is None and (final or (t == SETTLED).any()):
+        if ticket.settled is None and (state.final or (state.t == SETTLED).any()):
             ticket.settled = now
             self.metrics.first_settled_seconds.observe(now - ticket.created)
         if not finite:
             message = "the model's logits are NaN or infinite"
             self._fail(ticket, ApiError(message, 500, code="not_finite"))
             return True
-        eos = np.flatnonzero(np.isin(tokens[:final], self.lm.config.stop_ids))
+        final = state.final
+        eos = np.flatnonzero(np.isin(state.tokens[:final], self.lm.config.stop_ids))
         end = min(int(eos[0]) if eos.size else n, ticket.max_tokens)
         is_over = bool(eos.size) or final >= ticket.max_tokens or not active
         with self._changed:  # a reader may give it up at the same time
@@ -413,17 +382,3 @@ class Engine:
         """Counts passes and re-edits."""
         edits = int(new.edits.sum()) if old is None else int((new.edits - old.edits).sum())
         self.metrics.count_row(new.passes - (0 if old is None else old.passes), edits)
-
-
-def count_compilations(counter: Callable[[], None]) -> None:
-    """Calls a function at every compilation of this process from now on.
-
-    Args:
-        counter: the function.
-    """
-
-    def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        if event.endswith("backend_compile_duration"):
-            counter()
-
-    jax.monitoring.register_event_duration_secs_listener(listen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xflow_jax.decoding import (
+    CacheOptions,
     DecodeConfig,
     Lane,
     Rows,
@@ -22,6 +24,7 @@ from xflow_jax.decoding import (
     init_slots,
     make_decode_config,
     make_row,
+    nearest_multiples,
     parse_rule,
     resolve_steps,
     row_numbers,
@@ -30,11 +33,12 @@ from xflow_jax.decoding import (
 )
 from xflow_jax.errors import UserError, require
 from xflow_jax.lm import LM
-from xflow_jax.parallel import platform
+from xflow_jax.parallel import count_shards, platform
 
 # Defaults of a server.
 GEN_LENGTHS, PROMPT_LENGTHS = (64, 256, 512), (128, 512, 1024)
 SLOTS, SLOTS_CPU = 32, 8
+CALL_SECONDS, MOST_PASSES = 0.05, 8  # a call takes about this long
 # A rule in a request: a built-in name, and options with plain values. No file is ever read for it.
 _PLAIN_RULE = re.compile(
     r"[a-z]{1,20}(:[\w.+-]{1,30}=[\w.+-]{1,30}(,[\w.+-]{1,30}=[\w.+-]{1,30})*)?"
@@ -122,14 +126,14 @@ class Lengths:
         prompt_lengths: longest prompt of each lane, ascending.
         block_length: positions of a block, or None if the canvas is one block.
         slots: S of each lane.
-        cache: "none", "exact", or None for the model's default.
+        cache: keys and values that are kept.
     """
 
     gen_lengths: tuple[int, ...]
     prompt_lengths: tuple[int, ...]
     block_length: int | None
     slots: int
-    cache: str | None = None
+    cache: CacheOptions = CacheOptions()
 
     def round_up(self, tokens: int) -> int:
         """Returns a canvas of whole blocks that holds this many tokens."""
@@ -143,7 +147,7 @@ def make_lengths(
     prompt_lengths: Sequence[int] | None,
     block_length: int | None,
     slots: int | None,
-    cache: str | None,
+    cache: CacheOptions,
 ) -> Lengths:
     """Chooses the lengths that a user leaves open.
 
@@ -152,11 +156,11 @@ def make_lengths(
         gen_lengths: canvases, or None for those of GEN_LENGTHS that the model has room for.
         prompt_lengths: prompts, or None for those of PROMPT_LENGTHS.
         block_length: positions of a block, or None for the model's default.
-        slots: S, or None for SLOTS_CPU on CPUs and SLOTS elsewhere.
-        cache: "none", "exact", or None.
+        slots: S, or None for SLOTS_CPU on CPUs and SLOTS elsewhere, rounded up for the mesh.
+        cache: keys and values that are kept.
 
     Raises:
-        UserError: if there is no room for any.
+        UserError: if there is no room for any, or the mesh does not divide the slots.
     """
     most, size = lm.config.max_length, block_length or lm.config.default_block_length
     shortest = min(prompt_lengths or PROMPT_LENGTHS[:1])
@@ -171,8 +175,15 @@ def make_lengths(
     if prompt_lengths is None:
         room = most - max(gen_lengths) - (size or 0 if lm.config.is_block_causal else 0)
         prompt_lengths = [p for p in PROMPT_LENGTHS if p <= room] or [max(room, 1)]
+    shards = count_shards(lm.mesh)
     if slots is None:
         slots = SLOTS_CPU if platform() == "cpu" else SLOTS
+        slots += -slots % shards
+    require(
+        slots % shards == 0,
+        f"{slots} slots do not divide over the {shards} parts of the mesh's axes data and fsdp. "
+        f"{nearest_multiples(slots, shards)}",
+    )
     sizes = (tuple(sorted(set(gen_lengths))), tuple(sorted(set(prompt_lengths))))
     return Lengths(*sizes, size, slots, cache)
 
@@ -223,6 +234,27 @@ class DeviceLane:
             array.copy_to_host_async()
         return snapshot
 
+    def warm_up(self, passes: int | None) -> None:
+        """Compiles the programs.
+
+        Args:
+            passes: steps of a call, or None for as many as take about CALL_SECONDS.
+        """
+        config = dataclasses.replace(self.lane.config, trace=False)
+        row = self.row([self.lm.config.pad_id], self.kind.rule, config, (0, 0))
+        live = np.ones(self.lane.slots, bool)
+        self.admit(0, row)
+        if passes is None:
+            np.asarray(self.run(live).rows)
+            began = time.perf_counter()
+            np.asarray(self.run(live).rows)
+            seconds = time.perf_counter() - began
+            passes = int(np.clip(CALL_SECONDS / max(seconds, 1e-4), 1, MOST_PASSES))
+        self.passes = passes
+        self.admit(0, row)
+        self.run(live)
+        np.asarray(self.run(~live).rows)
+
     def reset(self) -> None:
         """Makes the state anew, after a failed call."""
         self._slots = init_slots(self.lm, self.kind.rule, self.lane)
@@ -253,7 +285,8 @@ def request_config(
         share = Fraction(1) if budget is None else budget
         steps = resolve_steps(lm.config, share, canvas, lengths.block_length)
     config = make_decode_config(lm, 1, canvas, steps, None, lengths.block_length)
-    return adapt_loop(rule, slot_config(lm, rule, config, lengths.cache))
+    # The cache is that of the lane, whose numbers may exceed a short request.
+    return adapt_loop(rule, slot_config(lm, rule, config, lengths.cache.within(config)))
 
 
 def make_lanes(lm: LM, kinds: Sequence[RuleKind], lengths: Lengths) -> list[DeviceLane]:
@@ -271,6 +304,7 @@ def make_lanes(lm: LM, kinds: Sequence[RuleKind], lengths: Lengths) -> list[Devi
     for kind in kinds:
         for n in lengths.gen_lengths:
             config = request_config(lm, kind.rule, lengths, n, n)
+            lengths.cache.apply(lm.config, config)  # raises UserError for numbers beyond it
             for p in lengths.prompt_lengths:
                 require(
                     p + config.canvas <= lm.config.max_length,

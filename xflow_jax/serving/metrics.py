@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import jax
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -99,3 +100,17 @@ class Metrics:
     def text(self) -> bytes:
         """Returns all values in Prometheus's format."""
         return generate_latest(self.registry)
+
+
+def count_compilations(counter: Callable[[], None]) -> None:
+    """Calls a function at every compilation of this process from now on.
+
+    Args:
+        counter: the function.
+    """
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event.endswith("backend_compile_duration"):
+            counter()
+
+    jax.monitoring.register_event_duration_secs_listener(listen)

@@ -19,7 +19,8 @@ from sse_starlette.sse import AppStatus
 from xflow_jax.errors import UserError
 from xflow_jax.serving.api import ApiOptions, make_app
 from xflow_jax.serving.connection import MOST_HEAD, Connection
-from xflow_jax.serving.engine import Engine, count_compilations
+from xflow_jax.serving.engine import Engine
+from xflow_jax.serving.metrics import count_compilations
 
 _LOG = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ from xflow_jax.serving.errors import ApiError
 from xflow_jax.serving.lanes import RuleKind
 
 SETTLED = 255  # level of t = 1
+EDITS, IDS = 24, 0xFFFFFF  # parts of a snapshot's token
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,3 +102,27 @@ class Ticket:
     def is_over(self) -> bool:
         """True after the end or a failure."""
         return self.finish_reason is not None or self.error is not None
+
+
+def read_state(ticket: Ticket, parts: Sequence[np.ndarray]) -> tuple[RowState, bool, bool]:
+    """Reads the state of a request from a snapshot.
+
+    Args:
+        ticket: the request.
+        parts: its rows of the snapshot's arrays.
+
+    Returns:
+        The state, True if the decode goes on, and True if all logits were finite.
+    """
+    n, (packed, levels, row) = ticket.config.gen_length, parts[:3]
+    blocks, passes, active, finite = map(int, row)
+    t = levels[:n, 0]
+    is_final = ticket.block_of < blocks
+    if not ticket.rule.revises:
+        is_final |= t == SETTLED
+    final = n if not active or is_final.all() else int(np.argmin(is_final))
+    tokens, edits = (packed[:n] & IDS).astype(np.int32), (packed[:n] >> EDITS).astype(np.uint8)
+    top = [part[:n] for part in parts[3:]] if ticket.needs_top else []
+    version = 1 if ticket.state is None else ticket.state.version + 1
+    state = RowState(version, tokens, t, levels[:n, 1], edits, blocks, passes, final, *top)
+    return state, bool(active), bool(finite)
