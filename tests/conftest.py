@@ -29,7 +29,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 _MAPPINGS = Path("/proc/self/maps")
-_MOST_MAPPINGS = 16_000  # Linux allows 65,530, and a module adds some thousands
+_MOST_MAPPINGS = 8_000  # about 1.5 GB. Linux allows 65,530, and a module adds some thousands
 
 
 def pytest_collection_finish():
