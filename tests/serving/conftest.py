@@ -39,7 +39,7 @@ class Running:
         self.status = self.server.run_until_end(self._ready.set)
 
     def wait_until_ready(self) -> None:
-        assert self._ready.wait(300)
+        assert self._ready.wait(3000)
 
     def end(self) -> int | None:
         """Drains the server, and returns its exit status."""
