@@ -93,7 +93,7 @@ def _run_over_http(args: argparse.Namespace) -> None:
 
 def _run_here(args: argparse.Namespace) -> None:
     """Compares the engine with static batches."""
-    from xflow_jax.decoding import parse_rules
+    from xflow_jax.decoding import parse_rule
     from xflow_jax.lm import load
     from xflow_jax.serving import (
         Lengths,
@@ -109,13 +109,15 @@ def _run_here(args: argparse.Namespace) -> None:
     lm = load(args.model)
     require(lm.tokenizer is not None, f"{args.model} has no tokenizer.json")
     assert lm.tokenizer is not None
-    ((_, rule),) = parse_rules(args.rule or "threshold").items()
+    rule = parse_rule(args.rule or "threshold")[1]
     prompts = [chat_ids(lm.tokenizer, p) for p in make_prompts(args.requests, args.seed)]
     task, longest = microcode.TASK.config, -(-max(map(len, prompts)) // 16) * 16
     lengths = Lengths((task.gen_length,), (longest,), task.block_length, args.slots)
     times = arrival_times(args.requests, args.rate or math.inf, args.seed)
     for _ in range(args.rounds):
         for name, answer in (("static", run_static), ("continuous", run_continuous)):
+            began = time.process_time()
             outcomes = answer(lm, rule, prompts, lengths, times)
-            ends = [time + outcome.seconds for time, outcome in zip(times, outcomes, strict=True)]
-            print_text(json.dumps({name: summarize(outcomes, max(ends))}))
+            processor = {"processor_seconds": round(time.process_time() - began, 2)}
+            ends = [at + outcome.seconds for at, outcome in zip(times, outcomes, strict=True)]
+            print_text(json.dumps({name: summarize(outcomes, max(ends)) | processor}))
