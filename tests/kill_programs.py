@@ -24,11 +24,13 @@ from pathlib import Path
 
 import numpy as np
 
+from train.step_clock import TIME_METRICS
+
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "xflow_jax" / "tiny"
 LIMIT = 900  # seconds of one call
 # Columns and keys of measured times, which differ from run to run.
-TIMES = ("seconds", "seconds_per_step", "tokens_per_second")
+TIMES = ("seconds", *TIME_METRICS)
 LEFT_BEHIND = re.compile(r"\.(partial|replaced|lock|tmp)(/|$)|orbax-checkpoint-tmp")
 COMPLETE = "the destination exists"
 IN_USE = ("is writing it", COMPLETE)

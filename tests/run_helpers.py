@@ -14,12 +14,17 @@ import pytest
 from safetensors.numpy import load_file
 
 from train.run import Run
+from train.step_clock import TIME_METRICS
 from xflow_jax.training.data import read_lines
 
 
 def metrics(out: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds_per_step"} for row in rows]
+    """Returns the lines of metrics.jsonl without measured times."""
+    return [{k: v for k, v in row.items() if k not in TIME_METRICS} for row in all_metrics(out)]
+
+
+def all_metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def metrics_before(out: Path) -> list[int]:

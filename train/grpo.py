@@ -91,7 +91,7 @@ def main(path: str, overrides: list[str]) -> None:
     held_out = task.problems(_data_file(config), config.evaluate_problems)
     measure = partial(evaluate_policy, config, lm, task, held_out, cell)
     begin = TrainState.create(policy.params, optimizer)
-    with Run(config.out, config.seed) as run:
+    with Run(config.out, config.seed, devices=1 if mesh is None else mesh.size) as run:
         run.frozen = fingerprint(lm.params)
         state = train(run, config, sampler, policy, begin, step_fn, measure)
         if int(state.step) == config.steps and multihost.is_first_process():
@@ -169,6 +169,7 @@ def train(
         run.log(0, measure(with_params(state.params)))
     if first < config.steps:
         rollouts = sampler(with_params(behaviour), first)
+    tokens, flops = sampler.count_work()
     with ThreadPoolExecutor(1) as judge, sampler.sandbox:
         for step in run.steps(first, config.steps, "grpo"):
             done, is_last = step + 1, step + 1 == config.steps
@@ -181,11 +182,12 @@ def train(
             if not config.overlap and not is_last:
                 behaviour = state.params
                 rollouts = sampler(with_params(behaviour), done)
+            run.clock.count(step_metrics, tokens, flops, metrics["forward_passes"])
             if done % config.log_every == 0 or is_last:
-                run.log(done, metrics | step_metrics)
-                run.bar.set_postfix(reward=f"{float(metrics['reward']):.3f}")
+                run.log_step(done, metrics | step_metrics, "reward")
             if done % config.evaluate_every == 0 or is_last:
-                measured = measure(with_params(state.params))
+                with run.clock.paused((step_metrics, rollouts)):
+                    measured = measure(with_params(state.params))
                 run.log(done, measured)
                 solved = measured["held_out/solved"]
                 run.bar.write(f"step {done}: {solved:.1%} of the held-out problems are solved")

@@ -25,6 +25,7 @@ from xflow_jax.decoding import (
 from xflow_jax.evaluation import Cell
 from xflow_jax.lm import LM
 from xflow_jax.parallel import BATCH, batch_sharding, replicated
+from xflow_jax.planning import Workload, pass_flops
 from xflow_jax.sandbox import Pool
 from xflow_jax.tasks import Task
 from xflow_jax.tokenizer import chat_ids, decode_responses
@@ -75,6 +76,14 @@ class Sampler:
         self.score = make_score(config, lm.config.eos_id)
         # One padded length for all batches, so that there is one compilation.
         self.ids, self.mask = pad_prompts(lm, self.prompts)
+        self.work = Workload(
+            "rollout",
+            config.prompts_per_step * config.group_size,
+            self.ids.shape[1],
+            protocol.gen_length,
+            cell.steps,
+            block_length=protocol.block_length,
+        )
         order = grain.MapDataset.source(np.arange(len(problems))).shuffle(seed=config.seed).repeat()
         self.batches = order.batch(config.prompts_per_step, drop_remainder=True)
         self.key = jax.random.key(config.seed)
@@ -94,6 +103,10 @@ class Sampler:
         flow = parse_flow(self.config.switches, policy)
         with self.lm.scope():
             return rollout(self.lm.model, self.lm.params, flow, self.decode_config, *arrays)
+
+    def count_work(self) -> tuple[int, float]:
+        """Counts response tokens of a batch, and FLOPs of a pass."""
+        return self.work.batch * self.work.gen_length, pass_flops(self.lm.config, self.work)
 
     def judge(self, step: int, tokens: jax.Array) -> np.ndarray:
         """Runs the answers of this process in the sandbox.

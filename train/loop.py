@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,7 +130,8 @@ class Training:
         config = self.config
         key, eval_key = jax.random.split(jax.random.key(config.seed))
         fixed = HeldOut(self.program, held_out, config.batch_size, eval_key)
-        with Run(config.out, config.seed, config.keep) as run:
+        devices = self.program.mesh.size
+        with Run(config.out, config.seed, config.keep, devices) as run:
             state, base, notes = self._begin(run, data, fixed)
             state = self._steps(run, state, base, notes, data, fixed, key)
             run.wait()
@@ -179,16 +179,16 @@ class Training:
     ) -> TrainState:
         """Runs the steps with metrics and checkpoints, until the end or SIGTERM."""
         config, sharding = self.config, batch_sharding(self.program.mesh)
-        first, start = int(state.step), time.perf_counter()
-        for step in run.steps(first, config.steps, self.name):
+        for step in run.steps(int(state.step), config.steps, self.name):
             batch = place_batch(next(data), sharding, config.batch_size)
             state, metrics = self.program.step(state, batch, key, base)
+            length = row_length(batch)
+            run.clock.count(metrics, config.batch_size * length, self.program.flops(length))
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:
-                seconds = (time.perf_counter() - start) / (done - first)
-                measured = held_out.measure(state.params, base)
-                run.log(done, metrics | measured | notes | {"seconds_per_step": seconds})
-                run.bar.set_postfix(loss=f"{float(metrics['loss']):.4f}")
+                with run.clock.paused(metrics):
+                    measured = held_out.measure(state.params, base)
+                run.log_step(done, metrics | measured | notes, "loss")
             if done % config.save_every == 0 or done == config.steps or run.stopped:
                 run.save(done, state, data, notes)
         return state
@@ -209,3 +209,9 @@ class Training:
             made_by,
             self.config.export_dtype,
         )
+
+
+def row_length(batch: Mapping[str, jax.Array]) -> int:
+    """Returns the tokens of a row of a batch, with padding."""
+    names = ("tokens",) if "tokens" in batch else ("prompt", "response")
+    return sum(batch[name].shape[1] for name in names)

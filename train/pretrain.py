@@ -8,7 +8,7 @@ Adam the rest.
 from __future__ import annotations
 
 import dataclasses
-import time
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
@@ -22,12 +22,12 @@ from xflow_jax.decoding import MaskPrediction, generate
 from xflow_jax.errors import UserError, require
 from xflow_jax.input_files import to_path
 from xflow_jax.lm import LM
-from xflow_jax.models import LLaDAConfig, build, init_params
+from xflow_jax.models import LLaDAConfig, build, init_params, update_flops
 from xflow_jax.sandbox import run_many
 from xflow_jax.tokenizer import chat_ids, load_tokenizer
 from xflow_jax.toml_config import load_toml
 from xflow_jax.training import TrainState, batch_iterator, make_pretrain_step
-from xflow_jax.types import PyTree, Tokenizer
+from xflow_jax.types import ModelConfig, PyTree, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,20 +236,20 @@ def train(config: PretrainConfig) -> None:
             state, _ = run.restore(jax.eval_shape(create, key), data)
         size = sum(x.size for x in jax.tree.leaves(state.params))
         print(f"{size / 1e6:.2f} M parameters, from step {int(state.step)} to {config.steps}")
-        start, first = time.perf_counter(), int(state.step)
-        for step in run.steps(first, config.steps, "pretrain"):
-            state, metrics = step_fn(state, jax.tree.map(jnp.asarray, next(data)), key)
+        for step in run.steps(int(state.step), config.steps, "pretrain"):
+            batch = jax.tree.map(jnp.asarray, next(data))
+            state, metrics = step_fn(state, batch, key)
+            run.clock.count(metrics, *count_work(model.config, batch))
             done, is_last = step + 1, step + 1 == config.steps
             if done % config.log_every == 0:
-                seconds = (time.perf_counter() - start) / (done - first)
                 if len(config.tasks) > 1:  # the losses of tasks differ
                     metrics |= {f"loss_{config.tasks[source.choose(step)]}": metrics["loss"]}
-                run.log(done, metrics | {"seconds_per_step": seconds})
-                run.bar.set_postfix(loss=f"{float(metrics['loss']):.4f}")
+                run.log_step(done, metrics, "loss")
             # The evaluation comes before the checkpoint: a resumed run does not repeat it.
             if done % config.evaluate_every == 0 or is_last:
                 lm = LM(build(model.config), model.config, state.params, tokenizer)
-                _evaluate(run, config, lm, done)
+                with run.clock.paused(metrics):
+                    _evaluate(run, config, lm, done)
             if done % config.save_every == 0 or is_last or run.stopped:
                 run.save(done, state, data)
         run.wait()
@@ -263,6 +263,18 @@ def train(config: PretrainConfig) -> None:
             export(
                 folder, state.params, model.config, config.tokenizer, made_by, config.export_dtype
             )
+
+
+def count_work(model_config: ModelConfig, batch: Mapping[str, jax.Array]) -> tuple[int, float]:
+    """Counts tokens and model FLOPs of an update.
+
+    Args:
+        model_config: configuration of the model.
+        batch: the batch.
+    """
+    rows, predicted = batch["response"].shape
+    length = batch["prompt"].shape[1] + predicted
+    return rows * length, update_flops(model_config, rows, length, predicted, 3, False)
 
 
 def _evaluate(run: Run, config: PretrainConfig, lm: LM, done: int) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from train.event_file import EventFile
 from train.state_store import StateStore
+from train.step_clock import StepClock
 from xflow_jax.benchmarks import StepProfiler
 from xflow_jax.checkpoints import (
     append_text,
@@ -42,14 +44,15 @@ class Run:
     """A training run in its folder. It is a context manager.
 
     It continues from the last checkpoint. The folder has checkpoints/ (state, position in the data,
-    notes), metrics.jsonl and tensorboard/. Metrics after the last checkpoint are dropped, because
-    their steps are repeated. With several processes, each writes its shards, and the first one
-    everything else. The folder is locked until the block ends.
+    notes), metrics.jsonl, times.json and tensorboard/. Metrics after the last checkpoint are
+    dropped, because their steps are repeated. With several processes, each writes its shards, and
+    the first one everything else. The folder is locked until the block ends.
 
     Args:
         folder: the folder.
         seed: seed of the run. Only a run of the same seed is continued.
         keep: number of checkpoints that stay.
+        devices: number of devices that the run uses.
 
     Attributes:
         latest: step of the last checkpoint, or None.
@@ -58,6 +61,9 @@ class Run:
         stopped: True after SIGTERM.
         profile: folder and number of steps of a trace, as `--profile` gives them.
         ended_early: True if the last run of this program was stopped before its last step.
+        began: time at which the program began, in seconds since 1970, or None. The next run takes
+            it.
+        clock: the times of the run.
         bar: the progress bar, while `steps` runs.
 
     Raises:
@@ -68,8 +74,9 @@ class Run:
     bar: tqdm
     ended_early: ClassVar[bool] = False
     profile: ClassVar[str] = ""
+    began: ClassVar[float | None] = None
 
-    def __init__(self, folder: str | Path, seed: int, keep: int = 2):
+    def __init__(self, folder: str | Path, seed: int, keep: int = 2, devices: int = 1):
         require_orbax(folder)
         self.folder, self.seed = absolute(folder), seed
         self.first_process = multihost.is_first_process()
@@ -77,10 +84,14 @@ class Run:
         self.stopped = False
         Run.ended_early = False
         self.frozen: str | None = None
+        began, Run.began = Run.began, None
+        self.clock = StepClock(self.folder / "times.json", began, devices, self.first_process)
         self._events: EventFile | None = None
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked_by_first_process(folder_lock(self.folder)))
-            self.store = stack.enter_context(StateStore(self.folder / "checkpoints", keep))
+            self.store = stack.enter_context(
+                StateStore(self.folder / "checkpoints", keep, self.clock.written)
+            )
             self._drop_metrics()
             if self.first_process and not is_cloud(self.folder):  # tensorboardX writes to disks
                 first = 0 if self.latest is None else self.latest + 1
@@ -99,6 +110,8 @@ class Run:
     ) -> None:
         if self.first_process and error is None:
             close_text(self.metrics_file)
+            if summary := self.clock.summary():
+                print(f"{self.folder}: {summary}")
         self._stack.__exit__(kind, error, traceback)
 
     @property
@@ -152,7 +165,10 @@ class Run:
         """
         position = None if data is None else data.get_state()
         beside = {"position": position, "notes": notes or {}, "seed": self.seed}
-        self.store.save(step, state, beside | {"frozen": self.frozen})
+        with self.clock.paused(state):
+            start = time.perf_counter()
+            if self.store.save(step, state, beside | {"frozen": self.frozen}):
+                self.clock.saved(step, time.perf_counter() - start)
 
     def log(self, step: int, metrics: Mapping[str, ArrayLike]) -> None:
         """Appends a line to metrics.jsonl, and writes the metrics for TensorBoard.
@@ -175,6 +191,26 @@ class Run:
             append_text(self.metrics_file, json.dumps({"step": step, **values}) + "\n")
         if self._events is not None:
             self._events.add(step, values)
+
+    def log_step(self, step: int, metrics: Mapping[str, ArrayLike], shown: str) -> None:
+        """Logs a step with its times, also in the progress bar.
+
+        Args:
+            step: number of the step.
+            metrics: scalars by name.
+            shown: the one in the progress bar.
+
+        Raises:
+            UserError: as `log`.
+        """
+        times = self.clock.report(metrics)
+        self.log(step, {**metrics, **times})
+        texts = {shown: f"{float(np.asarray(metrics[shown])):.4g}"}
+        if "tokens_per_second" in times:
+            texts["tokens/s"] = f"{times['tokens_per_second']:,.0f}"
+        if "model_flops_share" in times:
+            texts["FLOPs"] = f"{times['model_flops_share']:.1%}"
+        self.bar.set_postfix(texts | {"goodput": f"{times['goodput']:.1%}"})
 
     def metrics(self) -> list[dict[str, float]]:
         """Returns all lines of metrics so far.
@@ -204,6 +240,7 @@ class Run:
         def stop(*_: object) -> None:
             self.stopped = True
 
+        self.clock.start(first)
         before = signal.signal(signal.SIGTERM, stop)
         self.bar = tqdm(
             range(first, last),
@@ -216,13 +253,16 @@ class Run:
         try:
             with StepProfiler(self.profile) as profiler:
                 yield from self._steps(last, profiler)
+            if not Run.ended_early:
+                self.clock.finish()
         finally:
             signal.signal(signal.SIGTERM, before)
             self.bar.close()
 
     def _steps(self, last: int, profiler: StepProfiler) -> Iterator[int]:
         for step in self.bar:
-            profiler.step()
+            with self.clock.paused(()):  # a trace is written in the seconds after its last step
+                profiler.step()
             if jax.process_count() > 1:  # all processes must leave after the same step
                 self.stopped = bool(
                     multihost_utils.process_allgather(np.asarray(self.stopped)).any()

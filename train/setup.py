@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def run_program(main: Callable[[str, list[str]], None], usage: str) -> None:
         main: function of the first argument, a configuration, and the rest, the overrides.
         usage: the form of the command, for a message if there is no configuration.
     """
+    Run.began = time.time()
     arguments = sys.argv[2:]
     if "--profile" in arguments[:-1]:
         at = arguments.index("--profile")

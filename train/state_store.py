@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -45,6 +46,7 @@ class StateStore:
     Args:
         folder: the folder, which is made.
         keep: number of checkpoints that stay.
+        on_written: called in the first process with the seconds that a checkpoint took.
 
     Attributes:
         latest: step of the last checkpoint that is whole, or None.
@@ -53,8 +55,11 @@ class StateStore:
         UserError: if there are checkpoints and none of them is whole, or for errors of the disk.
     """
 
-    def __init__(self, folder: Path, keep: int):
-        self.folder = folder
+    def __init__(
+        self, folder: Path, keep: int, on_written: Callable[[float], None] = lambda seconds: None
+    ):
+        self.folder, self._on_written = folder, on_written
+        self._started = 0.0
         self._saving: int | None = None
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(quiet_orbax())
@@ -110,7 +115,7 @@ class StateStore:
                     raise
                 self._fall_back(f"it cannot be read ({type(error).__name__})")
 
-    def save(self, step: int, state: PyTree, beside: Mapping[str, object]) -> None:
+    def save(self, step: int, state: PyTree, beside: Mapping[str, object]) -> bool:
         """Writes a checkpoint in the background. An incomplete one is never restored.
 
         Args:
@@ -118,18 +123,22 @@ class StateStore:
             state: tree of arrays.
             beside: JSON values to save with it.
 
+        Returns:
+            False if there is a checkpoint of the step.
+
         Raises:
             UserError: if this or the checkpoint before it cannot be written.
         """
         if self._manager.latest_step() == step:
-            return
+            return False
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(beside))
         )
         with disk_errors(self.folder, NOTE):
             self._manager.wait_until_finished()
-            self._saving = step
+            self._saving, self._started = step, time.perf_counter()
             self._manager.save(step, args=args)
+        return True
 
     def wait(self) -> None:
         """Waits until all checkpoints are on the disk.
@@ -167,6 +176,7 @@ class StateStore:
                 pattern = f"{self._saving}"
             for directory in self.folder.glob(pattern):
                 write_checksums(directory, CHECKSUM_FILE, [ORBAX_METADATA])
+            self._on_written(time.perf_counter() - self._started)
 
     def _remove_damaged(self) -> None:
         """Moves damaged checkpoints away that are newer than the newest whole one."""

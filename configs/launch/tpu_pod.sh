@@ -4,7 +4,7 @@
 # for the slice. The hosts find each other, since XFLOW_DISTRIBUTED=1 makes JAX look for them.
 #
 #   bash configs/launch/tpu_pod.sh align us-east5-a gs://my-bucket \
-#     python -m train.align configs/align_llada_8b.toml mesh=32,2,1 \
+#     python -m train.align configs/align_llada_8b.toml mesh=1,64,1 \
 #     model=gs://my-bucket/llada-8b data='["gs://my-bucket/self_generate/responses*.jsonl"]' out=gs://my-bucket/align
 set -eu
 name=$1 zone=$2 bucket=$3

@@ -11,6 +11,7 @@ from xflow_jax.models.flops import (
     matrix_parameters,
     tensor_split_sizes,
     touched_parameters,
+    update_flops,
 )
 from xflow_jax.models.presets import PRESETS
 
@@ -118,3 +119,13 @@ def test_sizes(name):
     assert tensor_split_sizes(config) == sizes
     assert [touched_parameters(config, tokens) for tokens in (1, 64)] == touched
     assert forward_flops(config, rows=2, queries=32, keys=640) == flops
+
+
+def test_flops_of_an_update():
+    """Three times the matrix products of a pass, without the gradients of frozen ones."""
+    rows, length, predicted = 2, 12, 8
+    forward = forward_flops(TOY, rows, length, length)
+    head = 2 * rows * predicted * TOY.hidden_size * TOY.vocab_rows
+    assert update_flops(TOY, rows, length, predicted, 5, False) == 3 * forward + 5 * head
+    matrices = 2 * rows * length * 4352
+    assert update_flops(TOY, rows, length, predicted, 5, True) == 3 * forward - matrices + 4 * head

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 
 from tests.helpers import TOY, eight, toy
 from tests.run_helpers import (
+    all_metrics,
     assert_close,
     assert_same,
     die,
@@ -139,7 +140,22 @@ def test_a_run(base, straight):
 
 def test_tensorboard_shows_the_metrics(straight):
     pytest.importorskip("tensorboardX")
-    assert list((straight / "tensorboard").glob("events*"))
+    (file,) = (straight / "tensorboard").glob("events*")
+    assert all(name in file.read_bytes() for name in (b"loss", b"tokens_per_second", b"goodput"))
+
+
+def test_lines_have_the_times_of_their_steps(straight):
+    assert "seconds_per_step" not in all_metrics(straight)[1], "the first step compiles"
+    rows = all_metrics(straight)[2:]
+    for row in rows:
+        tokens = row["tokens_per_second"] * row["seconds_per_step"]
+        assert tokens == pytest.approx(8 * (6 + 8), rel=1e-6)
+        assert 0 < row["goodput"] < 1 and "model_flops_share" not in row  # CPUs have no peak here
+    assert any(row.get("checkpoint_seconds", 0) > 0 for row in rows)
+    assert any(row.get("checkpoint_write_seconds", 0) > 0 for row in rows)
+    times = json.loads((straight / "times.json").read_text())
+    assert times["starts"] == 1 and times["ended"] > times["began"]
+    assert list(times["steps"]) == ["2", "4", "6"]
 
 
 def test_crashes_and_sigterm_change_nothing(base, straight, tmp_path):

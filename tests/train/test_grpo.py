@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -19,6 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.helpers import eight
+from tests.run_helpers import all_metrics, metrics
 from train import grpo
 from train.grpo_sampler import Sampler, make_score, parse_flow
 from train.pretrain import ModelShape, PretrainConfig, make_model_config
@@ -77,10 +77,6 @@ def train(model: Path, out: Path, *overrides: str) -> None:
     grpo.main(str(ROOT / "configs/grpo_tiny.toml"), overrides_of(model, out, *overrides))
 
 
-def metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
 def assert_same_run(a: Path, b: Path) -> None:
     assert metrics(a) == metrics(b)
     ours, theirs = (load_file(out / "policy.safetensors") for out in (a, b))
@@ -112,6 +108,7 @@ def test_a_run_leaves_a_policy_its_picture_and_metrics(straight):
         "step/c_0.9",
     } <= rows[1].keys()
     assert "held_out/solved" in rows[0] and "held_out/solved" in rows[-1]
+    assert {"seconds_per_step", "tokens_per_second", "goodput"} <= all_metrics(straight)[2].keys()
     assert rows[1]["ratio"] == 1.0, "the first batch is sampled by the policy that it trains"
 
 

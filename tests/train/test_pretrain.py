@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.helpers import TOKENIZER
+from tests.run_helpers import metrics
 from train import pretrain, self_generate
 from train.mixture import make_pairs
 from xflow_jax.errors import UserError
@@ -51,11 +52,6 @@ def generate_small(base: Path, *overrides: str) -> list[dict]:
     ]
     self_generate.main(str(ROOT / "configs/self_generate_tiny.toml"), [*base_overrides, *overrides])
     return [json.loads(line) for line in out.read_text().splitlines()]
-
-
-def metrics(out: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds_per_step"} for row in rows]
 
 
 def tensors(out: Path) -> dict[str, np.ndarray]:

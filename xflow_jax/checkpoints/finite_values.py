@@ -26,8 +26,8 @@ def is_finite(x: jax.Array | np.ndarray) -> bool:
         return True
     if x.dtype == _BFLOAT16:
         # Comparisons of integers. Those of bfloat16 are slow in NumPy.
-        negative_max = x.view(np.uint16).max()
-        return bool(x.view(np.int16).max() < _POSITIVE and negative_max < _NEGATIVE)
+        negative_max = np.max(x.view(np.uint16))
+        return bool(np.max(x.view(np.int16)) < _POSITIVE and negative_max < _NEGATIVE)
     return bool(np.isfinite(x.max()) and np.isfinite(x.min()))  # both are NaN if one value is
 
 

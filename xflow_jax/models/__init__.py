@@ -19,6 +19,7 @@ from xflow_jax.models.flops import (
     matrix_parameters,
     tensor_split_sizes,
     touched_parameters,
+    update_flops,
 )
 from xflow_jax.models.lm_head import Head, LogitsFn, make_head, shift_rows
 from xflow_jax.models.logical_axes import check_heads, shardings, state_shardings
@@ -69,4 +70,5 @@ __all__ = [
     "state_shardings",
     "tensor_split_sizes",
     "touched_parameters",
+    "update_flops",
 ]

@@ -23,6 +23,29 @@ def forward_flops(
     return 2 * rows * queries * matrix_parameters(config)[0] + attention
 
 
+def update_flops(
+    config: ModelConfig, rows: int, length: int, predicted: int, head_products: int, frozen: bool
+) -> float:
+    """Counts the model FLOPs of an update.
+
+    These are the matrix products of the forward and the backward pass. What the backward pass
+    recomputes to save memory does not count, nor do adapters.
+
+    Args:
+        config: the model.
+        rows: rows of the batch.
+        length: tokens of a row that pass.
+        predicted: tokens of a row that the head computes.
+        head_products: products of the loss with the matrix of the head or the embedding table, in
+            both passes and with the gradient of the head.
+        frozen: True if the matrices get no gradients, as with LoRA.
+    """
+    forward = forward_flops(config, rows, length, length)
+    matrices = 2 * rows * length * matrix_parameters(config)[0]
+    product = 2 * rows * predicted * config.hidden_size * config.vocab_rows
+    return float(3 * forward - frozen * matrices + (head_products - frozen) * product)
+
+
 def touched_parameters(config: ModelConfig, tokens: float | int) -> float | int:
     """Estimates the number of matrix parameters that a batch of tokens reads.
 

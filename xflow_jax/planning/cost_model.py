@@ -128,6 +128,16 @@ def estimate_cost(
     return _decode_cost(config, work, rows, fsdp, tensor, itemsize)
 
 
+def pass_flops(config: ModelConfig, work: Workload) -> float:
+    """Counts the FLOPs of all rows in a mean pass.
+
+    Args:
+        config: the model.
+        work: the program.
+    """
+    return estimate_cost(config, work, (1, 1, 1)).flops
+
+
 def _training_cost(
     config: ModelConfig, work: Workload, rows: float, fsdp: int, tensor: int, itemsize: int
 ) -> CostEstimate:

@@ -58,6 +58,17 @@ DEVICES: dict[str, Chip] = {f"gpu:{name}": chip for name, chip in GPUS.items()} 
     f"tpu:{name}": chip for name, chip in CHIPS.items()
 }
 
+# Names of devices in JAX. The memory of an A100 does not change its FLOP/s.
+_KINDS = (
+    (r"TPU v5 ?(lite|e)", CHIPS["v5e"]),
+    (r"TPU v5p?", CHIPS["v5p"]),
+    (r"TPU v6 ?(lite|e)", CHIPS["v6e"]),
+    (r"NVIDIA A100-SXM.*", GPUS["a100"]),
+    (r"NVIDIA H100( 80GB HBM3)?", GPUS["h100"]),
+    (r"NVIDIA H200", GPUS["h200"]),
+    (r"NVIDIA B200", GPUS["b200"]),
+)
+
 # Number of chips -> shape of the slices on sale, for 2D and for 3D pods.
 _SLICES_2D = {
     1: "1x1",
@@ -99,6 +110,22 @@ class Topology:
     def chips(self) -> int:
         """Number of chips."""
         return math.prod(self.shape)
+
+
+def find_chip(device_kind: str) -> Chip | None:
+    """Finds the chip of a device.
+
+    Args:
+        device_kind: the name that JAX gives it (`jax.Device.device_kind`).
+
+    Returns:
+        The chip, or None for an unknown one. Cards in PCIe slots are unknown, since their clocks
+        are lower.
+    """
+    for pattern, chip in _KINDS:
+        if re.fullmatch(pattern, device_kind):
+            return chip
+    return None
 
 
 def parse_topology(text: str) -> Topology:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from xflow_jax.errors import require
-from xflow_jax.models import state_shardings
+from xflow_jax.models import state_shardings, update_flops
 from xflow_jax.parallel import batch_sharding
 from xflow_jax.training.alignment import AlignmentConfig, make_alignment_loss
 from xflow_jax.training.alignment_step import make_align_step
@@ -61,6 +61,10 @@ def align_program(model_config: ModelConfig, config: AlignmentConfig, mesh: Mesh
         step=make_align_step(model, optimizer, config),
         measure=lambda *args: loss_fn(*args)[1],
         batch=_abstract_batch(config, batch_sharding(mesh)),
+        # The loss multiplies by the head and by the table: twice forward, three times backward.
+        flops=lambda length: update_flops(
+            model_config, config.batch_size, length, config.gen_length, 5, config.tune == "lora"
+        ),
         extend=lambda state, params: begin_trajectories(model_config, config, state, params),
         place=_state_sharding,
     )

@@ -44,6 +44,7 @@ class TrainProgram:
             LoRA, or None.
         arguments: the abstract arguments of `step`, with their shardings.
         dtype: dtype of the computation.
+        flops: tokens of a row -> model FLOPs of an update (`models.update_flops`).
     """
 
     mesh: Mesh
@@ -52,6 +53,7 @@ class TrainProgram:
     begin: Callable[[Params], tuple[TrainState, Params | None]] = field(repr=False)
     arguments: StepArguments = field(repr=False)
     dtype: np.dtype
+    flops: Callable[[int], float] = field(repr=False)
 
     def scope(self) -> contextlib.AbstractContextManager[None]:
         """Returns the context in which the functions run (`computation_scope`)."""
@@ -91,6 +93,7 @@ def make_program(
     step: StepFn,
     measure: Callable[..., Metrics],
     batch: dict[str, jax.ShapeDtypeStruct],
+    flops: Callable[[int], float],
     extend: Callable[[TrainState, Params], TrainState] = lambda state, params: state,
     place: Callable[[TrainState, Mesh, str], TrainState] = state_shardings,
 ) -> TrainProgram:
@@ -105,6 +108,7 @@ def make_program(
         step: the step, not compiled.
         measure: (params, batch, key, base) -> metrics, not compiled.
         batch: the shapes of a batch, with shardings.
+        flops: tokens of a row -> model FLOPs of an update.
         extend: (state, params of the model) -> state with what the training adds to it.
         place: (state, mesh, family) -> shardings of the state.
 
@@ -118,9 +122,8 @@ def make_program(
 
     def begin(params: Params) -> tuple[TrainState, Params | None]:
         key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
-        trained, base = (
-            (lora_init(key, params, config.lora), params) if use_lora else (params, None)
-        )
+        trained = lora_init(key, params, config.lora) if use_lora else params
+        base = params if use_lora else None
         return extend(TrainState.create(trained, optimizer), params), base
 
     state, base = jax.eval_shape(begin, abstract_params(model))
@@ -140,6 +143,7 @@ def make_program(
         begin=jax.jit(begin, out_shardings=(state_sharding, base_sharding), donate_argnums=0),
         arguments=arguments,
         dtype=np.dtype(model.dtype),
+        flops=flops,
     )
 
 

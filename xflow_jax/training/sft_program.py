@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from xflow_jax.errors import require
+from xflow_jax.models import update_flops
 from xflow_jax.parallel import batch_sharding
 from xflow_jax.training.program import (
     TrainProgram,
@@ -43,6 +44,7 @@ def sft_program(model_config: ModelConfig, config: SFTConfig, mesh: Mesh) -> Tra
     check_batch(config, mesh)
     model, optimizer = training_model(model_config, config), training_optimizer(config)
     loss_fn = make_sft_loss(model, config)
+    copies = 2 if model_config.is_block_causal else 1  # a noised and a clean one pass
     shape, sharding = (config.batch_size, config.lengths[-1]), batch_sharding(mesh)
     return make_program(
         model,
@@ -55,6 +57,9 @@ def sft_program(model_config: ModelConfig, config: SFTConfig, mesh: Mesh) -> Tra
             "tokens": jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding),
             "response": jax.ShapeDtypeStruct(shape, jnp.bool, sharding=sharding),
         },
+        flops=lambda length: update_flops(
+            model_config, config.batch_size, length * copies, length, 3, config.tune == "lora"
+        ),
     )
 
 
