@@ -1,9 +1,7 @@
 """Tests of train.upcycle: without attention, the result computes what the LLaDA computes."""
 
 import dataclasses
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +9,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import GOLDENS, toy
-from train.upcycle import upcycle
+from train.setup import run_program
+from train.upcycle import USAGE, main, upcycle
 from xflow_jax.errors import UserError
 from xflow_jax.lm import load
 from xflow_jax.models.factory import abstract_params, build
@@ -51,16 +50,18 @@ def test_what_cannot_be_upcycled():
         upcycle(toy().params, dataclasses.replace(toy().config, n_layers=1), 2, jax.random.key(0))
 
 
-def test_the_program_and_its_mistakes(tmp_path):
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "train.upcycle", *arguments]
-        return subprocess.run(
-            command, cwd=Path(__file__).parents[2], capture_output=True, text=True
-        )
+def test_the_program_and_its_mistakes(tmp_path, capsys, monkeypatch):
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["train.upcycle", *arguments])
+        with pytest.raises(SystemExit) as end:
+            run_program(main, USAGE)
+        return end.value.code
 
     out = tmp_path / "start"
-    assert run(str(GOLDENS / "llada_tiny"), str(out), "--experts", "2").returncode == 0
+    assert run(str(GOLDENS / "llada_tiny"), str(out), "--experts", "2") == 0
     assert load(out).config.num_experts == 2
     for model, words in ((GOLDENS / "llada_tiny", str(out)), (out, "of the family llada2")):
-        failed = run(str(model), str(out if model != out else tmp_path / "other"))
-        assert failed.returncode == 2 and words in failed.stderr and failed.stderr.count("\n") == 1
+        capsys.readouterr()
+        assert run(str(model), str(out if model != out else tmp_path / "other")) == 2
+        printed = capsys.readouterr().err
+        assert words in printed and printed.count("\n") == 1
