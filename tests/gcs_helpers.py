@@ -41,7 +41,7 @@ def bucket_server(folder: Path) -> Iterator[dict[str, str]]:
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
         try:
-            _make_bucket(url)
+            _make_bucket(url, server)
             yield {
                 "STORAGE_EMULATOR_HOST": url,
                 "TENSORSTORE_GCS_HTTP_URL": url,
@@ -53,19 +53,19 @@ def bucket_server(folder: Path) -> Iterator[dict[str, str]]:
             server.wait()
 
 
-def _make_bucket(url: str) -> None:
+def _make_bucket(url: str, server: subprocess.Popen) -> None:
     request = urllib.request.Request(
         f"{url}/storage/v1/b",
         data=f'{{"name": "{BUCKET}"}}'.encode(),
         headers={"Content-Type": "application/json"},
     )
-    for _ in range(100):
+    while server.poll() is None:
         try:
             urllib.request.urlopen(request).close()
             return
         except OSError:
             time.sleep(0.05)
-    raise RuntimeError("the server does not answer")
+    raise RuntimeError("the server has ended")
 
 
 def use_server(variables: dict[str, str], scheme: str = "gs") -> None:

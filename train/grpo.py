@@ -49,7 +49,7 @@ from xflow_jax.evaluation import (
 )
 from xflow_jax.input_files import to_path
 from xflow_jax.lm import LM, load
-from xflow_jax.parallel import make_mesh, multihost
+from xflow_jax.parallel import make_mesh, multihost, put_sharded, replicated
 from xflow_jax.tasks import Task, get_task
 from xflow_jax.toml_config import load_toml
 from xflow_jax.training import Rollout, TrainState, make_policy_step
@@ -78,6 +78,10 @@ def main(path: str, overrides: list[str]) -> None:
     cell = make_cells(lm, task, {"flow": flow}, [parse_budget(config.budget)])[0]
     sampler = Sampler(lm, task, config, select_problems(config, task, lm), cell)
     optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(config.rate))
+    begin = TrainState.create(policy.params, optimizer)
+    if mesh is not None:  # processes share global arrays only
+        begin = put_sharded(begin, replicated(mesh))
+        policy = dataclasses.replace(policy, params=begin.params)
     step_fn = jax.jit(
         make_policy_step(
             policy,
@@ -86,11 +90,11 @@ def main(path: str, overrides: list[str]) -> None:
             config.epochs,
             config.per_position,
             config.scale_rewards,
-        )
+        ),
+        out_shardings=None if mesh is None else replicated(mesh),
     )
     held_out = task.problems(_data_file(config), config.evaluate_problems)
     measure = partial(evaluate_policy, config, lm, task, held_out, cell)
-    begin = TrainState.create(policy.params, optimizer)
     with Run(config.out, config.seed, devices=1 if mesh is None else mesh.size) as run:
         run.frozen = fingerprint(lm.params)
         state = train(run, config, sampler, policy, begin, step_fn, measure)

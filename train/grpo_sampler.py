@@ -24,7 +24,7 @@ from xflow_jax.decoding import (
 )
 from xflow_jax.evaluation import Cell
 from xflow_jax.lm import LM
-from xflow_jax.parallel import BATCH, batch_sharding, replicated
+from xflow_jax.parallel import BATCH, batch_sharding, put_sharded
 from xflow_jax.planning import Workload, pass_flops
 from xflow_jax.sandbox import Pool
 from xflow_jax.tasks import Task
@@ -93,13 +93,20 @@ class Sampler:
         return np.repeat(np.asarray(self.batches[step]), self.config.group_size)
 
     def __call__(self, policy: Policy, step: int) -> Rollout:
-        """Samples the batch of a step."""
+        """Samples the batch of a step.
+
+        Args:
+            policy: the policy, replicated over the mesh of the model if it has one.
+            step: number of the step.
+
+        Returns:
+            The decodes.
+        """
         rows = self.row_problems(step)
         keys = row_keys(jax.random.fold_in(self.key, step), [self.prompts[i] for i in rows])
         arrays = (self.ids[rows], self.mask[rows], keys)
         if self.lm.mesh is not None:
-            arrays = jax.device_put(arrays, batch_sharding(self.lm.mesh))
-            policy = jax.device_put(policy, replicated(self.lm.mesh))
+            arrays = put_sharded(arrays, batch_sharding(self.lm.mesh))
         flow = parse_flow(self.config.switches, policy)
         with self.lm.scope():
             return rollout(self.lm.model, self.lm.params, flow, self.decode_config, *arrays)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import eight
+from tests.process_helpers import ProcessGroup
 from xflow_jax.errors import UserError
 from xflow_jax.lm import load
 from xflow_jax.parallel import batch_sharding, default_mesh, make_mesh, multihost
@@ -224,3 +225,27 @@ def test_a_process_that_dies_ends_the_others_in_time(tmp_path, victim):
     runs[victim].wait()
     assert survivor.returncode == 75 or survivor.returncode < 0
     assert "another process of this run has ended" in text or "coordinat" in text.lower()
+
+
+LATE = """
+import sys, time
+from xflow_jax.cli.process import run_process
+from xflow_jax.parallel import multihost
+
+multihost.HEARTBEAT_SECONDS = 20
+
+def run():
+    multihost.configure_process()
+    multihost.gather_objects([0])
+    if multihost.is_first_process():
+        time.sleep(30)
+
+sys.exit(run_process(run))
+"""
+
+
+@pytest.mark.slow
+def test_processes_wait_at_the_end_for_the_first_one(tmp_path):
+    """It may write results for longer than a dead process is waited for."""
+    with ProcessGroup(["-c", LATE], tmp_path, 2) as group:
+        group.finish()

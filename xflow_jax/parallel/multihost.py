@@ -24,6 +24,8 @@ from xflow_jax.types import PyTree
 T = TypeVar("T")
 # Time after which a process that gives no sign of life counts as dead. The others then end.
 HEARTBEAT_SECONDS = 60
+# Time that processes wait at the end for the first one, which still writes results and plots.
+SHUTDOWN_SECONDS = 3600
 # Status of a program that ends before its work is done, and that goes on when it is started again:
 # EX_TEMPFAIL of sysexits.h.
 RESTART_STATUS = 75
@@ -71,7 +73,7 @@ def initialize_processes() -> None:
             num_processes=int(count) if count else None,
             process_id=int(index) if index else None,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(f"the processes cannot find each other: {error}") from None
