@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import pytest
 from tests.gcs_helpers import BUCKET, bucket_server, use_server
 from tests.hf_helpers import GOLDEN, TOY, random_params
 from tests.train.test_align import QUICK, write_responses
+from tests.train.test_run import train as count
 from train.step_clock import TIME_METRICS
 from xflow_jax.checkpoints import CHECKSUM_FILE, find_damage, write_hf
 from xflow_jax.errors import UserError
@@ -97,22 +99,15 @@ def test_damage_is_one_sentence_that_names_the_object(converted):
     """A flipped bit, a truncated chunk, a missing piece, a marker without data."""
     sizes = object_sizes(converted)
     name = max((n for n in sizes if "/d/" in n), key=lambda n: sizes[n])
-    file, whole = converted / name, read_bytes(converted / name)
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 4
-    for data, state in (
-        (bytes(flipped), "has another checksum than when it was written"),
-        (whole[:-7], f"has {len(whole) - 7} bytes, not {len(whole)}"),
-        (None, "is missing"),
-    ):
-        if data is None:
-            delete_object(file)
-        else:
-            write_object(file, data)
+    states = {
+        "flipped": "has another checksum than when it was written",
+        "cut": f"has {sizes[name] - 7} bytes, not {sizes[name]}",
+        "gone": "is missing",
+    }
+    for kind in damaged(converted / name):
         with pytest.raises(UserError) as error:
             load(str(converted))
-        assert str(error.value).startswith(f"{file}: the file {state}.")
-        write_object(file, whole)
+        assert str(error.value).startswith(f"{converted / name}: the file {states[kind]}.")
     load(str(converted))
     marker = read_bytes(converted / CHECKSUM_FILE)
     empty = converted.with_name("marker-alone")
@@ -123,6 +118,54 @@ def test_damage_is_one_sentence_that_names_the_object(converted):
     with pytest.raises(UserError, match="an incomplete checkpoint"):
         load(str(converted))
     write_object(converted / CHECKSUM_FILE, marker)
+
+
+def test_damage_to_an_exported_model_names_the_object(bucket):
+    folder = bucket / "exported"
+    write_hf(folder, random_params(TOY), TOY, GOLDEN, max_shard_size=40_000)
+    file = folder / max(name for name in object_sizes(folder) if name.endswith(".safetensors"))
+    for _ in damaged(file):
+        with pytest.raises(UserError) as error:
+            load(str(folder))
+        assert str(error.value).startswith(f"{file}: ") and "\n" not in str(error.value)
+    load(str(folder))
+
+
+def damaged(file: Path) -> Iterator[str]:
+    """Yields while an object has a flipped bit, is cut off, and is gone."""
+    whole = read_bytes(file)
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 4
+    for kind, data in (("flipped", bytes(flipped)), ("cut", whole[:-7]), ("gone", None)):
+        if data is None:
+            delete_object(file)
+        else:
+            write_object(file, data)
+        yield kind
+        write_object(file, whole)
+
+
+def test_a_run_continues_before_a_damaged_checkpoint(bucket, tmp_path, capsys):
+    """Also if the last object of a checkpoint is there alone."""
+    expected = count(tmp_path / "run", 6)
+    for kind in ("flipped", "cut", "gone", "alone"):
+        folder = bucket / "counted" / kind
+        count(folder, 4)
+        last = folder / "checkpoints" / "4"
+        sizes = object_sizes(last)
+        if kind == "alone":
+            for name in sizes:
+                if name != "commit_success.txt":
+                    delete_object(last / name)
+        else:
+            largest = max(sizes, key=lambda name: sizes[name])
+            # The iterator is left, so the damage stays.
+            next(found for found in damaged(last / largest) if found == kind)
+        state = count(folder, 6)
+        for name, value in expected.items():
+            np.testing.assert_array_equal(state[name], value, f"{kind}: {name}")
+        assert f"warning: {last}: " in capsys.readouterr().err
+        assert [line["step"] for _, line in read_jsonl(folder / "metrics.jsonl")] == [*range(1, 7)]
 
 
 def test_a_killed_conversion_continues(bucket, model):
@@ -223,3 +266,21 @@ def test_a_profile_of_a_command_is_uploaded(bucket):
     words = ["xflow_jax", "generate", "--model", "tiny", "--prompt", "sum of the list"]
     program(*words, "--gen-length", "16", "--profile", f"{bucket}/traces:1")
     assert any(name.endswith(".xplane.pb") for name in object_sizes(bucket / "traces"))
+
+
+def test_compiled_programs_are_kept_in_a_bucket(bucket):
+    words = ["xflow_jax", "generate", "--model", "tiny", "--prompt", "sum", "--gen-length", "16"]
+    command = [sys.executable, "-m", *words]
+    environment = os.environ | {
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_COMPILATION_CACHE_DIR": str(bucket / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DEBUG_LOG_MODULES": "jax._src.compiler",
+    }
+    found = []
+    for _ in range(2):
+        run = subprocess.run(
+            command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True
+        )
+        found += re.findall("cache (hit|MISS) for 'jit_decode_batch'", run.stderr, re.I)
+    assert [word.lower() for word in found] == ["miss", "hit"]

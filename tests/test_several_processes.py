@@ -19,6 +19,7 @@ from tests.process_helpers import ProcessGroup
 from tests.train.test_align import QUICK, write_responses
 from tests.train.test_grpo import QUICK as QUICK_GRPO
 from train.pretrain import ModelShape, PretrainConfig, make_model_config
+from train.step_clock import TIME_METRICS
 from xflow_jax.checkpoints import write_atomic, write_hf
 from xflow_jax.decoding import Policy, load_policy
 from xflow_jax.input_files import object_sizes, read_bytes, read_jsonl, to_path
@@ -111,12 +112,13 @@ class Way:
     def metrics(self, name: str) -> list[dict[str, float]]:
         """Returns the metrics of a run, without times."""
         lines = [value for _, value in read_jsonl(self.place / name / "metrics.jsonl")]
-        return [{k: v for k, v in line.items() if k != "seconds_per_step"} for line in lines]
+        return [{k: v for k, v in line.items() if k not in TIME_METRICS} for line in lines]
 
     def answers(self) -> list[tuple]:
-        keys = ("rule", "task_id", "text", "passed", "forward_passes")
-        lines = (value for _, value in read_jsonl(self.place / "evaluate" / "answers.jsonl"))
-        return sorted(tuple(line[key] for key in keys) for line in lines)
+        """Returns the answers of an evaluation. The label of a rule has the place of its policy."""
+        keys = ("task_id", "text", "passed", "forward_passes")
+        lines = [value for _, value in read_jsonl(self.place / "evaluate" / "answers.jsonl")]
+        return sorted((line["rule"].split(":")[0], *(line[k] for k in keys)) for line in lines)
 
 
 def kill_one_of(group: ProcessGroup, victim: int) -> None:
@@ -188,5 +190,5 @@ def test_eight_processes_and_four_after_one_is_killed(model, data, tmp_path):
     aligned = eight.place / "align" / "model"
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda way: way.grpo_and_evaluate(aligned), (eight, one)))
-    chex.assert_trees_all_close(eight.policy().params, one.policy().params, atol=1e-4)
+    chex.assert_trees_all_close(eight.policy().params, one.policy().params, atol=1e-3)
     assert eight.answers() == one.answers() and len(one.answers()) == 10

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from xflow_jax.checkpoints.checksums import (
     write_checksums,
 )
 from xflow_jax.checkpoints.hf_export import write_hf
+from xflow_jax.checkpoints.orbax_checkpoint import ORBAX_METADATA
 from xflow_jax.checkpoints.orbax_writer import save_params
 from xflow_jax.errors import UserError
 from xflow_jax.lm import load, read_model_config
@@ -72,6 +74,14 @@ def test_the_sentence_of_each_format(directories):
     with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
         load(directories["hf"])
     flip(file, 8 * file.stat().st_size - 1)
+
+
+def test_a_marker_without_data_names_a_missing_file(directories, tmp_path):
+    for name in (CHECKSUM_FILE, ORBAX_METADATA):
+        shutil.copy(directories["converted"] / name, tmp_path)
+    sentence = f"^{tmp_path}/.+: the file is missing. Copy or convert the checkpoint again.$"
+    with pytest.raises(UserError, match=sentence):
+        load(tmp_path)
 
 
 def test_large_files_can_be_left_out(directories, monkeypatch):
