@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -213,6 +214,19 @@ def test_rows_have_their_own_numbers_lengths_and_steps(cache):
         tokens = row.tokens[:length] & 0xFFFFFF
         assert np.array_equal(tokens, expected.tokens[0])
         assert row.rows[1] == expected.forward_passes[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", CACHES)
+def test_no_pass_copies_the_cache(cache):
+    """The compiled program holds no copy of all keys or values."""
+    bench = Bench(toy(), slots=5, cache=dataclasses.replace(CACHES[cache], refresh=0, window=0))
+    parts = (bench.lm.model, bench.lm.params, bench.rule, bench.lane, bench.slots, bench.live)
+    with bench.lm.scope():
+        text = run_passes.lower(*parts, 2).compile().as_text()
+    shape = ",".join(map(str, bench.slots.cache["blocks"]["k"].shape))
+    assert f"f32[{shape}]" in text
+    assert not re.findall(rf"= f32\[{shape}\]\S* copy\(", text)
 
 
 def test_a_row_that_is_given_up_stops():
