@@ -47,7 +47,7 @@ def exchange(*parts: bytes) -> tuple[bytes, list[str]]:
         for part in parts:
             writer.write(part)
             await writer.drain()
-        answer = await asyncio.wait_for(reader.read(), 600)
+        answer = await asyncio.wait_for(reader.read(), 60)
         writer.close()
         server.close()
         return answer
