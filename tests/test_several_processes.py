@@ -122,7 +122,10 @@ class Way:
 
 
 def kill_one_of(group: ProcessGroup, victim: int) -> None:
-    """Kills a process. The others must end in time, and one of them with a sentence."""
+    """Kills a process. The others must end in time, each with a sentence.
+
+    If nothing is exchanged at the moment, the sentence is that of JAX's missing sign of life.
+    """
     os.kill(group.runs[victim].pid, signal.SIGKILL)
     began = time.monotonic()
     for run in group.runs:
@@ -130,8 +133,9 @@ def kill_one_of(group: ProcessGroup, victim: int) -> None:
     print(f"{time.monotonic() - began:.1f} s, status {[run.returncode for run in group.runs]}")
     others = [rank for rank in range(len(group.runs)) if rank != victim]
     assert all(group.runs[rank].returncode not in (0, 2) for rank in others)
-    texts = [group.log(rank).read_text() for rank in others]
-    assert any("another process of this run has ended" in text for text in texts)
+    for rank in others:
+        text = group.log(rank).read_text()
+        assert "another process of this run has ended" in text or "another task died" in text
 
 
 def saved_steps(out: Path) -> list[int]:
