@@ -31,7 +31,7 @@ class Running:
         self.server, self.engine = server, server.engine
         self.url = f"http://127.0.0.1:{server.port}"
         self.status: int | None = None
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._ready = threading.Event()
         self._thread.start()
 
