@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -62,6 +63,28 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert metrics(a) == metrics(b)
     for name, value in tensors(a).items():
         np.testing.assert_array_equal(value, tensors(b)[name], err_msg=name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steps():
+    """Shares the step, and so its program, between runs that differ in their folder alone."""
+    train, make, made = pretrain.train, pretrain.make_pretrain_step, {}
+
+    def shared(config):
+        same = repr(dataclasses.replace(config, out=""))
+
+        def kept(*arguments):
+            if same not in made:
+                made[same] = make(*arguments)
+            return made[same]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pretrain, "make_pretrain_step", kept)
+            train(config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "train", shared)
+        yield
 
 
 @pytest.fixture(scope="module")
