@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from safetensors.numpy import load_file
 
 from tests.helpers import eight
 from tests.run_helpers import all_metrics, metrics
-from train import grpo
+from train import grpo, grpo_sampler
 from train.grpo_sampler import Sampler, make_score, parse_flow
 from train.pretrain import ModelShape, PretrainConfig, make_model_config
 from xflow_jax.checkpoints.hf_export import write_hf
@@ -83,6 +84,30 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """Shares the programs of runs that differ in their folders and in the number of steps."""
+    make_score, make_step, made, current = grpo_sampler.make_score, grpo.make_policy_step, {}, [""]
+
+    def score(config, eos_id):
+        own = dict.fromkeys(("model", "out", "solved", "steps"))
+        current[0] = repr((dataclasses.asdict(config) | own, eos_id))
+        return kept("score", make_score, config, eos_id)
+
+    def step(*arguments):  # is made after the score
+        return kept("step", make_step, *arguments)
+
+    def kept(name, make, *arguments):
+        if (name, current[0]) not in made:
+            made[name, current[0]] = make(*arguments)
+        return made[name, current[0]]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo_sampler, "make_score", score)
+        patch.setattr(grpo, "make_policy_step", step)
+        yield
 
 
 @pytest.fixture(scope="module")
