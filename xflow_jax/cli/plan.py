@@ -189,7 +189,7 @@ def _request(args: argparse.Namespace) -> PlanRequest:
     topologies = tuple(args.topology.split(",")) if args.topology else ()
     for text in topologies:
         parse_topology(text)
-    if args.device:
+    if args.device is not None:
         parse_device(args.device)
     return PlanRequest(
         presets=presets,
