@@ -21,8 +21,8 @@ on_all_hosts() {
 }
 on_all_hosts "git clone https://github.com/OWNER/xflow-jax && cd xflow-jax && python3 -m venv .venv && \
   .venv/bin/pip install -q -c constraints.txt -e '.[tpu,gcs]'"
-# Status 75 means that the run was interrupted and goes on from its last checkpoint.
+# Status 75 or 134 (JAX has aborted) means that the run was interrupted and goes on from its last checkpoint.
 until on_all_hosts "cd xflow-jax && . .venv/bin/activate && \
   XFLOW_DISTRIBUTED=1 JAX_COMPILATION_CACHE_DIR=$bucket/programs $(printf '%q ' "$@")"; do
-  [ $? = 75 ] || exit 1
+  case $? in 75 | 134) ;; *) exit 1 ;; esac
 done
