@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import chex
-import jax
 import pytest
 
 from convert.from_hf import convert
@@ -18,17 +17,13 @@ from tests.gcs_helpers import BUCKET, bucket_server, use_server
 from tests.process_helpers import ProcessGroup
 from tests.train.test_align import QUICK, write_responses
 from tests.train.test_grpo import QUICK as QUICK_GRPO
-from train.pretrain import ModelShape, PretrainConfig, make_model_config
+from tests.train.test_grpo import write_model
 from train.step_clock import TIME_METRICS
-from xflow_jax.checkpoints import write_atomic, write_hf
+from xflow_jax.checkpoints import write_atomic
 from xflow_jax.decoding import Policy, load_policy
 from xflow_jax.input_files import object_sizes, read_bytes, read_jsonl, to_path
 from xflow_jax.lm import load
-from xflow_jax.models.factory import build, init_params
-from xflow_jax.tokenizer import load_tokenizer
 
-ROOT = Path(__file__).parents[1]
-TINY = ROOT / "xflow_jax" / "tiny"
 POLICY = "policy.safetensors"
 TOO_LATE = 120.0  # seconds in which the other processes end if one is killed
 pytestmark = pytest.mark.slow
@@ -36,15 +31,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A small random model with the tokenizer of the bundled one."""
-    folder = tmp_path_factory.mktemp("model") / "hf"
-    shape = ModelShape(d_model=16, n_layers=1, n_heads=2, mlp_hidden_size=16)
-    config = make_model_config(
-        PretrainConfig(out="", tokenizer="", model=shape), load_tokenizer(TINY)
-    )
-    params = jax.tree.map(lambda x: 20 * x, init_params(build(config), jax.random.key(0)))
-    write_hf(folder, params, config, TINY)
-    return folder
+    return write_model(tmp_path_factory.mktemp("model") / "hf")
 
 
 @pytest.fixture(scope="module")

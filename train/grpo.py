@@ -49,7 +49,7 @@ from xflow_jax.evaluation import (
 )
 from xflow_jax.input_files import to_path
 from xflow_jax.lm import LM, load
-from xflow_jax.parallel import make_mesh, multihost, put_sharded, replicated
+from xflow_jax.parallel import count_shards, make_mesh, multihost, put_sharded, replicated
 from xflow_jax.tasks import Task, get_task
 from xflow_jax.toml_config import load_toml
 from xflow_jax.training import Rollout, TrainState, make_policy_step
@@ -128,7 +128,7 @@ def check_mesh(config: GrpoConfig, mesh: Mesh | None) -> None:
         UserError: if they do not.
     """
     rows = config.prompts_per_step * config.group_size
-    devices = mesh.shape["data"] * mesh.shape["fsdp"] if mesh is not None else 1
+    devices = count_shards(mesh)
     require(
         rows % devices == 0,
         f"prompts_per_step x group_size is {rows}, which {devices} devices of the mesh do not "

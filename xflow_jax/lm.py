@@ -32,6 +32,7 @@ from xflow_jax.models import INT8, build, check_heads, compute_dtype, is_quantiz
 from xflow_jax.parallel import (
     batch_sharding,
     computation_scope,
+    count_shards,
     find_devices,
     make_mesh,
     replicated,
@@ -188,7 +189,7 @@ class LM:
         """Moves an array [B, ...] to the mesh, sharded if possible."""
         if self.mesh is None or isinstance(x, jax.core.Tracer):
             return jnp.asarray(x)
-        divides = x.shape[0] % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) == 0
+        divides = x.shape[0] % count_shards(self.mesh) == 0
         return jax.device_put(x, batch_sharding(self.mesh) if divides else replicated(self.mesh))
 
 

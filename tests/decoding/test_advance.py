@@ -88,7 +88,7 @@ def test_a_floor_replaces_lower_confidences_of_reedited_positions():
     m, x_pred = jnp.asarray([[[-2.0]]]), jnp.full((1, 3, 1), 8.0)
     state, yes = state_of([0.5] * 3, [3.0] * 3), jnp.ones((1, 3), bool)
     reset = jnp.asarray([[YES, YES, NO]])
-    action = Action(jnp.zeros((1, 3)), reset, ~yes, floor=0.6)
+    action = Action(jnp.zeros((1, 3)), reset, ~yes, floor=jnp.full((1, 3), 0.6))
     out = advance(state, belief_of([0.25, 0.75, 0.25]), action, yes, x_pred, m, 99)
     np.testing.assert_allclose(out.t[0], [0.6, 0.75, 0.5])
     np.testing.assert_allclose(out.x[0, :, 0], [0.6 * 8 - 0.4 * 2, 0.75 * 8 - 0.25 * 2, 3.0])

@@ -58,9 +58,8 @@ QUICK += ["seed=4"]  # a resumed run must not fall back to another one
 QUICK += ["save_every=1", "evaluate_every=100", "evaluate_problems=4", "batch_size=4", "rate=1e-2"]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("grpo") / "model"
+def write_model(folder: Path) -> Path:
+    """Writes a small random model with the tokenizer of the bundled one."""
     shape = ModelShape(d_model=16, n_layers=1, n_heads=2, mlp_hidden_size=16)
     config = make_model_config(
         PretrainConfig(out="", tokenizer="", model=shape), load_tokenizer(TINY)
@@ -68,6 +67,11 @@ def model(tmp_path_factory) -> Path:
     params = jax.tree.map(lambda x: 20 * x, init_params(build(config), jax.random.key(0)))
     write_hf(folder, params, config, TINY)
     return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("grpo") / "model")
 
 
 def overrides_of(model: Path, out: Path, *overrides: str) -> list[str]:

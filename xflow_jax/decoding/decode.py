@@ -255,9 +255,7 @@ def _move(
 
     moving = {name: getattr(state, name) for name in ("x", "t", "tokens")}
     part = dataclasses.replace(state, **{name: cut(x) for name, x in moving.items()})
-    # A rule's number, such as a floor, is of all positions.
-    action = jax.tree.map(lambda x: cut(x) if jnp.ndim(x) else x, action)
-    part = move(cut(candidates), part, jax.tree.map(cut, belief), action)
+    part = move(cut(candidates), part, jax.tree.map(cut, belief), jax.tree.map(cut, action))
     update = jax.lax.dynamic_update_slice_in_dim
     moved = {name: update(x, getattr(part, name), first, axis=1) for name, x in moving.items()}
     return dataclasses.replace(state, **moved)
@@ -337,7 +335,9 @@ def advance(
     Returns:
         The state with new x, t and tokens.
     """
-    c, a = jnp.maximum(belief.confidence, action.floor), action.a
+    c, a = belief.confidence, action.a
+    if action.floor is not None:
+        c = jnp.maximum(c, action.floor)
     target = x_pred if mean is None else mean
     real = candidates & (belief.tokens != mask_id)
     # Written out, since x + 1 (x_pred - x) is not x_pred in floating point.

@@ -21,7 +21,7 @@ from xflow_jax.decoding import PROMPT_MULTIPLE, require_finite
 from xflow_jax.errors import UserError
 from xflow_jax.input_files import read_jsonl
 from xflow_jax.models import shift_rows
-from xflow_jax.parallel import batch_sharding, multihost
+from xflow_jax.parallel import batch_sharding, count_shards, multihost
 from xflow_jax.tokenizer import chat_ids, pad_left
 from xflow_jax.toml_config import format_value
 from xflow_jax.training import cross_entropy
@@ -152,7 +152,7 @@ def row_losses(
         )
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i].response), len(rows[i].prompt)))
     out = np.zeros(len(rows))
-    fill = 1 if lm.mesh is None else lm.mesh.shape["data"] * lm.mesh.shape["fsdp"]
+    fill = count_shards(lm.mesh)
     size = -(-min(batch_size, len(rows)) // fill) * fill
     starts = range(0, len(rows), size)
     for first in tqdm(starts, unit="batch", dynamic_ncols=True, disable=not progress):

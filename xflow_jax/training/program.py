@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, Sharding
 
 from xflow_jax.errors import require
 from xflow_jax.models import abstract_params, build, lora_init, shardings, state_shardings
-from xflow_jax.parallel import computation_scope, replicated
+from xflow_jax.parallel import computation_scope, count_shards, replicated
 from xflow_jax.training.config import TrainingConfig
 from xflow_jax.training.optimizers import make_optimizer
 from xflow_jax.training.state import TrainState
@@ -157,7 +157,7 @@ def check_batch(config: TrainingConfig, mesh: Mesh | AbstractMesh) -> None:
     Raises:
         UserError: if it does not.
     """
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = count_shards(mesh)
     parts = config.accumulate * config.groups
     require(
         config.batch_size // parts % devices == 0,

@@ -98,8 +98,7 @@ class Action:
             mixture of two vectors is shorter than the mean of their lengths.
         expected: below t = 1, x_pred is the mean embedding of the four likeliest tokens, with
             renormalised probabilities, instead of the likeliest one's.
-        floor: least progress of re-edited positions, [B, N] or one number. Where c is below it, it
-            replaces c.
+        floor: least progress of re-edited positions. Where c is below it, it replaces c. Or None.
     """
 
     a: jax.Array
@@ -111,7 +110,7 @@ class Action:
     rescale: bool = static_field(False)
     expected: bool = static_field(False)
     remask: jax.Array | None = None
-    floor: jax.Array | float = 0.0
+    floor: jax.Array | None = None
 
     @classmethod
     def unmask(cls, chosen: Bool[Array, "B N"]) -> Action:

@@ -70,7 +70,7 @@ def reedit_all(
             changed nothing.
         rescale: as in Action.
         expected: as in Action.
-        floor: as in Action.
+        floor: least progress of positions that have entered, for all rows or [B, 1].
 
     Returns:
         The action, with the new memory.
