@@ -197,7 +197,7 @@ class _Api:
 
     async def _health(self, request: Request) -> Response:
         if self._engine.failure is not None:
-            raise ApiError("the engine has failed", 503, code="engine_failed")
+            raise self._engine.refusal()
         return JSONResponse({"status": "ok"})
 
     async def _ready(self, request: Request) -> Response:
@@ -207,7 +207,7 @@ class _Api:
     def _check_ready(self) -> None:
         """Raises ApiError unless requests are accepted."""
         if self._engine.is_draining or self._engine.failure is not None:
-            raise ApiError("the server is shutting down", 503, code="draining")
+            raise self._engine.refusal()
         if not self._engine.is_ready:
             message = "the server is compiling its programs"
             raise ApiError(message, 503, code="starting", headers={"Retry-After": "5"})

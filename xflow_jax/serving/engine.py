@@ -140,7 +140,7 @@ class Engine:
             ticket.place = self._runtime_of(ticket)
         with self._changed:
             if self.is_draining or self._stop or self.failure is not None:
-                raise ApiError("the server is shutting down", 503, code="draining")
+                raise self.refusal()
             waiting = len(self._waiting)
             if waiting + len(tickets) > self.options.max_queue:
                 seconds = str(max(1, round(self._seconds_per_request() * waiting)))
@@ -166,6 +166,12 @@ class Engine:
                 ticket.finish_reason, ticket.ended = reason, time.monotonic()
             ticket.is_given_up = True
             self._changed.notify()
+
+    def refusal(self) -> ApiError:
+        """Returns the error of requests that are not answered any more."""
+        if self.failure is not None:
+            return ApiError("the engine has failed", 503, code="engine_failed")
+        return ApiError("the server is shutting down", 503, code="draining")
 
     def drain(self, seconds: float) -> bool:
         """Refuses new requests, and waits for the others.
@@ -234,8 +240,7 @@ class Engine:
             left = [*self._waiting, *(t for r in self._runtimes for t in r.tickets if t)]
             self._waiting.clear()
         for ticket in left:
-            code = "draining" if self.failure is None else "engine_failed"
-            self._fail(ticket, ApiError("the server is shutting down", 503, code=code))
+            self._fail(ticket, self.refusal())
 
     def _wait_for_work(self) -> bool:
         """Waits until there is something to do. Returns False at the end."""
