@@ -21,13 +21,13 @@ from train.setup import export, run_program
 from xflow_jax.decoding import MaskPrediction, generate
 from xflow_jax.errors import UserError, require
 from xflow_jax.input_files import to_path
-from xflow_jax.lm import LM
+from xflow_jax.lm import LM, load
 from xflow_jax.models import LLaDAConfig, build, init_params, update_flops
 from xflow_jax.sandbox import run_many
 from xflow_jax.tokenizer import chat_ids, load_tokenizer
 from xflow_jax.toml_config import load_toml
 from xflow_jax.training import TrainState, batch_iterator, make_pretrain_step
-from xflow_jax.types import ModelConfig, PyTree, Tokenizer
+from xflow_jax.types import ModelConfig, Params, PyTree, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,7 @@ class PretrainConfig:
         out: folder of the run.
         tokenizer: directory of the tokenizer.
         model: shape of the model.
+        start: model whose parameters the run begins with, of the same shape. None: random ones.
         tasks: names of the tasks.
         weights: relative shares of the tasks in the batches, or empty for equal ones.
         prompt_length: P, to which prompts are padded, for all tasks or for each.
@@ -87,6 +88,7 @@ class PretrainConfig:
     out: str
     tokenizer: str
     model: ModelShape = ModelShape()
+    start: str | None = None
     tasks: tuple[str, ...] = ("microcode",)
     weights: tuple[float, ...] = ()
     prompt_length: int | tuple[int, ...] = 40
@@ -228,10 +230,15 @@ def train(config: PretrainConfig) -> None:
     early = config.wide_steps * config.batch_size
     source = make_pairs(config.components, tokenizer, config.seed, config.batch_size, early)
     data = batch_iterator(source, config.batch_size)
-    create = jax.jit(lambda k: TrainState.create(init_params(model, k), optimizer))
+
+    def create(key: jax.Array) -> TrainState:
+        return TrainState.create(init_params(model, key), optimizer)
+
     with Run(config.out, config.seed) as run:
         if run.latest is None:
-            state = create(key)
+            state = jax.jit(create)(key)
+            if config.start is not None:
+                state = state.replace(params=read_start(config.start, state.params))
         else:
             state, _ = run.restore(jax.eval_shape(create, key), data)
         size = sum(x.size for x in jax.tree.leaves(state.params))
@@ -263,6 +270,24 @@ def train(config: PretrainConfig) -> None:
             export(
                 folder, state.params, model.config, config.tokenizer, made_by, config.export_dtype
             )
+
+
+def read_start(path: str, params: Params) -> Params:
+    """Reads the parameters that a run begins with.
+
+    Args:
+        path: the model, as in `xflow_jax.load`.
+        params: parameters of the run's shapes.
+
+    Raises:
+        UserError: as `xflow_jax.load`, or for another shape.
+    """
+    start = load(path).params
+    require(
+        jax.tree.map(jnp.shape, start) == jax.tree.map(jnp.shape, params),
+        f"start: {path} has another shape than [model]. Give its sizes there.",
+    )
+    return start
 
 
 def count_work(model_config: ModelConfig, batch: Mapping[str, jax.Array]) -> tuple[int, float]:

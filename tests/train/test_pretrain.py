@@ -121,6 +121,18 @@ def test_pretraining_stopped_and_resumed_equals_one_run(base, tmp_path, monkeypa
     assert_same_run(base / "model", tmp_path / "run")
 
 
+def test_a_run_begins_with_the_parameters_of_a_model(base, tmp_path):
+    standing = ["steps=1", f"start={base / 'model/hf'}", "rate_points=[[0, 0.0], [1, 0.0]]"]
+    pretrain_small(tmp_path / "run", *standing)
+    for name, value in tensors(base / "model").items():
+        np.testing.assert_array_equal(value, tensors(tmp_path / "run")[name], err_msg=name)
+
+
+def test_a_start_of_another_shape_is_refused(base, tmp_path):
+    with pytest.raises(UserError, match=r"start: .*hf has another shape than \[model\]"):
+        pretrain_small(tmp_path / "run", f"start={base / 'model/hf'}", "model.d_model=8")
+
+
 def test_self_generation_resumes_and_drops_an_incomplete_line(base):
     out = base / "responses.jsonl"
     whole = out.read_text().splitlines(keepends=True)

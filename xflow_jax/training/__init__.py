@@ -2,21 +2,17 @@
 
 from xflow_jax.training.alignment import AlignmentConfig
 from xflow_jax.training.alignment_program import align_program, check_lengths
-from xflow_jax.training.config import TrainingConfig
-from xflow_jax.training.data import (
+from xflow_jax.training.batches import (
     BatchIterator,
     Example,
-    MixedPairs,
-    Responses,
-    TaskPairs,
     batch_iterator,
     local_rows,
     place_batch,
-    read_lines,
-    read_records,
     shuffled_batches,
     stack_examples,
 )
+from xflow_jax.training.config import TrainingConfig
+from xflow_jax.training.data import MixedPairs, Responses, TaskPairs, read_lines, read_records
 from xflow_jax.training.grpo import make_policy_step
 from xflow_jax.training.losses import RewardScale, cross_entropy
 from xflow_jax.training.pretraining import make_pretrain_step

@@ -11,14 +11,8 @@ import numpy as np
 
 from xflow_jax.errors import UserError, require
 from xflow_jax.tokenizer import chat_ids
-from xflow_jax.training.data import (
-    ENDLESS,
-    BatchIterator,
-    Example,
-    read_options,
-    split_evenly,
-    stack_examples,
-)
+from xflow_jax.training.batches import BatchIterator, Example, read_options, stack_examples
+from xflow_jax.training.data import ENDLESS, split_evenly
 from xflow_jax.types import ModelConfig, Tokenizer
 
 Turns: TypeAlias = Literal["last", "each"]
