@@ -60,6 +60,16 @@ PROGRAMS = {
         ),
         ("run/metrics.jsonl", "run/hf/*"),
     ),
+    "gaussian": Program(
+        (
+            *("train.gaussian", f"{ROOT}/configs/gaussian_tiny.toml", "out=run"),
+            *(f"tokenizer={TINY}", "model.d_model=16", "model.n_layers=1", "model.n_heads=2"),
+            *("model.mlp_hidden_size=16", "batch_size=4", "steps=40", "save_every=3"),
+            *("log_every=1", "evaluate_every=20", "evaluate_problems=4", "answers=4"),
+            *("passes=[4,2]", "seed=3"),
+        ),
+        ("run/metrics.jsonl", "run/answers/*"),
+    ),
     "self_generate": Program(
         (
             *("train.self_generate", f"{ROOT}/configs/self_generate_tiny.toml", MODEL),

@@ -195,6 +195,13 @@ def make_optimizer(config: PretrainConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.clip), muon)
 
 
+def curriculum(config: PretrainConfig) -> optax.Schedule:
+    """Builds the schedule of the largest masking ratio, which ends at 1."""
+    if config.curriculum_steps == 0:  # optax would stay at the first value
+        return optax.constant_schedule(1.0)
+    return optax.linear_schedule(config.first_sigma, 1.0, config.curriculum_steps)
+
+
 def main(path: str, overrides: list[str]) -> None:
     """Trains to the configured step, from the last checkpoint if any.
 
@@ -224,8 +231,7 @@ def train(config: PretrainConfig) -> None:
     model = build(make_model_config(config, tokenizer), remat="full")
     optimizer = make_optimizer(config)
     key = jax.random.key(config.seed)
-    largest = optax.linear_schedule(config.first_sigma, 1.0, config.curriculum_steps)
-    step_fn = jax.jit(make_pretrain_step(model, optimizer, largest), donate_argnums=0)
+    step_fn = jax.jit(make_pretrain_step(model, optimizer, curriculum(config)), donate_argnums=0)
 
     early = config.wide_steps * config.batch_size
     source = make_pairs(config.components, tokenizer, config.seed, config.batch_size, early)

@@ -14,6 +14,13 @@ from xflow_jax.decoding.cached_forward import make_forward
 from xflow_jax.decoding.canvas import embed
 from xflow_jax.decoding.decode import commit_tokens, decode, move_positions
 from xflow_jax.decoding.forward import ExactCache
+from xflow_jax.decoding.gaussian import (
+    GaussianModel,
+    add_noise,
+    expected_embedding,
+    sample,
+    token_embeddings,
+)
 from xflow_jax.decoding.generate import (
     PROMPT_MULTIPLE,
     Generation,
@@ -24,6 +31,7 @@ from xflow_jax.decoding.generate import (
     require_finite,
     row_keys,
 )
+from xflow_jax.decoding.noise_schedules import NOISE_SCHEDULES, NoiseSchedule
 from xflow_jax.decoding.policy import Policy, features, fit_policy, init_policy
 from xflow_jax.decoding.policy_io import check_policy_ranges, load_policy, save_policy
 from xflow_jax.decoding.rules.base import (
@@ -69,9 +77,12 @@ __all__ = [
     "DecodeState",
     "ExactCache",
     "Flow",
+    "GaussianModel",
     "Generation",
     "Lane",
     "MaskPrediction",
+    "NOISE_SCHEDULES",
+    "NoiseSchedule",
     "PROMPT_MULTIPLE",
     "Policy",
     "Rows",
@@ -86,6 +97,7 @@ __all__ = [
     "TokenConstraints",
     "Trace",
     "adapt_loop",
+    "add_noise",
     "admit",
     "block_layout",
     "branch_shares",
@@ -95,6 +107,7 @@ __all__ = [
     "decode",
     "decode_batch",
     "embed",
+    "expected_embedding",
     "features",
     "fit_policy",
     "generate",
@@ -122,6 +135,7 @@ __all__ = [
     "row_keys",
     "row_numbers",
     "run_passes",
+    "sample",
     "save_policy",
     "select_highest",
     "slot_config",
@@ -129,5 +143,6 @@ __all__ = [
     "static_field",
     "stream",
     "takes_arrays",
+    "token_embeddings",
     "with_numbers",
 ]

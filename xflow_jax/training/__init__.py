@@ -13,6 +13,7 @@ from xflow_jax.training.batches import (
 )
 from xflow_jax.training.config import TrainingConfig
 from xflow_jax.training.data import MixedPairs, Responses, TaskPairs, read_lines, read_records
+from xflow_jax.training.gaussian import gaussian_optimizer, make_gaussian_step
 from xflow_jax.training.grpo import make_policy_step
 from xflow_jax.training.losses import RewardScale, cross_entropy
 from xflow_jax.training.pretraining import make_pretrain_step
@@ -59,7 +60,9 @@ __all__ = [
     "delay",
     "find_block_length",
     "iterate_batches",
+    "gaussian_optimizer",
     "local_rows",
+    "make_gaussian_step",
     "make_policy_step",
     "make_pretrain_step",
     "make_sft_step",
