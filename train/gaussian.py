@@ -38,7 +38,8 @@ class GaussianConfig(pretrain.PretrainConfig):
     """A run of Gaussian diffusion.
 
     The fields of a pretraining have their sense there. `first_sigma` is the largest share of the
-    noise schedule at first. `block_length` and `export_dtype` have no use.
+    noise schedule at first, and `start` a masked model whose transformer begins the run.
+    `block_length` and `export_dtype` have no use.
 
     Attributes:
         schedule: noise schedule: "gumbel" of LangFlow, "plaid" for a fitted curve, or "sqrt" of
@@ -74,7 +75,7 @@ class GaussianConfig(pretrain.PretrainConfig):
 
 
 def main(path: str, overrides: list[str]) -> None:
-    """Trains to the configured step, from the last checkpoint if any, and answers.
+    """Trains to the last step, from a checkpoint if any, and answers.
 
     Args:
         path: TOML file of a GaussianConfig.
@@ -106,11 +107,17 @@ def train(config: GaussianConfig) -> None:
     early = config.wide_steps * config.batch_size
     source = make_pairs(config.components, tokenizer, config.seed, config.batch_size, early)
     data = batch_iterator(source, config.batch_size)
-    create = jax.jit(lambda k: TrainState.create(model.init(k), optimizer))
+
+    def create(key: jax.Array) -> TrainState:
+        return TrainState.create(model.init(key), optimizer)
+
     answerer = Answerer(config, model, tokenizer)
     with Run(config.out, config.seed) as run:
         if run.latest is None:
-            state = create(key)
+            state = jax.jit(create)(key)
+            if config.start is not None:
+                start = pretrain.read_start(config.start, state.params["backbone"])
+                state = state.replace(params={**state.params, "backbone": start})
         else:
             state, _ = run.restore(jax.eval_shape(create, key), data)
         size = sum(x.size for x in jax.tree.leaves(state.params))
@@ -148,7 +155,7 @@ class Answerer:
         self._sample = jax.jit(self._sample_rows, static_argnums=(0, 1))
 
     def solve_rate(self, params: Params, passes: int) -> float:
-        """Measures the share of the problems that are solved, as the mean over the tasks.
+        """Measures the share of solved problems, averaged over tasks.
 
         Args:
             params: parameters of the model.
@@ -185,7 +192,7 @@ class Answerer:
     def _answer(
         self, params: Params, how: Component, problems: Sequence[object], passes: int
     ) -> list[str]:
-        """Decodes answers. The noise of an answer depends on the seed and its problem alone."""
+        """Decodes answers. Their noise depends on seed and problem alone."""
         rows = [chat_ids(self.tokenizer, how.task.prompt(problem)) for problem in problems]
         longest = max(how.prompt_length, *map(len, rows))
         size, texts = self.config.batch_size, []

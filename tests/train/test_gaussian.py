@@ -73,6 +73,11 @@ def test_bad_input_is_one_sentence_at_the_start(tmp_path, override, sentence):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_start_of_another_shape_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"start: tiny-base has another shape than \[model\]"):
+        run(tmp_path / "run", "start=tiny-base")
+
+
 def test_no_curriculum_is_all_noise_from_the_first_step():
     config = pretrain.PretrainConfig("out", "folder", curriculum_steps=0)
     assert pretrain.curriculum(config)(0) == 1

@@ -100,7 +100,7 @@ def level_features(gamma: Float[Array, " B"]) -> Float[Array, "B F"]:
 
 
 def token_embeddings(params: Params) -> Float[Array, "V E"]:
-    """Scales the rows of the embedding table to a mean square of 1.
+    """Scales rows of the embedding table to mean square 1.
 
     The noise has this variance too. Without a fixed length, rows could grow and escape the noise.
 

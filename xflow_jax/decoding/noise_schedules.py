@@ -104,7 +104,7 @@ class PlaidSchedule:
     height: float = 3.0
 
     def init(self) -> Fit:
-        """Returns logits of the pieces, equal ones, and the logarithm of the height."""
+        """Returns equal logits of the pieces, and log(height)."""
         return {
             "rises": jnp.zeros(self.pieces, jnp.float32),
             "log_height": jnp.log(jnp.float32(self.height)),
@@ -130,9 +130,9 @@ def _curve(fit: Fit) -> Float[Array, " K"]:
 
 @dataclasses.dataclass(frozen=True)
 class SqrtSchedule:
-    """Fixed schedule of Diffusion-LM and DiffuSeq: alpha^2 = 1 - sqrt(u + shift).
+    """Fixed schedule of Diffusion-LM and DiffuSeq.
 
-    The sources are arXiv:2205.14217 and arXiv:2210.08933.
+    It is alpha^2 = 1 - sqrt(u + shift) (arXiv:2205.14217, arXiv:2210.08933).
 
     Attributes:
         shift: share of noise, squared, at u = 0.

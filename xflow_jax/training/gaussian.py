@@ -45,13 +45,15 @@ def make_gaussian_step(
         table = token_embeddings(params)
         x = table[response]
         z = add_noise(x, jax.random.normal(noise_key, x.shape), gamma)
-        inputs = (table[batch["prompt"]], batch["prompt_mask"], z, gamma)
+        prompt_x, real = table[batch["prompt"]], batch["prompt_mask"]
         estimate = jnp.zeros_like(z)
         if self_conditioning:  # u is in order, so every second row covers all levels
-            fixed, rows = jax.lax.stop_gradient((params, [value[::2] for value in inputs]))
-            logits = model.denoise(fixed, *rows, estimate[::2])
+            half = (prompt_x[::2], real[::2], z[::2], gamma[::2], estimate[::2])
+            fixed, half = jax.lax.stop_gradient((params, half))
+            logits = model.denoise(fixed, *half)
             estimate = estimate.at[::2].set(expected_embedding(fixed, logits))
-        nll = losses.cross_entropy(model.denoise(params, *inputs, estimate), response)
+        logits = model.denoise(params, prompt_x, real, z, gamma, estimate)
+        nll = losses.cross_entropy(logits, response)
         loss = jnp.mean(nll)
         by_row = jax.lax.stop_gradient(nll.mean(axis=1))
         misfit = jnp.mean((model.schedule.expected_loss(fit, gamma) - by_row) ** 2)
