@@ -22,7 +22,7 @@ from train.mixture import Component, make_pairs
 from train.run import Run
 from train.setup import run_program
 from xflow_jax.checkpoints import make_directory, write_atomic
-from xflow_jax.decoding import NOISE_SCHEDULES, GaussianModel, sample
+from xflow_jax.decoding import NOISE_SCHEDULES, GaussianModel, sample_gaussian
 from xflow_jax.errors import UserError, require
 from xflow_jax.input_files import to_path
 from xflow_jax.models import build
@@ -220,7 +220,7 @@ class Answerer:
     ) -> Int[Array, "B N"]:
         shape = (gen_length, self.model.backbone.config.hidden_size)
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-        return sample(self.model, params, prompt, mask, noise, passes)
+        return sample_gaussian(self.model, params, prompt, mask, noise, passes)
 
 
 def _judge(how: Component, problems: Sequence[object], texts: list[str]) -> float:

@@ -14,7 +14,7 @@ from xflow_jax.decoding.gaussian import (
     add_noise,
     euler_step,
     expected_embedding,
-    sample,
+    sample_gaussian,
     token_embeddings,
 )
 from xflow_jax.decoding.noise_schedules import GumbelSchedule
@@ -141,6 +141,6 @@ def test_the_sampler_is_its_loop_in_numpy(params, prompts, denoise, noise):
         noise_part = (z - estimate / (1 + np.exp(now)) ** 0.5) * (1 + np.exp(-now)) ** 0.5
         signal, variance = 1 / (1 + np.exp(after)), 1 / (1 + np.exp(-after))
         z = (signal**0.5 * estimate + variance**0.5 * noise_part).astype(np.float32)  # DDIM
-    tokens = jax.jit(sample, static_argnums=(0, 5))(MODEL, params, *prompts, noise, passes)
+    tokens = jax.jit(sample_gaussian, static_argnums=(0, 5))(MODEL, params, *prompts, noise, passes)
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
     assert tokens.shape == (ROWS, LENGTH) and len(np.unique(tokens)) > 1

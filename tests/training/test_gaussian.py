@@ -13,7 +13,7 @@ from xflow_jax.decoding.gaussian import (
     GaussianModel,
     add_noise,
     expected_embedding,
-    sample,
+    sample_gaussian,
     token_embeddings,
 )
 from xflow_jax.decoding.noise_schedules import NOISE_SCHEDULES
@@ -73,6 +73,11 @@ def test_the_step_is_the_formula(params, batch, step):
     misfit = ((fit - nll[..., 0].mean(axis=1)) ** 2).mean()
     np.testing.assert_allclose(metrics["misfit"], misfit, rtol=1e-4)
     assert state.step == 1 and metrics["grad_norm"] > 0
+    # A bad fit changes no gradient of the model.
+    bad = {**params, "schedule": {**params["schedule"], "log_height": jnp.float32(3)}}
+    _, again = step(TrainState.create(bad, OPTIMIZER), batch, jax.random.key(9))
+    assert again["misfit"] > metrics["misfit"] + 1
+    np.testing.assert_allclose(again["grad_norm"], metrics["grad_norm"], rtol=1e-4)
 
 
 def test_the_schedule_follows_the_losses_apart_from_the_weights(params, batch):
@@ -94,6 +99,6 @@ def test_a_memorised_response_is_sampled(fresh, batch, step):
         state, metrics = step(state, batch, jax.random.key(0))
     assert metrics["loss"] < 0.3 and step._cache_size() == 1
     noise = jax.random.normal(jax.random.key(5), (4, 6, TOY.hidden_size))
-    draw = jax.jit(sample, static_argnums=(0, 5))
+    draw = jax.jit(sample_gaussian, static_argnums=(0, 5))
     tokens = draw(MODEL, state.params, batch["prompt"], batch["prompt_mask"], noise, 4)
     assert (tokens == batch["response"]).mean() > 0.9

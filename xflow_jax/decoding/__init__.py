@@ -18,7 +18,7 @@ from xflow_jax.decoding.gaussian import (
     GaussianModel,
     add_noise,
     expected_embedding,
-    sample,
+    sample_gaussian,
     token_embeddings,
 )
 from xflow_jax.decoding.generate import (
@@ -135,7 +135,7 @@ __all__ = [
     "row_keys",
     "row_numbers",
     "run_passes",
-    "sample",
+    "sample_gaussian",
     "save_policy",
     "select_highest",
     "slot_config",

@@ -150,7 +150,7 @@ def euler_step(
     return next_alpha * x_pred + shrink * (z - alpha * x_pred)
 
 
-def sample(
+def sample_gaussian(
     model: GaussianModel,
     params: Params,
     prompt: Int[Array, "B P"],
