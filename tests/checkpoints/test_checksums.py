@@ -113,6 +113,22 @@ def test_sizes_alone_are_those_of_an_older_checkpoint(directories):
     file.write_text(whole)
 
 
+def test_the_kinds_of_checksums(tmp_path):
+    """A record names its kind. The CRC-32 of older records is compared as well."""
+    file = tmp_path / "a"
+    file.write_bytes(b"123456789")
+    write_checksums(tmp_path, CHECKSUM_FILE)
+    record = tmp_path / CHECKSUM_FILE
+    assert json.loads(record.read_text()) == {"a": [9, "crc32c:4waSgw=="]}
+    for kind in ("crc32c:4waSgw==", "cbf43926"):
+        record.write_text(json.dumps({"a": [9, kind]}))
+        assert find_damage(tmp_path, CHECKSUM_FILE) is None
+        flip(file, 11)
+        damage = "a has another checksum than when it was written"
+        assert find_damage(tmp_path, CHECKSUM_FILE) == damage
+        flip(file, 11)
+
+
 @pytest.mark.parametrize("content", ["[1]", '{"NAME": {"a": 1}}', "{}"])
 def test_a_file_of_this_name_by_another_program(directories, content):
     file = directories["hf"] / CHECKSUM_FILE
@@ -155,7 +171,9 @@ def test_several_processes_share_large_files(tmp_path, monkeypatch):
     read = []
     plain = checksums.file_checksum
     monkeypatch.setattr(
-        checksums, "file_checksum", lambda path: read.append(path.name) or plain(path)
+        checksums,
+        "file_checksum",
+        lambda path, kind: read.append(path.name) or plain(path, kind),
     )
     monkeypatch.setattr(checksums.jax, "process_count", lambda: 2)
     for index, mine in enumerate(["large", "larger"]):

@@ -124,4 +124,4 @@ def test_checksums_take_little_of_a_load(converted):
             f"{name} seconds of a load: {np.median(without):.2f} without checksums, "
             f"{np.median(verified):.2f} with them, ratio {ratios[name]:.3f}"
         )
-    assert ratios["CPU"] < 1.4  # the wall time of a busy machine is that of others
+    assert ratios["CPU"] < 1.2  # the wall time of a busy machine is that of others
