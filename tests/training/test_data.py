@@ -106,6 +106,16 @@ def test_patterns_name_files_in_order(tmp_path):
         Responses([tmp_path / "none*.jsonl"], TOY, 4, 5)
 
 
+def test_workers_files_beside_the_merged_one_are_refused(tmp_path):
+    share, merged = tmp_path / "a.00000-of-00002.jsonl", tmp_path / "a.jsonl"
+    for file in (share, merged):
+        file.write_text('{"prompt_ids": [1], "response_ids": [2]}\n')
+    sentence = f"^{merged} is made of {share}, so their responses would count twice. "
+    with pytest.raises(UserError, match=sentence):
+        Responses([tmp_path / "a*.jsonl"], TOY, 4, 5)
+    assert len(Responses([tmp_path / "a.*-of-*.jsonl"], TOY, 4, 5)) == 1
+
+
 def test_a_cut_last_line_is_left_out_but_a_bad_line_is_not(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"a": 1}\n{"a": 2')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import random
+import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -21,6 +22,7 @@ from xflow_jax.types import ModelConfig, Tokenizer
 ENDLESS = 2**40  # length of a source without an end
 CHECKED_PAIRS = 200  # at the start of a run
 MOST_REPLACED = 0.05  # largest share of pairs that are too long
+SHARE = re.compile(r"\.\d{5}-of-\d{5}(?=\.\w+$)")  # in the name of a worker's file
 SEED_STRIDE = 1_000_003  # distance between the training sets that replace pairs that are too long
 
 
@@ -258,7 +260,10 @@ def _make_example(
 
 
 def _expand_patterns(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Replaces each pattern by its files. Without a match it stays."""
+    """Replaces each pattern by its files. Without a match it stays.
+
+    Raises UserError for workers' files beside the merged one, which would count twice.
+    """
     files: list[str] = []
     for path in map(str, paths):
         found: list[str] = []
@@ -267,6 +272,13 @@ def _expand_patterns(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
         elif "*" in path:
             found = sorted(glob.glob(path))
         files += found or [path]
+    for file in files:
+        merged = SHARE.sub("", file)
+        require(
+            merged == file or merged not in files,
+            f"{merged} is made of {file}, so their responses would count twice. Name one of them "
+            "in data.",
+        )
     return files
 
 
