@@ -104,6 +104,14 @@ PROGRAMS = {
         ),
         ("run/metrics.jsonl", "run/policy.safetensors", "run/policy.png"),
     ),
+    "entry": Program(
+        (
+            *("train.entry", f"{ROOT}/configs/entry_latin_square.toml", MODEL, "out=run"),
+            *("problems=4", "batch_size=4", "budget=1/16", "width=8", "steps=40", "states=12"),
+            *("log_every=1", "save_every=2", "seed=4"),
+        ),
+        ("run/metrics.jsonl", "run/policy.safetensors"),
+    ),
     "from_hf": Program(("convert.from_hf", "../model", "run/orbax"), ("run/orbax",)),
     "to_hf": Program(("convert.to_hf", "../orbax", "run/hf"), ("run/hf/*",)),
     "evaluate": Program(

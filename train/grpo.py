@@ -21,14 +21,16 @@ import optax
 from jax.sharding import Mesh
 
 from train.grpo_config import GrpoConfig
-from train.grpo_sampler import Sampler, parse_flow
+from train.grpo_sampler import AnyPolicy, Sampler, parse_flow
 from train.run import Run
 from train.setup import run_program
 from xflow_jax.decoding import (
+    EntryPolicy,
     Flow,
     MaskPrediction,
     Policy,
     fit_policy,
+    init_entry_policy,
     init_policy,
     load_policy,
     parse_budget,
@@ -73,6 +75,11 @@ def main(path: str, overrides: list[str]) -> None:
     mesh = make_mesh(config.mesh) if config.mesh or jax.process_count() > 1 else None
     check_mesh(config, mesh)
     policy = start_policy(config)
+    parse_flow(config.switches, policy)  # refuses switches that the policy cannot use
+    require(
+        config.imitate == 1 or isinstance(policy, EntryPolicy),
+        f"imitate is {config.imitate}, but only an entry policy can imitate a threshold",
+    )
     lm = load(config.model, dtype=config.dtype, mesh=mesh)
     flow = parse_flow(config.switches, None)
     cell = make_cells(lm, task, {"flow": flow}, [parse_budget(config.budget)])[0]
@@ -103,8 +110,8 @@ def main(path: str, overrides: list[str]) -> None:
             _write_policy(config, trained)
 
 
-def _write_policy(config: GrpoConfig, policy: Policy) -> None:
-    """Writes and plots the policy."""
+def _write_policy(config: GrpoConfig, policy: AnyPolicy) -> None:
+    """Writes the policy, and plots its steps if it has any."""
     out = to_path(config.out)
     options = dataclasses.asdict(config)
     # The same run has the same bytes in every folder.
@@ -113,8 +120,10 @@ def _write_policy(config: GrpoConfig, policy: Policy) -> None:
     made_by = {"command": "python -m train.grpo", "config": options}
     metadata = {"switches": config.switches, "made_by": json.dumps(made_by)}
     save_policy(out / "policy.safetensors", policy, **metadata)
-    plot_policy_steps(policy, out / "policy.png")
-    print(f"{out / 'policy.safetensors'}: the policy. policy.png beside it shows its steps.")
+    print(f"{out / 'policy.safetensors'}: the policy")
+    if isinstance(policy, Policy):
+        plot_policy_steps(policy, out / "policy.png")
+        print(f"{out / 'policy.png'}: its steps")
 
 
 def check_mesh(config: GrpoConfig, mesh: Mesh | None) -> None:
@@ -140,10 +149,10 @@ def train(
     run: Run,
     config: GrpoConfig,
     sampler: Sampler,
-    policy: Policy,
+    policy: AnyPolicy,
     state: TrainState,
     step_fn: StepFn,
-    measure: Callable[[Policy], Mapping[str, float]],
+    measure: Callable[[AnyPolicy], Mapping[str, float]],
 ) -> TrainState:
     """Runs GRPO, from the last checkpoint if there is one.
 
@@ -166,7 +175,7 @@ def train(
         (state, behaviour), _ = run.restore((state, behaviour))
     first = int(state.step)
 
-    def with_params(params: Mapping[str, jax.Array]) -> Policy:
+    def with_params(params: Mapping[str, jax.Array]) -> AnyPolicy:
         return dataclasses.replace(policy, params=params)
 
     if first == 0:
@@ -207,7 +216,7 @@ def evaluate_policy(
     task: Task,
     problems: Sequence[object],
     cell: Cell,
-    policy: Policy,
+    policy: AnyPolicy,
 ) -> dict[str, float]:
     """Measures the expected steps of a policy on held-out problems.
 
@@ -228,7 +237,7 @@ def evaluate_policy(
     return {"held_out/solved": row.accuracy / 100, "held_out/forward_passes": row.forward_passes}
 
 
-def start_policy(config: GrpoConfig) -> Policy:
+def start_policy(config: GrpoConfig) -> AnyPolicy:
     """Makes the policy before the first step.
 
     Args:
@@ -240,12 +249,14 @@ def start_policy(config: GrpoConfig) -> Policy:
     Raises:
         UserError: for a file that is not a policy, or a rule that is not a flow.
     """
-    options = dataclasses.asdict(config.policy)
-    init = options.pop("init")
+    chosen, init = config.policy, config.policy.init
+    key, fit_key = jax.random.split(jax.random.key(config.seed))
+    if init == "entry":
+        return init_entry_policy(key, chosen.width, chosen.above, chosen.temperature)
     if init != "fresh" and not init.startswith("flow"):
         return load_policy(init)
-    key, fit_key = jax.random.split(jax.random.key(config.seed))
-    policy = init_policy(key, **options)
+    names = ("width", "a_min", "a_max", "kappa_min", "kappa_max")
+    policy = init_policy(key, **{name: getattr(chosen, name) for name in names})
     if init == "fresh":
         return policy
     _, rule = parse_rule(init)

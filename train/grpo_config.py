@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from xflow_jax.decoding import check_policy_ranges
+from xflow_jax.decoding import check_entry_ranges, check_policy_ranges
 from xflow_jax.errors import require
 from xflow_jax.training import RewardScale
 
@@ -15,13 +15,16 @@ class PolicyConfig:
     """The policy that is trained.
 
     Attributes:
-        init: "fresh", the file of a trained policy, or a flow to fit before training, like
-            "flow:jump=0.9". A file brings its own width and ranges.
+        init: "fresh" for a new step-size policy, "entry" for a new entry policy, the file of
+            either, or a flow to fit before training, like "flow:jump=0.9". A file brings its own
+            width and ranges.
         width: d, neurons of a hidden layer.
         a_min: smallest step fraction.
         a_max: largest step fraction.
         kappa_min: smallest kappa.
         kappa_max: largest kappa.
+        above: learned confidence above which a mask enters, of an entry policy.
+        temperature: of its draws.
 
     Raises:
         UserError: if a value is out of range.
@@ -33,11 +36,18 @@ class PolicyConfig:
     a_max: float = 1.0
     kappa_min: float = 2.0
     kappa_max: float = 50.0
+    above: float = 0.9
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         most = 2**16
         require(1 <= self.width <= most, f"width is {self.width}, but it must be 1 to {most}")
+        require(
+            self.init != "entry" or self.width % 4 == 0,
+            f"width is {self.width}, but that of an entry policy must be a multiple of 4",
+        )
         check_policy_ranges(self.a_min, self.a_max, self.kappa_min, self.kappa_max)
+        check_entry_ranges(self.above, self.temperature)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +72,10 @@ class GrpoConfig:
         progress_weight: reward for the final t of a position.
         pass_weight: penalty for the forward passes divided by N.
         delay_weight: penalty for the delay of a position (`training.delay`).
+        speed_power: power of 1 - passes / T, which multiplies the verdict, so that a wrong answer
+            earns nothing by its speed. 0: the verdict alone.
+        imitate: confidence above which masks enter in the last decode of each group, instead of a
+            draw. 1: it draws as the others do. Only for an entry policy.
         per_position: compare a position with the same one of its group, so that rewards of a
             position (t, delay) count for its own actions.
         scale_rewards: standard deviation that divides the advantages.
@@ -102,6 +116,8 @@ class GrpoConfig:
     progress_weight: float = 0.1
     pass_weight: float = 0.0
     delay_weight: float = 0.0
+    speed_power: float = 0.0
+    imitate: float = 1.0
     per_position: bool = False
     scale_rewards: RewardScale = "group"
     epsilon: float = 0.2
@@ -129,6 +145,14 @@ class GrpoConfig:
             "group_size is 1, but an advantage is what a decode gains over others of its group",
         )
         require(self.problems >= 0, f"problems is {self.problems}, but it must not be negative")
+        require(
+            self.speed_power >= 0,
+            f"speed_power is {self.speed_power}, but it must not be negative",
+        )
+        require(
+            0 < self.imitate <= 1,
+            f"imitate is {self.imitate}, but it must be above 0 and at most 1",
+        )
         for name in ("rate", "clip"):
             value = getattr(self, name)
             require(value > 0, f"{name} is {value}, but it must be positive")

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from train.grpo_config import GrpoConfig
 from xflow_jax.decoding import (
+    EntryPolicy,
     Flow,
     Policy,
     make_decode_config,
@@ -40,7 +41,8 @@ from xflow_jax.training import (
 )
 from xflow_jax.types import Metrics
 
-ScoreFn: TypeAlias = Callable[[jax.Array, Rollout, Policy], tuple[jax.Array, Metrics]]
+AnyPolicy: TypeAlias = Policy | EntryPolicy
+ScoreFn: TypeAlias = Callable[[jax.Array, Rollout, AnyPolicy], tuple[jax.Array, Metrics]]
 
 
 class Sampler:
@@ -92,7 +94,7 @@ class Sampler:
         """Returns the index of each row's problem, int [B G]."""
         return np.repeat(np.asarray(self.batches[step]), self.config.group_size)
 
-    def __call__(self, policy: Policy, step: int) -> Rollout:
+    def __call__(self, policy: AnyPolicy, step: int) -> Rollout:
         """Samples the batch of a step.
 
         Args:
@@ -104,12 +106,23 @@ class Sampler:
         """
         rows = self.row_problems(step)
         keys = row_keys(jax.random.fold_in(self.key, step), [self.prompts[i] for i in rows])
-        arrays = (self.ids[rows], self.mask[rows], keys)
+        arrays = (self.ids[rows], self.mask[rows], keys, self._imitated())
         if self.lm.mesh is not None:
             arrays = put_sharded(arrays, batch_sharding(self.lm.mesh))
+        if isinstance(policy, EntryPolicy):
+            policy = dataclasses.replace(policy, imitate=arrays[3])
         flow = parse_flow(self.config.switches, policy)
         with self.lm.scope():
-            return rollout(self.lm.model, self.lm.params, flow, self.decode_config, *arrays)
+            return rollout(self.lm.model, self.lm.params, flow, self.decode_config, *arrays[:3])
+
+    def _imitated(self) -> jax.Array:
+        """Returns the confidence that each row imitates.
+
+        It is below 1 in the last row of each group alone.
+        """
+        size = self.config.group_size
+        last = jnp.arange(self.config.prompts_per_step * size) % size == size - 1
+        return jnp.where(last, self.config.imitate, 1.0)[:, None]
 
     def count_work(self) -> tuple[int, float]:
         """Counts response tokens of a batch, and FLOPs of a pass."""
@@ -148,7 +161,7 @@ class Sampler:
         return [self.task.job(problem, text)]
 
     def reward(
-        self, scores: Future[np.ndarray], rollouts: Rollout, policy: Policy
+        self, scores: Future[np.ndarray], rollouts: Rollout, policy: AnyPolicy
     ) -> tuple[jax.Array, Metrics]:
         """Waits for the scores of a batch.
 
@@ -179,9 +192,12 @@ def make_score(config: GrpoConfig, eos_id: int) -> ScoreFn:
         (scores [R], rollouts, policy) -> (rewards [B, G, N], metrics).
     """
 
-    def score(scores: jax.Array, rollouts: Rollout, policy: Policy) -> tuple[jax.Array, Metrics]:
+    def score(scores: jax.Array, rollouts: Rollout, policy: AnyPolicy) -> tuple[jax.Array, Metrics]:
+        speed = 1 - rollouts.forward_passes / rollouts.y.shape[0]
+        # Zero where the answer is wrong: with a sum, the fastest wrong answer is the best policy.
+        earned = scores * speed**config.speed_power if config.speed_power else scores
         rewards = token_rewards(
-            scores, rollouts.progress, config.progress_weight, config.group_size
+            earned, rollouts.progress, config.progress_weight, config.group_size
         )
         passes = rollouts.forward_passes.reshape(*rewards.shape[:2], 1)
         rewards -= config.pass_weight * passes / rewards.shape[-1]
@@ -191,7 +207,7 @@ def make_score(config: GrpoConfig, eos_id: int) -> ScoreFn:
     return jax.jit(score)
 
 
-def parse_flow(switches: str, policy: Policy | None) -> Flow:
+def parse_flow(switches: str, policy: AnyPolicy | None) -> Flow:
     """Parses the options of a flow.
 
     Args:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers import GOLDENS
+from xflow_jax.decoding.entry_policy import init_entry_policy
 from xflow_jax.decoding.policy import Policy, features
 from xflow_jax.decoding.policy_io import BUNDLED, load_policy, read_policy, save_policy
 from xflow_jax.errors import UserError
@@ -141,3 +142,25 @@ def test_the_bundled_policy():
     assert "crc32" in metadata
     assert json.loads(metadata["made_by"])["config"]["model"] == "tiny-aligned"
     assert str(BUNDLED.parents[2]) not in str(metadata)
+
+
+def test_entry_policies_have_files_of_their_own(tmp_path):
+    policy, file = init_entry_policy(jax.random.key(0), 8, 0.7, 0.5), tmp_path / "p.safetensors"
+    save_policy(file, policy, switches="reedit=always")
+    again, switches = read_policy(file)
+    assert switches == "reedit=always" and jax.tree.structure(again) == jax.tree.structure(policy)
+    for ours, wanted in zip(jax.tree.leaves(again), jax.tree.leaves(policy), strict=True):
+        np.testing.assert_array_equal(ours, wanted)
+    tensors = load_file(file)
+    for change, metadata, sentence in (
+        ({}, {"above": "1.0"}, "above is 1.0, but it must be above 0 and below 1"),
+        ({}, {"temperature": "0"}, "temperature is 0.0, but it must be above 0"),
+        ({"alike": np.zeros(3, np.float32)}, {}, r"alike has shape \[3\], not \[4\]"),
+        ({"b_in": np.zeros(7, np.float32)}, {}, "b_in has 7 numbers, no multiple of 4"),
+    ):
+        save_file(tensors | change, file, {"above": "0.7", "temperature": "0.5"} | metadata)
+        with pytest.raises(UserError, match=sentence):
+            load_policy(file)
+    save_file({k: v for k, v in tensors.items() if k != "sink"}, file)
+    with pytest.raises(UserError, match="lacks the tensors sink"):
+        load_policy(file)

@@ -24,6 +24,7 @@ from train import grpo, grpo_sampler
 from train.grpo_sampler import Sampler, make_score, parse_flow
 from train.pretrain import ModelShape, PretrainConfig, make_model_config
 from xflow_jax.checkpoints.hf_export import write_hf
+from xflow_jax.decoding.entry_policy import init_entry_policy
 from xflow_jax.decoding.policy import features, fit_policy, init_policy
 from xflow_jax.decoding.policy_io import load_policy
 from xflow_jax.errors import UserError
@@ -248,6 +249,49 @@ def test_the_rewards_of_a_decode():
     np.testing.assert_allclose(rewards[0], wanted, rtol=1e-5)
 
 
+def test_a_wrong_answer_earns_nothing_by_its_speed():
+    """With a power the verdict is multiplied by (1 - passes / T) ** power."""
+    zeros = jnp.zeros((8, 3, 2))
+    made = Rollout(
+        tokens=jnp.zeros((3, 2), int),
+        progress=jnp.ones((3, 2)),
+        forward_passes=jnp.array([2, 6, 2]),
+        features=jnp.zeros((8, 3, 2, 13)),
+        y=zeros,
+        log_prob=zeros,
+        acted=zeros > 0,
+    )
+    options = {"group_size": 3, "progress_weight": 0.0, "speed_power": 0.5}
+    policy = init_entry_policy(jax.random.key(0), 4)
+    score = make_score(grpo.GrpoConfig("m", "o", **options), 9)
+    rewards, metrics = score(jnp.array([1.0, 1.0, 0.0]), made, policy)
+    np.testing.assert_allclose(rewards[0, :, 0], [0.75**0.5, 0.25**0.5, 0.0], rtol=1e-6)
+    assert metrics["rewards/task/mean"] == pytest.approx(2 / 3)
+
+
+def test_an_entry_policy_trains_beside_a_threshold(model, tmp_path, monkeypatch):
+    """The last decode of each group imitates the threshold, the others draw."""
+    seen = []
+    original = grpo_sampler.rollout
+
+    def spy(*arguments):
+        seen.append(original(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(grpo_sampler, "rollout", spy)
+    entry = ["policy.init=entry", "policy.width=8", "policy.above=0.5", "imitate=0.05"]
+    train(model, tmp_path / "run", *entry, "switches=reedit_margin=none", "steps=1")
+    made = seen[0]
+    c, entered = np.asarray(made.features)[..., 0], np.asarray(made.y) > 0
+    wanted = (c[0] > 0.05) & np.asarray(made.acted)[0]
+    for row in range(8):
+        left = (wanted[row] & ~entered[0, row]).any()
+        assert left == (row % 4 != 3), "only in the last row of a group all sure masks enter"
+    policy = load_policy(tmp_path / "run/policy.safetensors")
+    assert policy.above == 0.5 and not (tmp_path / "run/policy.png").exists()
+    assert metrics(tmp_path / "run")[1]["ratio"] == pytest.approx(1.0, abs=1e-5)
+
+
 def test_training_problems_are_none_of_the_held_out_ones():
     task = grpo.get_task("microcode")
     seen = {problem.composition for problem in task.training(None, 200)}
@@ -278,6 +322,9 @@ def test_a_policy_is_fitted_to_a_rule():
         ("task=microcod", "did you mean microcode"),
         ("switches=powr=3", "no option 'powr', did you mean power"),
         ("policy.init=nowhere.safetensors", "no such file"),
+        ("policy.init=entry", "an entry policy needs reedit=always, or reedit_margin=none"),
+        ("speed_power=-1.0", "speed_power is -1.0, but it must not be negative"),
+        ("imitate=0.5", "imitate is 0.5, but only an entry policy can imitate"),
         pytest.param("mesh=1,8,1", "8 devices", marks=eight),
         ("data=problems.jsonl", "reads no data file"),
     ],

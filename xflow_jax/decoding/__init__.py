@@ -13,6 +13,11 @@ from xflow_jax.decoding.cache_options import CacheOptions
 from xflow_jax.decoding.cached_forward import make_forward
 from xflow_jax.decoding.canvas import embed
 from xflow_jax.decoding.decode import commit_tokens, decode, move_positions
+from xflow_jax.decoding.entry_policy import (
+    EntryPolicy,
+    confidence_log_odds,
+    init_entry_policy,
+)
 from xflow_jax.decoding.forward import ExactCache
 from xflow_jax.decoding.gaussian import (
     GaussianModel,
@@ -33,7 +38,12 @@ from xflow_jax.decoding.generate import (
 )
 from xflow_jax.decoding.noise_schedules import NOISE_SCHEDULES, NoiseSchedule
 from xflow_jax.decoding.policy import Policy, features, fit_policy, init_policy
-from xflow_jax.decoding.policy_io import check_policy_ranges, load_policy, save_policy
+from xflow_jax.decoding.policy_io import (
+    check_entry_ranges,
+    check_policy_ranges,
+    load_policy,
+    save_policy,
+)
 from xflow_jax.decoding.rules.base import (
     Action,
     Rule,
@@ -75,6 +85,7 @@ __all__ = [
     "CacheOptions",
     "DecodeConfig",
     "DecodeState",
+    "EntryPolicy",
     "ExactCache",
     "Flow",
     "GaussianModel",
@@ -101,9 +112,11 @@ __all__ = [
     "admit",
     "block_layout",
     "branch_shares",
+    "check_entry_ranges",
     "check_policy_ranges",
     "commit_tokens",
     "compute_belief",
+    "confidence_log_odds",
     "decode",
     "decode_batch",
     "embed",
@@ -111,6 +124,7 @@ __all__ = [
     "features",
     "fit_policy",
     "generate",
+    "init_entry_policy",
     "init_policy",
     "is_stop",
     "init_slots",

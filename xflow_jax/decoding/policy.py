@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from xflow_jax.decoding.belief import Belief
+from xflow_jax.decoding.state import Step
 from xflow_jax.types import Array, Float, Key, Params
 
 FEATURES = 8  # of a position (Eq. 13)
@@ -54,6 +56,10 @@ class Policy:
             f"Policy(width={width}, a_min={self.a_min:g}, a_max={self.a_max:g}, "
             f"kappa_min={self.kappa_min:g}, kappa_max={self.kappa_max:g})"
         )
+
+    def observe(self, belief: Belief, t: Float[Array, "B N"], step: Step) -> Float[Array, "B N 8"]:
+        """Returns the features of a step (Eq. 13)."""
+        return features(belief.top, t, step.rho)
 
     def beta(self, s: Float[Array, "*B 8"]) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
         """Returns (mu, kappa) at features s (Eqs. 14, 15)."""

@@ -1,4 +1,7 @@
-"""Files of step-size policies: safetensors with ranges in the metadata."""
+"""Files of policies: safetensors with ranges in the metadata.
+
+The names of the tensors tell the two kinds apart.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,16 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xflow_jax.decoding.entry_policy import HEADS, EntryPolicy, entry_shapes
 from xflow_jax.decoding.policy import FEATURES, Policy
-from xflow_jax.errors import UserError, describe, disk_errors
+from xflow_jax.errors import UserError, describe, disk_errors, require
 from xflow_jax.input_files import (
     is_cloud,
     local_file,
@@ -31,10 +35,12 @@ A_LIMIT = 4.0  # largest a_max
 
 _TENSORS = ("w1", "b1", "w2", "b2", "w_mu", "b_mu", "w_kappa", "b_kappa")
 _RANGES = ("a_min", "a_max", "kappa_min", "kappa_max")
+_ENTRY_TENSORS = tuple(entry_shapes(HEADS))
+_ENTRY_RANGES = ("above", "temperature")
 _CHECKSUM = "crc32"  # key of the metadata. Files of other programs may lack it.
 
 
-def load_policy(path: str | os.PathLike[str]) -> Policy:
+def load_policy(path: str | os.PathLike[str]) -> Policy | EntryPolicy:
     """Reads a policy from a safetensors file.
 
     Args:
@@ -46,7 +52,7 @@ def load_policy(path: str | os.PathLike[str]) -> Policy:
     return read_policy(path)[0]
 
 
-def read_policy(path: str | os.PathLike[str]) -> tuple[Policy, str]:
+def read_policy(path: str | os.PathLike[str]) -> tuple[Policy | EntryPolicy, str]:
     """Reads a policy and the options of its training.
 
     Args:
@@ -63,9 +69,16 @@ def read_policy(path: str | os.PathLike[str]) -> tuple[Policy, str]:
     tensors, metadata = _read_tensors(path)
     if metadata.get(_CHECKSUM) not in (None, _compute_checksum(tensors, metadata)):
         raise UserError(f"{path}: its checksum is wrong, so it is damaged. Copy it again.")
-    params = _check_tensors(path, tensors)
-    policy = Policy(params, **_read_ranges(path, metadata))
-    return policy, metadata.get("switches", "")
+    switches = metadata.get("switches", "")
+    if "w_in" in tensors:
+        width = max(tensors["b_in"].size, 1)
+        require(width % HEADS == 0, f"{path}: b_in has {width} numbers, no multiple of {HEADS}")
+        params = _check_tensors(path, tensors, entry_shapes(width))
+        ranges = _read_ranges(path, metadata, _ENTRY_RANGES, check_entry_ranges)
+        return EntryPolicy(params, ranges["above"], ranges["temperature"]), switches
+    params = _check_tensors(path, tensors, _step_shapes(max(tensors["b1"].size, 1)))
+    ranges = _read_ranges(path, metadata, _RANGES, check_policy_ranges)
+    return Policy(params, **ranges), switches
 
 
 def _compute_checksum(
@@ -74,7 +87,7 @@ def _compute_checksum(
     """Computes the CRC-32 of the float32 tensors and the metadata."""
     entries = {key: text for key, text in metadata.items() if key != _CHECKSUM}
     checksum = zlib.crc32(json.dumps(entries, sort_keys=True).encode())
-    for name in _TENSORS:
+    for name in _ENTRY_TENSORS if "w_in" in tensors else _TENSORS:
         checksum = zlib.crc32(np.asarray(tensors[name], np.float32).tobytes(), checksum)
     return f"{checksum:08x}"
 
@@ -90,9 +103,10 @@ def _read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, jax.Array], d
         # As JAX arrays, since NumPy alone has no bfloat16.
         with local_file(path) as local, safe_open(str(local), framework="flax") as file:
             names, metadata = set(file.keys()), file.metadata() or {}
-            if missing := sorted(set(_TENSORS) - names):
+            wanted = _ENTRY_TENSORS if "w_in" in names else _TENSORS
+            if missing := sorted(set(wanted) - names):
                 raise UserError(f"{path} is no policy: it lacks the tensors {', '.join(missing)}")
-            tensors = {name: jnp.asarray(file.get_tensor(name), jnp.float32) for name in _TENSORS}
+            tensors = {name: jnp.asarray(file.get_tensor(name), jnp.float32) for name in wanted}
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
@@ -102,12 +116,9 @@ def _read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, jax.Array], d
     return tensors, metadata
 
 
-def _check_tensors(
-    path: str | os.PathLike[str], tensors: dict[str, jax.Array]
-) -> dict[str, jax.Array]:
-    """Returns the tensors in their shapes, or raises UserError."""
-    width = max(tensors["b1"].size, 1)
-    shapes = {
+def _step_shapes(width: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a step-size policy's weights."""
+    return {
         "w1": (FEATURES, width),
         "b1": (width,),
         "w2": (width, width),
@@ -117,6 +128,14 @@ def _check_tensors(
         "w_kappa": (width, 1),
         "b_kappa": (1,),
     }
+
+
+def _check_tensors(
+    path: str | os.PathLike[str],
+    tensors: dict[str, jax.Array],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, jax.Array]:
+    """Returns the tensors in their shapes, or raises UserError."""
     for name, shape in shapes.items():
         # Axes of one do not matter. [d, 8] is the transposed matrix, and not to be reshaped.
         axes = [tuple(n for n in sizes if n != 1) for sizes in (tensors[name].shape, shape)]
@@ -129,21 +148,26 @@ def _check_tensors(
     return {name: tensors[name].reshape(shape) for name, shape in shapes.items()}
 
 
-def _read_ranges(path: str | os.PathLike[str], metadata: dict[str, str]) -> dict[str, float]:
+def _read_ranges(
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str],
+    names: Sequence[str],
+    check: Callable[..., None],
+) -> dict[str, float]:
     """Returns the ranges in the metadata, or raises UserError."""
-    if missing := [name for name in _RANGES if name not in metadata]:
+    if missing := [name for name in names if name not in metadata]:
         raise UserError(f"{path} is no policy: its metadata lack {', '.join(missing)}")
     try:
         ranges = {
-            name: coerce(parse_json(metadata[name], f"{path}: {name}"), float) for name in _RANGES
+            name: coerce(parse_json(metadata[name], f"{path}: {name}"), float) for name in names
         }
     except (TypeError, UserError) as error:
-        given = {name: metadata[name] for name in _RANGES}
+        given = {name: metadata[name] for name in names}
         raise UserError(
-            f"{path}: {', '.join(_RANGES)} in the metadata must be numbers, not {given}"
+            f"{path}: {', '.join(names)} in the metadata must be numbers, not {given}"
         ) from error
     try:
-        check_policy_ranges(**ranges)
+        check(**ranges)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return ranges
@@ -168,7 +192,23 @@ def check_policy_ranges(a_min: float, a_max: float, kappa_min: float, kappa_max:
         raise UserError(f"its ranges {ranges} must be {right}")
 
 
-def save_policy(path: str | os.PathLike[str], policy: Policy, **metadata: object) -> None:
+def check_entry_ranges(above: float, temperature: float) -> None:
+    """Checks the numbers of an entry policy.
+
+    Args:
+        above: learned confidence above which a mask enters.
+        temperature: of the draws.
+
+    Raises:
+        UserError: if they are impossible.
+    """
+    require(0 < above < 1, f"above is {above}, but it must be above 0 and below 1")
+    require(0 < temperature < math.inf, f"temperature is {temperature}, but it must be above 0")
+
+
+def save_policy(
+    path: str | os.PathLike[str], policy: Policy | EntryPolicy, **metadata: object
+) -> None:
     """Writes a file for `load_policy`.
 
     The file is complete as soon as it exists. Equal policies have equal bytes.
@@ -185,7 +225,8 @@ def save_policy(path: str | os.PathLike[str], policy: Policy, **metadata: object
     from safetensors.numpy import save
 
     path = to_path(path)
-    text = {name: json.dumps(getattr(policy, name)) for name in _RANGES}
+    ranges = _ENTRY_RANGES if isinstance(policy, EntryPolicy) else _RANGES
+    text = {name: json.dumps(getattr(policy, name)) for name in ranges}
     text |= {name: str(value) for name, value in metadata.items()}
     tensors = {name: np.asarray(value, np.float32) for name, value in policy.params.items()}
     text[_CHECKSUM] = _compute_checksum(tensors, text)

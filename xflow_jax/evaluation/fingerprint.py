@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xflow_jax.decoding import Policy, Rule, source_hash
+from xflow_jax.decoding import EntryPolicy, Policy, Rule, source_hash
 from xflow_jax.errors import UserError
 from xflow_jax.tasks import Task
 from xflow_jax.tokenizer import chat_ids
@@ -69,7 +69,7 @@ def describe_rule(rule: Rule) -> dict[str, Any]:
     assert dataclasses.is_dataclass(rule)
     options = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)}
     policy = options.pop("policy", None)
-    if isinstance(policy, Policy):
+    if isinstance(policy, Policy | EntryPolicy):
         ranges = [f.name for f in dataclasses.fields(policy) if f.name != "params"]
         options |= {name: getattr(policy, name) for name in ranges}
         options["policy"] = fingerprint(policy.params)

@@ -13,6 +13,14 @@ from xflow_jax.training.batches import (
 )
 from xflow_jax.training.config import TrainingConfig
 from xflow_jax.training.data import MixedPairs, Responses, TaskPairs, read_lines, read_records
+from xflow_jax.training.entry import (
+    EntryLabels,
+    Explorer,
+    Teacher,
+    make_entry_step,
+    target_states,
+    verdict_states,
+)
 from xflow_jax.training.gaussian import gaussian_optimizer, make_gaussian_step
 from xflow_jax.training.grpo import make_policy_step
 from xflow_jax.training.losses import RewardScale, cross_entropy
@@ -39,13 +47,16 @@ __all__ = [
     "BucketedPairs",
     "Canvas",
     "Dialogue",
+    "EntryLabels",
     "Example",
+    "Explorer",
     "MixedPairs",
     "Responses",
     "RewardScale",
     "Rollout",
     "SFTConfig",
     "TaskPairs",
+    "Teacher",
     "TokenizedPair",
     "TrainProgram",
     "TrainState",
@@ -63,6 +74,7 @@ __all__ = [
     "gaussian_optimizer",
     "local_rows",
     "make_gaussian_step",
+    "make_entry_step",
     "make_policy_step",
     "make_pretrain_step",
     "make_sft_step",
@@ -75,6 +87,8 @@ __all__ = [
     "shuffled_batches",
     "split_pairs",
     "stack_examples",
+    "target_states",
     "token_rewards",
     "tokenize_dialogues",
+    "verdict_states",
 ]

@@ -1,4 +1,4 @@
-"""The step of GRPO on the step-size policy."""
+"""The step of GRPO on a policy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from xflow_jax.decoding import Policy
+from xflow_jax.decoding import EntryPolicy, Policy
 from xflow_jax.training import losses
 from xflow_jax.training.rollout import Rollout
 from xflow_jax.training.state import TrainState
@@ -17,17 +17,17 @@ from xflow_jax.types import Array, Float, Metrics, Params
 
 
 def make_policy_step(
-    policy: Policy,
+    policy: Policy | EntryPolicy,
     optimizer: optax.GradientTransformation,
     epsilon: float = 0.2,
     epochs: int = 1,
     per_position: bool = False,
     scale_rewards: losses.RewardScale = "group",
 ) -> Callable[[TrainState, Rollout, jax.Array], tuple[TrainState, Metrics]]:
-    """Builds the step of GRPO on the step-size policy (Eq. 18).
+    """Builds the step of GRPO on a policy (Eq. 18).
 
     Args:
-        policy: supplies the ranges of the policy. Its parameters are those of the state.
+        policy: supplies the kind and ranges of the policy. Its parameters are those of the state.
         optimizer: the optimiser of the policy's parameters.
         epsilon: half width of the clipping range.
         epochs: updates on each batch.
@@ -62,7 +62,7 @@ def make_policy_step(
 
 def _policy_loss(
     params: Params,
-    policy: Policy,
+    policy: Policy | EntryPolicy,
     rollouts: Rollout,
     advantages: Float[Array, "R N"],
     epsilon: float,

@@ -132,7 +132,7 @@ def test_options_out_of_range():
         ({"reedit_above": 1.5}, "reedit_above must be between 0 and 1, not 1.5"),
         (
             {"reedit": "always", "synchronous": True},
-            'reedit "always" takes no steps, so it needs neither a policy nor synchronous',
+            'reedit "always" takes no steps, so leave out step-size policies and synchronous',
         ),
     ):
         with pytest.raises(UserError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from xflow_jax.decoding.belief import Belief
-from xflow_jax.decoding.policy import Policy, features
+from xflow_jax.decoding.entry_policy import EntryPolicy
+from xflow_jax.decoding.policy import Policy
 from xflow_jax.decoding.rules import revision
 from xflow_jax.decoding.rules.base import (
     Action,
@@ -41,11 +43,16 @@ class Flow(TokenConstraints):
       c > reedit_above. A token stands there if t >= reedit_above.
     - "always": all that have entered, in every step. A mask enters at c > jump (0.9 without
       `jump`), and at least the surest one. The block is over if all c are at least `sure`, or if
-      nothing changed. `power`, `creep`, `commit` and a policy have no effect.
+      nothing changed. `power`, `creep` and `commit` have no effect, and a step-size policy is
+      refused.
+
+    With an entry policy a mask enters if its learned confidence is above `jump`, or above the
+    policy's own threshold without `jump`, and at least the surest one enters. Without "always" an
+    entry goes all the way, and nothing else moves.
 
     Attributes:
-        policy: trained step-size policy. Without one, a = c ** power, or with `jump`, a = 1 at
-            c > jump and a = creep elsewhere.
+        policy: trained step-size policy, or entry policy. Without one, a = c ** power, or with
+            `jump`, a = 1 at c > jump and a = creep elsewhere.
         power: exponent of the fixed rule.
         jump: confidence above which a position goes all the way, or None.
         creep: step of the other positions with `jump`.
@@ -75,7 +82,7 @@ class Flow(TokenConstraints):
         UserError: if a number is out of range, or if `sample` is set without a policy.
     """
 
-    policy: Policy | None = None
+    policy: Policy | EntryPolicy | None = None
     power: float = static_field(2.0)
     jump: float | None = static_field(None)
     creep: float = static_field(0.1)
@@ -108,8 +115,14 @@ class Flow(TokenConstraints):
         known = f"{', '.join(REEDITS[:-1])} or {REEDITS[-1]}"
         require(self.reedit in REEDITS, f"reedit must be {known}, not {self.reedit!r}")
         require(
-            self.reedit != "always" or (self.policy is None and not self.synchronous),
-            'reedit "always" takes no steps, so it needs neither a policy nor synchronous',
+            self.reedit != "always" or not (isinstance(self.policy, Policy) or self.synchronous),
+            'reedit "always" takes no steps, so leave out step-size policies and synchronous',
+        )
+        require(
+            not isinstance(self.policy, EntryPolicy)
+            or self.reedit == "always"
+            or (self.reedit == "confidence" and self.reedit_margin is None),
+            "an entry policy needs reedit=always, or reedit_margin=none",
         )
         require(self.least_passes >= 1, f"least_passes must be at least 1, not {self.least_passes}")
         check_ranges(self, power=math.inf, jump=1.0, creep=1.0, reedit_margin=math.inf, settled=1.0)
@@ -150,10 +163,13 @@ class Flow(TokenConstraints):
         if self.reedit == "always":
             return self._reedit_all(belief, state, step)
         c, t, notes = belief.confidence, state.t, None
+        if isinstance(self.policy, EntryPolicy):
+            enters, notes = self._entries(belief, state, step)
+            return dataclasses.replace(Action.unmask(enters), notes=notes)
         if self.synchronous:
             a = jnp.broadcast_to(1.0 / step.steps_left, t.shape)
         elif self.policy is not None:
-            s = features(belief.top, t, step.rho)
+            s = self.policy.observe(belief, t, step)
             if self.sample:
                 y, a, log_prob = jax.vmap(self.policy.sample)(step.keys, s)
                 notes = {"features": s, "y": y, "log_prob": log_prob, "tokens": state.tokens}
@@ -188,10 +204,30 @@ class Flow(TokenConstraints):
             return jnp.zeros_like(step.candidates)
         return reset if self.revise_committed else reset & (t < 1)
 
+    def _entries(
+        self, belief: Belief, state: DecodeState, step: Step
+    ) -> tuple[Bool[Array, "B N"], dict[str, Array] | None]:
+        """Selects the masks that enter, with the notes of a sampled step."""
+        c, masked = belief.confidence, step.candidates & (state.t == 0)
+        if not isinstance(self.policy, EntryPolicy):
+            above = ENTRY if self.jump is None else self.jump
+            return masked & (c > above) | select_highest(c, masked, 1), None
+        s = self.policy.observe(belief, state.t, step)
+        score = self.policy.expected_step(s)
+        if self.sample:
+            enters = self.policy.draw(step.keys, s)
+        else:
+            enters = score > (self.policy.above if self.jump is None else self.jump)
+        enters = masked & enters | select_highest(score, masked, 1)
+        if not self.sample:
+            return enters, None
+        y = enters.astype(jnp.float32)  # the surest mask enters in any case, and counts as drawn
+        notes = {"features": s, "y": y, "log_prob": self.policy.log_prob(s, y)}
+        return enters, notes | {"tokens": state.tokens, "acted": masked}
+
     def _reedit_all(self, belief: Belief, state: DecodeState, step: Step) -> Action:
         """Re-edits all that has entered, and lets further masks enter."""
-        c, masked = belief.confidence, step.candidates & (state.t == 0)
-        enters = masked & (c > (ENTRY if self.jump is None else self.jump))
-        enters |= select_highest(c, masked, 1)
+        enters, notes = self._entries(belief, state, step)
         options = (self.sure, self.least_passes, self.rescale, self.expected)
-        return revision.reedit_all(belief, state, step, enters, *options, floor=self.floor)
+        action = revision.reedit_all(belief, state, step, enters, *options, floor=self.floor)
+        return dataclasses.replace(action, notes=notes)
