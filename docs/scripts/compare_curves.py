@@ -1,8 +1,10 @@
 """Compares decoders at equal forward passes, over all their thresholds.
 
-    python docs/scripts/compare_curves.py RUN [--first flow] [--picture curves.png]
+    python docs/scripts/compare_curves.py RUN... [--first flow] [--picture curves.png]
 
-RUN is a folder of `xflow evaluate --out`. Rules that differ only in `tau` or `jump` are one curve.
+RUN is a folder of `xflow evaluate --out`. Rules that differ only in their threshold (`tau`, `jump`,
+`gamma`, `factor`) or in their budget are one curve. With several folders, for several models, each
+curve has the name of its folder in brackets.
 The best point of the first curve is compared with each other curve at the same mean passes. There
 another decoder is a mixture: a random share of the problems is answered with the threshold below
 that number of passes, and the rest with the one above. p is the median over 101 such mixtures.
@@ -46,12 +48,17 @@ class Point:
 def curve_name(rule: str) -> str:
     """Returns a rule without its threshold."""
     kind, _, options = rule.partition(":")
-    kept = [o for o in options.split(",") if o and not re.match(r"(tau|jump)=", o)]
+    kept = [o for o in options.split(",") if o and not re.match(r"(tau|jump|gamma|factor)=", o)]
     return f"{kind}:{','.join(kept)}" if kept else kind
 
 
-def read_curves(folder: Path) -> dict[str, list[Point]]:
-    """Reads the points of each decoder, in the order of their passes."""
+def read_curves(folder: Path, label: str = "") -> dict[str, list[Point]]:
+    """Reads the points of each decoder, in the order of their passes.
+
+    Args:
+        folder: the run.
+        label: end of the names of its curves.
+    """
     run = json.loads((folder / "run.json").read_text())
     answers: dict[tuple[str, str], list[Answer]] = defaultdict(list)
     for line in (folder / "answers.jsonl").read_text().splitlines():
@@ -59,7 +66,9 @@ def read_curves(folder: Path) -> dict[str, list[Point]]:
         answers[answer.rule, answer.budget].append(answer)
     curves: dict[str, list[Point]] = defaultdict(list)
     for (rule, budget), found in answers.items():
-        row = summarize_answers(curve_name(rule), budget, 0, run["settings"]["gen_length"], found)
+        row = summarize_answers(
+            curve_name(rule) + label, budget, 0, run["settings"]["gen_length"], found
+        )
         curves[row.rule].append(Point(row, {a.task_id: a.passed for a in found}))
     return {k: sorted(v, key=lambda p: p.row.forward_passes) for k, v in curves.items()}
 
@@ -90,12 +99,14 @@ def compare(best: Point, curve: Sequence[Point]) -> tuple[str, ...]:
 def main() -> None:
     """Prints the tables, and draws the picture if it has a name."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--first", default="flow", help="beginning of the first curve's name")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--title", default="")
     args = parser.parse_args()
-    curves = read_curves(args.folder)
+    curves: dict[str, list[Point]] = {}
+    for folder in args.folders:
+        curves |= read_curves(folder, f" [{folder.name}]" if args.folders[1:] else "")
     rows = [point.row for points in curves.values() for point in points]
     best = max(
         (p for name, points in curves.items() if name.startswith(args.first) for p in points),
