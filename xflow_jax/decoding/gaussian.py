@@ -9,7 +9,6 @@ of LangFlow, and the self-conditioning is that of Analog Bits (arXiv:2208.04202)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -157,7 +156,6 @@ def sample_gaussian(
     prompt_mask: Bool[Array, "B P"],
     noise: Float[Array, "B N E"],
     passes: int,
-    scan: Callable[..., Any] = jax.lax.scan,
 ) -> Int[Array, "B N"]:
     """Decodes responses from noise, all positions together.
 
@@ -171,7 +169,6 @@ def sample_gaussian(
         prompt_mask: False at padding.
         noise: standard normal, the state at the first pass.
         passes: number of forward passes, at equal steps of u from 1 down.
-        scan: loop, for tests.
 
     Returns:
         Token ids of the responses.
@@ -188,5 +185,5 @@ def sample_gaussian(
         return (euler_step(z, x_pred, *pair), x_pred, tokens), None
 
     start = noise, jnp.zeros_like(noise), jnp.zeros(noise.shape[:2], int)
-    (_, _, tokens), _ = scan(step, start, (levels[:-1], levels[1:]))
+    (_, _, tokens), _ = jax.lax.scan(step, start, (levels[:-1], levels[1:]))
     return tokens
