@@ -129,6 +129,21 @@ def test_the_kinds_of_checksums(tmp_path):
         flip(file, 11)
 
 
+def test_without_google_crc32c(tmp_path, monkeypatch):
+    """New records have CRC-32, and of those with CRC-32C the sizes count alone."""
+    file, record = tmp_path / "a", tmp_path / CHECKSUM_FILE
+    file.write_bytes(b"123456789")
+    monkeypatch.setattr(checksums, "google_crc32c", None)
+    write_checksums(tmp_path, CHECKSUM_FILE)
+    assert json.loads(record.read_text()) == {"a": [9, "cbf43926"]}
+    flip(file, 11)
+    assert find_damage(tmp_path, CHECKSUM_FILE) is not None
+    record.write_text(json.dumps({"a": [9, "crc32c:4waSgw=="]}))
+    assert find_damage(tmp_path, CHECKSUM_FILE) is None
+    file.write_bytes(b"1234")
+    assert find_damage(tmp_path, CHECKSUM_FILE) is not None
+
+
 @pytest.mark.parametrize("content", ["[1]", '{"NAME": {"a": 1}}', "{}"])
 def test_a_file_of_this_name_by_another_program(directories, content):
     file = directories["hf"] / CHECKSUM_FILE

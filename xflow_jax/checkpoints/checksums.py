@@ -17,12 +17,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
-import google_crc32c
 import jax
 
 from xflow_jax.checkpoints.atomic_write import write_atomic
 from xflow_jax.errors import UserError, disk_errors
 from xflow_jax.input_files import is_cloud, list_objects, open_regular, read_json, to_path
+
+try:
+    import google_crc32c
+except ImportError:  # a machine with JAX alone, on which a checkout still has to run
+    google_crc32c = None
 
 CHECKSUM_FILE = "files.json"  # of a converted checkpoint and of an exported model
 BLOCK = 2**20  # bytes read at a time, which stay in the cache of a core
@@ -36,13 +40,16 @@ CHANGED = "has another checksum than when it was written"
 Listed = Mapping[str, object]  # file -> [size, checksum], or its size alone in old directories
 
 
-def file_checksum(path: Path, kind: str = CRC32C) -> str:
+def file_checksum(path: Path, kind: str | None = None) -> str:
     """Computes the checksum of a file, at about 10 GB a second.
 
     Args:
         path: the file.
-        kind: CRC32C, or "" for the CRC-32 of older records, at about 3 GB a second.
+        kind: CRC32C, or "" for the CRC-32 of older records, at about 3 GB a second. None: that of
+            new records, which is CRC32C if google-crc32c is installed.
     """
+    if kind is None:
+        kind = CRC32C if google_crc32c is not None else ""
     checksum = 0
     with open_regular(path) as file:
         while block := file.read(BLOCK):
@@ -54,8 +61,14 @@ def file_checksum(path: Path, kind: str = CRC32C) -> str:
     return kind + base64.b64encode(checksum.to_bytes(4, "big")).decode()
 
 
-def _kind(checksum: str) -> str:
-    return CRC32C if checksum.startswith(CRC32C) else ""
+def _checksum_like(path: Path, like: str) -> str:
+    """Computes the checksum of a file in the kind of another one.
+
+    A CRC-32C counts as equal without the package google-crc32c.
+    """
+    if not like.startswith(CRC32C):
+        return file_checksum(path, "")
+    return like if google_crc32c is None else file_checksum(path, CRC32C)
 
 
 def list_files(directory: Path) -> Iterator[Path]:
@@ -162,7 +175,7 @@ def first_damage(
         if checksum is not None and (size < SMALL or (large and mine)):
             todo[name] = checksum
     with ThreadPoolExecutor(_threads()) as pool:
-        found = pool.map(lambda name: file_checksum(directory / name, _kind(todo[name])), todo)
+        found = pool.map(lambda name: _checksum_like(directory / name, todo[name]), todo)
         for (name, checksum), actual in zip(todo.items(), found, strict=True):
             if actual != checksum:
                 pool.shutdown(wait=False, cancel_futures=True)
