@@ -36,7 +36,7 @@ from xflow_jax.decoding.generate import (
     require_finite,
     row_keys,
 )
-from xflow_jax.decoding.noise_schedules import NOISE_SCHEDULES, NoiseSchedule
+from xflow_jax.decoding.noise_schedules import NOISE_SCHEDULES
 from xflow_jax.decoding.policy import Policy, features, fit_policy, init_policy
 from xflow_jax.decoding.policy_io import (
     check_entry_ranges,
@@ -93,7 +93,6 @@ __all__ = [
     "Lane",
     "MaskPrediction",
     "NOISE_SCHEDULES",
-    "NoiseSchedule",
     "PROMPT_MULTIPLE",
     "Policy",
     "Rows",
