@@ -96,7 +96,7 @@ def train(config: GaussianConfig) -> None:
     tokenizer = load_tokenizer(config.tokenizer)
     if tokenizer is None:
         raise UserError(f"{config.tokenizer}: there is no tokenizer.json")
-    backbone = build(pretrain.make_model_config(config, tokenizer), remat="full")
+    backbone = build(pretrain.make_model_config(config, tokenizer), remat=pretrain.choose_remat())
     model = GaussianModel(backbone, NOISE_SCHEDULES[config.schedule])
     optimizer = gaussian_optimizer(pretrain.make_optimizer(config), config.schedule_rate)
     key = jax.random.key(config.seed)
@@ -106,7 +106,7 @@ def train(config: GaussianConfig) -> None:
     )
     early = config.wide_steps * config.batch_size
     source = make_pairs(config.components, tokenizer, config.seed, config.batch_size, early)
-    data = batch_iterator(source, config.batch_size)
+    data = batch_iterator(source, config.batch_size, config.workers)
 
     def create(key: jax.Array) -> TrainState:
         return TrainState.create(model.init(key), optimizer)

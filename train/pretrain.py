@@ -65,6 +65,7 @@ class PretrainConfig:
         block_length: positions of a block in evaluations, for all tasks or for each, or None for
             the default of the model.
         batch_size: B, pairs of a batch.
+        workers: processes that make the pairs, or 0 for a thread. A GPU needs about one a core.
         steps: updates of the run.
         curriculum_steps: steps until the largest masking ratio is 1.
         first_sigma: largest masking ratio at the beginning.
@@ -95,6 +96,7 @@ class PretrainConfig:
     gen_length: int | tuple[int, ...] = 48
     block_length: int | tuple[int, ...] | None = None
     batch_size: int = 64
+    workers: int = 0
     steps: int = 9000
     curriculum_steps: int = 600
     first_sigma: float = 0.3
@@ -116,7 +118,7 @@ class PretrainConfig:
         for name in (*counts, "evaluate_every", "evaluate_problems"):
             value = getattr(self, name)
             require(value >= 1, f"{name} is {value}, but it must be at least 1")
-        for name in ("curriculum_steps", "wide_steps"):
+        for name in ("curriculum_steps", "wide_steps", "workers"):
             value = getattr(self, name)
             require(value >= 0, f"{name} is {value}, but it must not be negative")
         for name in ("muon_rate", "adam_rate", "clip", "first_sigma"):
@@ -226,16 +228,14 @@ def train(config: PretrainConfig) -> None:
     tokenizer = load_tokenizer(config.tokenizer)
     if tokenizer is None:
         raise UserError(f"{config.tokenizer}: there is no tokenizer.json")
-    # Recomputed activations are faster than stored ones even with enough memory, because on CPUs
-    # page faults cost more.
-    model = build(make_model_config(config, tokenizer), remat="full")
+    model = build(make_model_config(config, tokenizer), remat=choose_remat())
     optimizer = make_optimizer(config)
     key = jax.random.key(config.seed)
     step_fn = jax.jit(make_pretrain_step(model, optimizer, curriculum(config)), donate_argnums=0)
 
     early = config.wide_steps * config.batch_size
     source = make_pairs(config.components, tokenizer, config.seed, config.batch_size, early)
-    data = batch_iterator(source, config.batch_size)
+    data = batch_iterator(source, config.batch_size, config.workers)
 
     def create(key: jax.Array) -> TrainState:
         return TrainState.create(init_params(model, key), optimizer)
@@ -276,6 +276,15 @@ def train(config: PretrainConfig) -> None:
             export(
                 folder, state.params, model.config, config.tokenizer, made_by, config.export_dtype
             )
+
+
+def choose_remat() -> str | None:
+    """Returns what the backward pass recomputes, as in `models.build`.
+
+    Small models have enough memory to store all activations. On CPUs the page faults of that cost
+    more than a second forward pass.
+    """
+    return "full" if jax.default_backend() == "cpu" else None
 
 
 def read_start(path: str, params: Params) -> Params:

@@ -62,6 +62,15 @@ def test_a_restored_position_gives_the_same_batches(shuffled):
             np.testing.assert_array_equal(ours[name], value)
 
 
+def test_processes_change_neither_the_batches_nor_the_position():
+    straight, parallel = batch_iterator(Numbers(), 4), batch_iterator(Numbers(), 4, workers=2)
+    for _ in range(5):
+        np.testing.assert_array_equal(next(parallel)["response"], next(straight)["response"])
+    assert parallel.get_state() == straight.get_state()
+    parallel.set_state({**straight.get_state(), "next_index": 1})
+    assert next(parallel)["response"][0, 0] == 4
+
+
 def test_the_order_of_an_epoch_depends_on_the_seed():
     def epoch(seed: int) -> list[bytes]:
         batches = shuffled_batches(Numbers(), 4, seed)

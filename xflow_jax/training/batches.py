@@ -5,7 +5,13 @@ grain reads the batches. It is imported only if a run needs them.
 
 from __future__ import annotations
 
+import os
+import pickle
+import signal
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context, parent_process
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
@@ -37,22 +43,76 @@ class BatchIterator(Protocol):
     def set_state(self, state: dict[str, Any]) -> None: ...
 
 
-def batch_iterator(source: Source, batch_size: int) -> BatchIterator:
+def batch_iterator(source: Source, batch_size: int, workers: int = 0) -> BatchIterator:
     """Iterates over a source in batches, in order.
 
-    A thread reads ahead.
+    A thread reads ahead. Where making examples takes longer than an update, processes make them.
+    Their number changes neither the batches nor the saved position.
 
     Args:
         source: the examples.
         batch_size: B, examples of a batch.
+        workers: processes that make the batches, or 0 for none but this one.
 
     Returns:
         An iterator over batches.
     """
     import grain
 
-    dataset = grain.MapDataset.source(source).batch(batch_size, drop_remainder=True)
-    return iter(dataset.to_iter_dataset(read_options()))
+    if not workers:
+        dataset = grain.MapDataset.source(source).batch(batch_size, drop_remainder=True)
+        return iter(dataset.to_iter_dataset(read_options()))
+    batches = WorkerBatches(source, batch_size, workers)
+    options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=4 * workers)
+    return iter(grain.MapDataset.source(batches).to_iter_dataset(options))
+
+
+class WorkerBatches:
+    """The batches of a source, made by processes.
+
+    Args:
+        source: the examples.
+        batch_size: B, examples of a batch.
+        workers: number of processes.
+    """
+
+    def __init__(self, source: Source, batch_size: int, workers: int):
+        import cloudpickle  # a task holds functions that pickle does not know
+
+        self.count = len(source) // batch_size
+        work = cloudpickle.dumps((source, batch_size))
+        self.pool = ProcessPoolExecutor(workers, get_context("spawn"), _keep_source, (work,))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Example:
+        """Waits for a batch of a process."""
+        return self.pool.submit(_make_batch, index).result()
+
+
+_kept: list[tuple[Source, int]] = []  # of a process that makes batches
+
+
+def _keep_source(work: bytes) -> None:
+    """Begins a process that makes batches. It ends with the main process, however that ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the main process still saves
+        signal.signal(number, signal.SIG_IGN)
+    main = parent_process()
+    assert main is not None
+
+    def end_with_main() -> None:
+        main.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_main, daemon=True).start()
+    _kept.append(pickle.loads(work))
+
+
+def _make_batch(index: int) -> Example:
+    ((source, batch_size),) = _kept
+    first = index * batch_size
+    return stack_examples([source[i] for i in range(first, first + batch_size)])
 
 
 def shuffled_batches(

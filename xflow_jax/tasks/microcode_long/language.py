@@ -148,11 +148,7 @@ class Problem:
 
     def call(self, x: int) -> int:
         """Computes the right result of the function f."""
-        if self.guard and passes(self.guard.kind, self.guard.constant, x):
-            return x if self.guard.value == "x" else int(self.guard.value)
-        for kind, c in self.maps:
-            (x,) = OPERATIONS[kind].run([x], c)
-        return x
+        return _call(self.maps, self.guard, x)
 
     def solve(self, xs: list[int]) -> object:
         """Computes the right result of the function solve.
@@ -223,6 +219,15 @@ class Problem:
             others.append(dataclasses.replace(self, condition=None))
             others.append(dataclasses.replace(self, reduction=reduction))
         return others
+
+
+@functools.lru_cache(maxsize=2**14)  # a request is tried on the same numbers again and again
+def _call(maps: tuple[tuple[str, int], ...], guard: Guard | None, x: int) -> int:
+    if guard and passes(guard.kind, guard.constant, x):
+        return x if guard.value == "x" else int(guard.value)
+    for kind, c in maps:
+        (x,) = OPERATIONS[kind].run([x], c)
+    return x
 
 
 @functools.cache
