@@ -95,7 +95,10 @@ _kept: list[tuple[Source, int]] = []  # of a process that makes batches
 
 
 def _keep_source(work: bytes) -> None:
-    """Begins a process that makes batches. It ends with the main process, however that ends."""
+    """Begins a process that makes batches.
+
+    It ends with the main process, however that ends.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):  # the main process still saves
         signal.signal(number, signal.SIG_IGN)
     main = parent_process()
