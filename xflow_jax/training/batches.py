@@ -99,6 +99,7 @@ def _keep_source(work: bytes) -> None:
 
     It ends with the main process, however that ends.
     """
+    jax.config.update("jax_platforms", "cpu")  # accelerators are the main process's
     for number in (signal.SIGINT, signal.SIGTERM):  # the main process still saves
         signal.signal(number, signal.SIG_IGN)
     main = parent_process()
