@@ -61,13 +61,13 @@ def test_small_sections_give_numbers(monkeypatch):
     monkeypatch.setattr(accelerator, "load_or_make", lambda name, dtype: toy())
     monkeypatch.setattr(accelerator, "matmul_rate", lambda dtype: 1e10)
     shapes = accelerator.Shapes("toy", "toy", 4, 8, 4, 2, (1, 2), (2,), 4096, 1)
-    kept = []
+    kept, lines = [], []
     numbers = accelerator_bench.run_sections(
         shapes,
         600.0,
         ("machine", "short_pass", "belief", "attention"),
         "float32",
-        lambda line: None,
+        lines.append,
         kept.append,
     )
     assert numbers["machine"]["matmul_flops_per_second"] == 1e10
@@ -78,6 +78,8 @@ def test_small_sections_give_numbers(monkeypatch):
     assert numbers["attention"]["cudnn"] == "left out, since cuDNN needs a GPU"
     assert [row["batch"] for row in numbers["short_pass"]["batches"]] == [1, 2]
     assert len(kept) == 4
+    seconds = numbers["short_pass"]["batches"][0]["seconds"]
+    assert any(f"batch=1, seconds={seconds:.4g}" in line for line in lines)
 
 
 @pytest.mark.slow

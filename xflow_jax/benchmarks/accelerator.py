@@ -135,6 +135,15 @@ class Bench:
         self._bandwidth = self._bandwidth or copy_rate(self.shapes.copy_bytes)
         return self._bandwidth
 
+    def record(self, results: list[Numbers], numbers: Numbers) -> None:
+        """Adds the numbers of a measurement to those of a section, and reports them.
+
+        A run that is cut off has printed them.
+        """
+        results.append(numbers)
+        shown = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in numbers.items())
+        self.report("  " + ", ".join(shown))
+
     def has_time(self, label: str, seconds: float = 20.0) -> bool:
         """Returns True if there is time for a measurement."""
         enough = time.monotonic() + seconds < self.deadline

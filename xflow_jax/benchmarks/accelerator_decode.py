@@ -34,7 +34,8 @@ SCHEDULE_STEPS = 2  # steps of a decode without cache, whose steps all cost the 
 
 def measure_steps(bench: Bench) -> Numbers:
     """Measures the step of a decode without a cache, and its parts."""
-    shapes, results = bench.shapes, []
+    shapes = bench.shapes
+    results: list[Numbers] = []
     lm = bench.model(shapes.llada)
     rule = parse_rule("flow")[1]
     config = _full_config(lm, shapes)
@@ -47,7 +48,7 @@ def measure_steps(bench: Bench) -> Numbers:
         )
         numbers = dataclasses.asdict(timing)
         numbers["tokens_per_second"] = batch * shapes.response / (timing.step * per_response)
-        results.append(numbers)
+        bench.record(results, numbers)
     return {"passes_per_block": shapes.passes, "batches": results}
 
 
@@ -69,7 +70,8 @@ def measure_int8(bench: Bench) -> Numbers:
 
 def _cached_decodes(bench: Bench, lm: LM, runs: Sequence[tuple[str, int]]) -> Numbers:
     """Measures whole decodes with (cache, batch)."""
-    shapes, results = bench.shapes, []
+    shapes = bench.shapes
+    results: list[Numbers] = []
     rule = parse_rule("flow")[1]
     for cache, batch in runs:
         label = f"decode in {lm.weight_dtype} with the {cache} cache at batch {batch}"
@@ -81,7 +83,8 @@ def _cached_decodes(bench: Bench, lm: LM, runs: Sequence[tuple[str, int]]) -> Nu
             cold = run_seconds(decode)
             warm = best_seconds(decode)
         floor = _decode_floor(lm, config, batch, shapes.prompt, bench.rate, bench.bandwidth)
-        results.append(
+        bench.record(
+            results,
             {
                 "cache": cache,
                 "batch": batch,
@@ -91,7 +94,7 @@ def _cached_decodes(bench: Bench, lm: LM, runs: Sequence[tuple[str, int]]) -> Nu
                 "tokens_per_second": batch * shapes.response / warm,
                 "bound_tokens_per_second": batch * shapes.response / floor,
                 "peak_memory": peak_memory(),
-            }
+            },
         )
     return {"passes_per_block": shapes.passes, "decodes": results}
 
@@ -152,7 +155,8 @@ def measure_profile(bench: Bench) -> Numbers:
 
 def measure_experts(bench: Bench) -> Numbers:
     """Measures the step of a mixture of experts with the exact cache."""
-    shapes, results = bench.shapes, []
+    shapes = bench.shapes
+    results: list[Numbers] = []
     lm = bench.model(shapes.llada2)
     rule = parse_rule("flow")[1]
     blocks = shapes.response // shapes.block
@@ -165,7 +169,8 @@ def measure_experts(bench: Bench) -> Numbers:
         with lm.scope():
             cold = run_seconds(decode)
             warm = best_seconds(decode)
-        results.append(
+        bench.record(
+            results,
             {
                 "batch": batch,
                 "cold": cold,
@@ -173,6 +178,6 @@ def measure_experts(bench: Bench) -> Numbers:
                 "step": warm / (config.blocks * config.steps),
                 "tokens_per_second": batch * shapes.response / warm,
                 "peak_memory": peak_memory(),
-            }
+            },
         )
     return {"blocks": blocks, "passes_per_block": shapes.passes, "batches": results}

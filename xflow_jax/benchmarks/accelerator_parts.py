@@ -65,7 +65,8 @@ def short_passes(bench: Bench, lm: LM) -> Numbers:
     """Measures a model's pass over one block at each batch size."""
     shapes = bench.shapes
     read = lm.weight_dtype.itemsize * matrix_parameters(lm.config)[1]
-    floor, results = read / bench.bandwidth, []
+    floor = read / bench.bandwidth
+    results: list[Numbers] = []
 
     @partial(jax.jit, static_argnames="model")
     def one_pass(model: Backbone, params: Params, x: jax.Array) -> jax.Array:
@@ -79,13 +80,14 @@ def short_passes(bench: Bench, lm: LM) -> Numbers:
         program = partial(one_pass, lm.model, lm.params, x)
         run_seconds(program)
         seconds = statistics.median(run_seconds(program) for _ in range(4 * shapes.rounds))
-        results.append({"batch": batch, "seconds": seconds, "floor_share": floor / seconds})
+        bench.record(results, {"batch": batch, "seconds": seconds, "floor_share": floor / seconds})
     return {"positions": shapes.block, "floor": floor, "batches": results}
 
 
 def measure_belief(bench: Bench) -> Numbers:
     """Measures the belief by chunk size, beside the head's matrix product."""
-    shapes, results = bench.shapes, []
+    shapes = bench.shapes
+    results: list[Numbers] = []
     lm = bench.model(shapes.llada)
     head, rows = make_head(lm.params), lm.config.vocab_rows
     options = BeliefOptions(never=(lm.config.mask_id,))
@@ -107,19 +109,21 @@ def measure_belief(bench: Bench) -> Numbers:
             run_seconds(program)
         times = time_in_turns(programs, 4 * shapes.rounds)
         floor = 2 * positions * rows * lm.config.hidden_size / bench.rate
-        results.append(
+        bench.record(
+            results,
             {
                 "positions": positions,
                 "floor": floor,
                 **{name: statistics.median(each) for name, each in times.items()},
-            }
+            },
         )
     return {"seconds": results}
 
 
 def measure_attention(bench: Bench) -> Numbers:
     """Measures the platform's attention kernels on a decode's shapes."""
-    shapes, results = bench.shapes, []
+    shapes = bench.shapes
+    results: list[Numbers] = []
     config = bench.model(shapes.llada).config
     on_gpu = jax.default_backend() == "gpu"
     names = ("cudnn", "xla") if on_gpu else ("einsum", "xla")
@@ -146,14 +150,15 @@ def measure_attention(bench: Bench) -> Numbers:
             run_seconds(program)
         times = time_in_turns(programs, 10 * shapes.rounds)
         flops = 4 * batch * queries * length * config.num_heads * config.head_dim
-        results.append(
+        bench.record(
+            results,
             {
                 "batch": batch,
                 "queries": queries,
                 "keys": length,
                 "floor": flops / bench.rate,
                 **{name: statistics.median(each) for name, each in times.items()},
-            }
+            },
         )
     return {"seconds": results} | ({} if on_gpu else {"cudnn": NO_CUDNN})
 
