@@ -56,6 +56,16 @@ def test_everything_that_has_entered_is_reedited_in_every_step():
     assert call(Flow(reedit="always"), c=[0.91, 0.9, 0.95], t=[0.0] * 3)[1] == [0, 2]
 
 
+def test_a_factor_bounds_the_entries_together():
+    c, t = [0.8, 0.75, 0.9, 0.3, 0.99], [0.0, 0.0, 0.0, 0.0, 0.5]
+    # (n + 1)(1 - c(n)) of the masks in order: 0.2, 0.6, 1, 3.5. The last position has entered.
+    assert call(Flow(reedit="always", factor=0.7), c, t)[1] == [0, 2, 4]
+    assert call(Flow(reedit="always", factor=0.5), c, t)[1] == [2, 4]
+    assert call(Flow(reedit="always", factor=0.0), c, t)[1] == [2, 4]  # at least the surest mask
+    here = [NO, YES, YES, YES, YES]
+    assert call(Flow(reedit="always", factor=4.0), c, t, candidates=here)[1] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(
     "c, t, tokens, over",
     [
@@ -129,6 +139,11 @@ def test_options_out_of_range():
         ({"reedit": "never"}, "reedit must be confidence, disagreement or always, not 'never'"),
         ({"least_passes": 0}, "least_passes must be at least 1, not 0"),
         ({"floor": -0.5}, "floor must be between 0 and 1, not -0.5"),
+        (
+            {"reedit": "always", "jump": 0.5, "factor": 1.0},
+            "factor needs reedit=always, and takes the place of jump and of a policy",
+        ),
+        ({"reedit": "always", "factor": -1.0}, "factor must be at least 0, not -1.0"),
         ({"reedit_above": 1.5}, "reedit_above must be between 0 and 1, not 1.5"),
         (
             {"reedit": "always", "synchronous": True},

@@ -195,6 +195,26 @@ def select_highest(
     return among & (rank < count)
 
 
+def select_within_factor(
+    confidence: Float[Array, "B N"], among: Bool[Array, "B N"], factor: Float[Array, ...] | float
+) -> Bool[Array, "B N"]:
+    """Selects the surest positions by the bound of Fast-dLLM (arXiv:2505.22618).
+
+    Args:
+        confidence: confidence of each position.
+        among: positions that may be selected.
+        factor: the bound, a scalar or [B, 1].
+
+    Returns:
+        True at the n highest confidences of each row, for the largest n with
+        (n + 1)(1 - c(n)) < factor and at least 1. c(n) is the n-th highest confidence.
+    """
+    rank = 1 + jnp.sum(ranks_before(confidence, among), axis=-1)
+    meets = among & ((rank + 1) * (1 - confidence) < factor)
+    count = jnp.max(jnp.where(meets, rank, 1), axis=-1, keepdims=True)
+    return among & (rank <= count)
+
+
 def quota_or_confident(
     scheduled: Bool[Array, "B N"], confident: Bool[Array, "B N"], quota: Int[Array, ...]
 ) -> Bool[Array, "B N"]:

@@ -23,6 +23,7 @@ from xflow_jax.decoding.rules.base import (
     quota_or_confident,
     ranks_before,
     select_highest,
+    select_within_factor,
     static_field,
 )
 from xflow_jax.decoding.state import DecodeConfig, DecodeState, Step
@@ -84,11 +85,7 @@ class Factor(TokenConstraints):
     def __call__(self, belief: Belief, state: DecodeState, step: Step) -> Action:
         """Commits the longest prefix whose last member meets the bound."""
         masked = step.candidates & (state.t < 1)
-        # Rank of each mask by confidence, counted from 1.
-        rank = 1 + jnp.sum(ranks_before(belief.confidence, masked), axis=-1)
-        meets = masked & ((rank + 1) * (1 - belief.confidence) < self.factor)
-        count = jnp.max(jnp.where(meets, rank, 1), axis=-1, keepdims=True)
-        return Action.unmask(masked & (rank <= count))
+        return Action.unmask(select_within_factor(belief.confidence, masked, self.factor))
 
 
 @struct.dataclass

@@ -20,6 +20,7 @@ from xflow_jax.decoding.rules.base import (
     TokenConstraints,
     check_ranges,
     select_highest,
+    select_within_factor,
     static_field,
 )
 from xflow_jax.decoding.state import SETTLED, DecodeState, Step
@@ -65,6 +66,8 @@ class Flow(TokenConstraints):
         expected: move toward the mean embedding of the four likeliest tokens instead of the
             likeliest one's. A position at t = 1 has the embedding of its token in either case.
         sure: confidence at which a prediction needs no further step, for "always".
+        factor: bound by which the surest masks enter, for "always", in place of `jump`. It bounds
+            the chance of a mistake among all that enter, as decoding by a factor does.
         floor: least t of a position that has entered, for "always". It commits to one of several
             likely tokens, where c alone would leave the position near the mask.
         least_passes: passes of a block before it can be over. Above 1, a block is only over after a
@@ -101,6 +104,7 @@ class Flow(TokenConstraints):
     sure: float = static_field(0.9)
     least_passes: int = static_field(1)
     floor: float = static_field(0.0)
+    factor: float | None = static_field(None)
 
     def __post_init__(self) -> None:
         # JAX builds trees with other leaves than policies, so only known mistakes are refused.
@@ -124,9 +128,14 @@ class Flow(TokenConstraints):
             or (self.reedit == "confidence" and self.reedit_margin is None),
             "an entry policy needs reedit=always, or reedit_margin=none",
         )
+        require(
+            self.factor is None
+            or (self.reedit == "always" and self.jump is None and self.policy is None),
+            "factor needs reedit=always, and takes the place of jump and of a policy",
+        )
         require(self.least_passes >= 1, f"least_passes must be at least 1, not {self.least_passes}")
         check_ranges(self, power=math.inf, jump=1.0, creep=1.0, reedit_margin=math.inf, settled=1.0)
-        check_ranges(self, reedit_above=1.0, sure=1.0, floor=1.0)
+        check_ranges(self, reedit_above=1.0, sure=1.0, floor=1.0, factor=math.inf)
 
     @property
     def needs_keys(self) -> bool:
@@ -210,6 +219,8 @@ class Flow(TokenConstraints):
         """Selects the masks that enter, with the notes of a sampled step."""
         c, masked = belief.confidence, step.candidates & (state.t == 0)
         if not isinstance(self.policy, EntryPolicy):
+            if self.factor is not None:
+                return select_within_factor(c, masked, self.factor), None
             above = ENTRY if self.jump is None else self.jump
             return masked & (c > above) | select_highest(c, masked, 1), None
         s = self.policy.observe(belief, state.t, step)
