@@ -29,6 +29,8 @@ from xflow_jax.toml_config import load_toml
 from xflow_jax.training import TrainState, batch_iterator, make_pretrain_step
 from xflow_jax.types import ModelConfig, Params, PyTree, Tokenizer
 
+MOST_WORKERS = 512
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
@@ -121,6 +123,8 @@ class PretrainConfig:
         for name in ("curriculum_steps", "wide_steps", "workers"):
             value = getattr(self, name)
             require(value >= 0, f"{name} is {value}, but it must not be negative")
+        most = self.workers <= MOST_WORKERS
+        require(most, f"workers is {self.workers}, but it must be at most {MOST_WORKERS}")
         for name in ("muon_rate", "adam_rate", "clip", "first_sigma"):
             value = getattr(self, name)
             require(value > 0, f"{name} is {value}, but it must be positive")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import eight
+from xflow_jax.errors import UserError
 from xflow_jax.parallel.mesh import make_mesh
 from xflow_jax.parallel.partitioning import batch_sharding
 from xflow_jax.training.batches import (
@@ -69,6 +71,19 @@ def test_processes_change_neither_the_batches_nor_the_position():
     assert parallel.get_state() == straight.get_state()
     parallel.set_state({**straight.get_state(), "next_index": 1})
     assert next(parallel)["response"][0, 0] == 4
+
+
+class Killed(Numbers):
+    """Examples that the system kills a process for."""
+
+    def __getitem__(self, index: int) -> Example:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_a_killed_process_gives_a_sentence():
+    with pytest.raises(UserError, match="was killed, perhaps for lack of memory. Use fewer"):
+        next(batch_iterator(Killed(), 4, workers=1))
 
 
 def test_the_order_of_an_epoch_depends_on_the_seed():

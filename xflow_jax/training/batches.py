@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -18,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from xflow_jax.errors import require
+from xflow_jax.errors import UserError, require
 from xflow_jax.training.state import Batch
 
 # "prompt" int32 [P], "prompt_mask" bool [P] and "response" int32 [N], or a batch of them.
@@ -87,8 +88,18 @@ class WorkerBatches:
         return self.count
 
     def __getitem__(self, index: int) -> Example:
-        """Waits for a batch of a process."""
-        return self.pool.submit(_make_batch, index).result()
+        """Waits for a batch of a process.
+
+        Raises:
+            UserError: if the system has killed a process.
+        """
+        try:
+            return self.pool.submit(_make_batch, index).result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a process that makes batches was killed, perhaps for lack of memory. Use fewer "
+                "workers."
+            ) from None
 
 
 _kept: list[tuple[Source, int]] = []  # of a process that makes batches
