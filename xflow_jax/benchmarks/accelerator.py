@@ -136,9 +136,13 @@ class Bench:
         return self._bandwidth
 
     def record(self, results: list[Numbers], numbers: Numbers) -> None:
-        """Adds the numbers of a measurement to those of a section, and reports them.
+        """Adds and reports the numbers of a measurement.
 
         A run that is cut off has printed them.
+
+        Args:
+            results: the measurements of a section so far.
+            numbers: those of one more.
         """
         results.append(numbers)
         shown = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in numbers.items())
