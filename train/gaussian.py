@@ -96,7 +96,9 @@ def train(config: GaussianConfig) -> None:
     tokenizer = load_tokenizer(config.tokenizer)
     if tokenizer is None:
         raise UserError(f"{config.tokenizer}: there is no tokenizer.json")
-    backbone = build(pretrain.make_model_config(config, tokenizer), remat=pretrain.choose_remat())
+    backbone = build(
+        pretrain.make_model_config(config, tokenizer), remat=pretrain.choose_remat(config)
+    )
     model = GaussianModel(backbone, NOISE_SCHEDULES[config.schedule])
     optimizer = gaussian_optimizer(pretrain.make_optimizer(config), config.schedule_rate)
     key = jax.random.key(config.seed)

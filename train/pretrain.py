@@ -67,7 +67,10 @@ class PretrainConfig:
         block_length: positions of a block in evaluations, for all tasks or for each, or None for
             the default of the model.
         batch_size: B, pairs of a batch.
-        workers: processes that make the pairs, or 0 for a thread. A GPU needs about one a core.
+        workers: processes that make the pairs, or 0 for a thread of this one. With a GPU, use about
+            one for each CPU core.
+        remat: activations that the backward pass recomputes. "auto" is "full" on CPUs, where page
+            faults cost more than a second forward pass, and "none" elsewhere.
         steps: updates of the run.
         curriculum_steps: steps until the largest masking ratio is 1.
         first_sigma: largest masking ratio at the beginning.
@@ -99,6 +102,7 @@ class PretrainConfig:
     block_length: int | tuple[int, ...] | None = None
     batch_size: int = 64
     workers: int = 0
+    remat: Literal["auto", "none", "dots", "full"] = "auto"
     steps: int = 9000
     curriculum_steps: int = 600
     first_sigma: float = 0.3
@@ -232,7 +236,7 @@ def train(config: PretrainConfig) -> None:
     tokenizer = load_tokenizer(config.tokenizer)
     if tokenizer is None:
         raise UserError(f"{config.tokenizer}: there is no tokenizer.json")
-    model = build(make_model_config(config, tokenizer), remat=choose_remat())
+    model = build(make_model_config(config, tokenizer), remat=choose_remat(config))
     optimizer = make_optimizer(config)
     key = jax.random.key(config.seed)
     step_fn = jax.jit(make_pretrain_step(model, optimizer, curriculum(config)), donate_argnums=0)
@@ -282,13 +286,11 @@ def train(config: PretrainConfig) -> None:
             )
 
 
-def choose_remat() -> str | None:
-    """Returns what the backward pass recomputes, as in `models.build`.
-
-    Small models have enough memory to store all activations. On CPUs the page faults of that cost
-    more than a second forward pass.
-    """
-    return "full" if jax.default_backend() == "cpu" else None
+def choose_remat(config: PretrainConfig) -> str | None:
+    """Returns what the backward pass recomputes, as in `models.build`."""
+    if config.remat == "auto":
+        return "full" if jax.default_backend() == "cpu" else None
+    return None if config.remat == "none" else config.remat
 
 
 def read_start(path: str, params: Params) -> Params:

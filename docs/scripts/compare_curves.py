@@ -48,7 +48,9 @@ class Point:
 def curve_name(rule: str) -> str:
     """Returns a rule without its threshold."""
     kind, _, options = rule.partition(":")
-    kept = [o for o in options.split(",") if o and not re.match(r"(tau|jump|gamma|factor)=", o)]
+    kept = [o for o in options.split(",") if o and not re.match(r"(tau|jump|gamma)=", o)]
+    # Entries by a factor are another decoder than entries by a threshold.
+    kept = ["factor" if o.startswith("factor=") else o for o in kept if kind != "factor"]
     return f"{kind}:{','.join(kept)}" if kept else kind
 
 
@@ -108,10 +110,10 @@ def main() -> None:
     for folder in args.folders:
         curves |= read_curves(folder, f" [{folder.name}]" if args.folders[1:] else "")
     rows = [point.row for points in curves.values() for point in points]
-    best = max(
-        (p for name, points in curves.items() if name.startswith(args.first) for p in points),
-        key=lambda p: p.row.accuracy,
-    )
+    firsts = [p for name, points in curves.items() if name.startswith(args.first) for p in points]
+    if not firsts:
+        parser.error(f"--first: no curve begins with {args.first!r}. There are {', '.join(curves)}")
+    best = max(firsts, key=lambda p: p.row.accuracy)
     lines = [(best.row.rule, f"{best.row.forward_passes:.2f}", f"{best.row.accuracy:.1f}", *"   ")]
     lines += [(name, *compare(best, c)) for name, c in curves.items() if name != best.row.rule]
     print(markdown_table(HEADER, lines, 1), end="\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 
 from tests.helpers import eight
-from xflow_jax.errors import UserError
 from xflow_jax.parallel.mesh import make_mesh
 from xflow_jax.parallel.partitioning import batch_sharding
 from xflow_jax.training.batches import (
@@ -73,17 +71,37 @@ def test_processes_change_neither_the_batches_nor_the_position():
     assert next(parallel)["response"][0, 0] == 4
 
 
-class Killed(Numbers):
-    """Examples that the system kills a process for."""
+KILLED_PROCESS = """
+import os, signal, numpy as np
+from xflow_jax.errors import UserError
+from xflow_jax.training import batch_iterator
 
-    def __getitem__(self, index: int) -> Example:
-        os.kill(os.getpid(), signal.SIGKILL)
-        return super().__getitem__(index)
+class Source:
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        if index >= 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"response": np.full(3, index)}
+
+if __name__ == "__main__":
+    try:
+        list(batch_iterator(Source(), 4, workers=2))
+    except UserError as error:
+        print(error)
+"""
 
 
-def test_a_killed_process_gives_a_sentence():
-    with pytest.raises(UserError, match="was killed, perhaps for lack of memory. Use fewer"):
-        next(batch_iterator(Killed(), 4, workers=1))
+def test_a_killed_process_ends_the_program_with_a_sentence(tmp_path):
+    """The other process does not keep it alive."""
+    script = tmp_path / "script.py"
+    script.write_text(KILLED_PROCESS)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and "ended, or could not start" in done.stdout, done.stderr
 
 
 def test_the_order_of_an_epoch_depends_on_the_seed():

@@ -138,11 +138,11 @@ class Bench:
     def record(self, results: list[Numbers], numbers: Numbers) -> None:
         """Adds and reports the numbers of a measurement.
 
-        A run that is cut off has printed them.
+        So a run that is cut off has printed them.
 
         Args:
             results: the measurements of a section so far.
-            numbers: those of one more.
+            numbers: the numbers of another one.
         """
         results.append(numbers)
         shown = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in numbers.items())

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
@@ -47,7 +47,7 @@ class BatchIterator(Protocol):
 def batch_iterator(source: Source, batch_size: int, workers: int = 0) -> BatchIterator:
     """Iterates over a source in batches, in order.
 
-    A thread reads ahead. Where making examples takes longer than an update, processes make them.
+    A thread reads ahead. If making examples takes longer than an update, processes can make them.
     Their number changes neither the batches nor the saved position.
 
     Args:
@@ -91,14 +91,16 @@ class WorkerBatches:
         """Waits for a batch of a process.
 
         Raises:
-            UserError: if the system has killed a process.
+            UserError: if a process ended.
         """
         try:
             return self.pool.submit(_make_batch, index).result()
         except BrokenProcessPool:
+            for process in active_children():  # the pool would wait for them without an end
+                process.kill()
             raise UserError(
-                "a process that makes batches was killed, perhaps for lack of memory. Use fewer "
-                "workers."
+                "a process that makes batches ended, or could not start. If the system killed it "
+                "for lack of memory, use fewer workers."
             ) from None
 
 

@@ -43,7 +43,7 @@ class Flow(TokenConstraints):
     - "disagreement": those whose argmax is not the token that stands there, with
       c > reedit_above. A token stands there if t >= reedit_above.
     - "always": all that have entered, in every step. A mask enters at c > jump (0.9 without
-      `jump`), and at least the surest one. The block is over if all c are at least `sure`, or if
+      `jump`), or by `factor`, and at least the surest one. The block is over if all c are at least `sure`, or if
       nothing changed. `power`, `creep` and `commit` have no effect, and a step-size policy is
       refused.
 
@@ -66,8 +66,8 @@ class Flow(TokenConstraints):
         expected: move toward the mean embedding of the four likeliest tokens instead of the
             likeliest one's. A position at t = 1 has the embedding of its token in either case.
         sure: confidence at which a prediction needs no further step, for "always".
-        factor: bound by which the surest masks enter, for "always", in place of `jump`. It bounds
-            the chance of a mistake among all that enter, as decoding by a factor does.
+        factor: for "always", in place of `jump`: the n surest masks enter together, for the largest
+            n with (n + 1)(1 - c(n)) < factor, as in factor-based decoding.
         floor: least t of a position that has entered, for "always". It commits to one of several
             likely tokens, where c alone would leave the position near the mask.
         least_passes: passes of a block before it can be over. Above 1, a block is only over after a
@@ -82,7 +82,8 @@ class Flow(TokenConstraints):
             the trace's notes (training/rollout.py).
 
     Raises:
-        UserError: if a number is out of range, or if `sample` is set without a policy.
+        UserError: if a number is out of range, `sample` is set without a policy, or `factor` with
+            `jump`, with a policy or without "always".
     """
 
     policy: Policy | EntryPolicy | None = None
