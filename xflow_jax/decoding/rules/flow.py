@@ -43,9 +43,9 @@ class Flow(TokenConstraints):
     - "disagreement": those whose argmax is not the token that stands there, with
       c > reedit_above. A token stands there if t >= reedit_above.
     - "always": all that have entered, in every step. A mask enters at c > jump (0.9 without
-      `jump`), or by `factor`, and at least the surest one. The block is over if all c are at least `sure`, or if
-      nothing changed. `power`, `creep` and `commit` have no effect, and a step-size policy is
-      refused.
+      `jump`), or by `factor`, and at least the surest one. The block is over if all c are at least
+      `sure`, or if nothing changed. `power`, `creep` and `commit` have no effect, and a step-size
+      policy is refused.
 
     With an entry policy a mask enters if its learned confidence is above `jump`, or above the
     policy's own threshold without `jump`, and at least the surest one enters. Without "always" an
