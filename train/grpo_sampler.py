@@ -193,7 +193,9 @@ def make_score(config: GrpoConfig, eos_id: int) -> ScoreFn:
     """
 
     def score(scores: jax.Array, rollouts: Rollout, policy: AnyPolicy) -> tuple[jax.Array, Metrics]:
-        speed = 1 - rollouts.forward_passes / rollouts.y.shape[0]
+        steps = rollouts.y.shape[0]
+        # Not 1 - passes / steps: a rounded quotient above 1 would have no root.
+        speed = (steps - rollouts.forward_passes) / steps
         # Zero where the answer is wrong: with a sum, the fastest wrong answer is the best policy.
         earned = scores * speed**config.speed_power if config.speed_power else scores
         rewards = token_rewards(

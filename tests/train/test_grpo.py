@@ -249,24 +249,36 @@ def test_the_rewards_of_a_decode():
     np.testing.assert_allclose(rewards[0], wanted, rtol=1e-5)
 
 
-def test_a_wrong_answer_earns_nothing_by_its_speed():
-    """With a power the verdict is multiplied by (1 - passes / T) ** power."""
-    zeros = jnp.zeros((8, 3, 2))
+def rewards_by_speed(steps, passes, solved):
+    """Rewards and metrics of one group with speed_power = 0.5."""
+    zeros = jnp.zeros((steps, len(passes), 2))
     made = Rollout(
-        tokens=jnp.zeros((3, 2), int),
-        progress=jnp.ones((3, 2)),
-        forward_passes=jnp.array([2, 6, 2]),
-        features=jnp.zeros((8, 3, 2, 13)),
+        tokens=jnp.zeros((len(passes), 2), int),
+        progress=jnp.ones((len(passes), 2)),
+        forward_passes=jnp.array(passes),
+        features=jnp.zeros((steps, len(passes), 2, 13)),
         y=zeros,
         log_prob=zeros,
         acted=zeros > 0,
     )
-    options = {"group_size": 3, "progress_weight": 0.0, "speed_power": 0.5}
+    options = {"group_size": len(passes), "progress_weight": 0.0, "speed_power": 0.5}
     policy = init_entry_policy(jax.random.key(0), 4)
     score = make_score(grpo.GrpoConfig("m", "o", **options), 9)
-    rewards, metrics = score(jnp.array([1.0, 1.0, 0.0]), made, policy)
-    np.testing.assert_allclose(rewards[0, :, 0], [0.75**0.5, 0.25**0.5, 0.0], rtol=1e-6)
+    rewards, metrics = score(jnp.array(solved), made, policy)
+    return rewards[0, :, 0], metrics
+
+
+def test_a_wrong_answer_earns_nothing_by_its_speed():
+    """With a power the verdict is multiplied by (1 - passes / T) ** power."""
+    rewards, metrics = rewards_by_speed(8, [2, 6, 2], [1.0, 1.0, 0.0])
+    np.testing.assert_allclose(rewards, [0.75**0.5, 0.25**0.5, 0.0], rtol=1e-6)
     assert metrics["rewards/task/mean"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("steps", [8, 24, 47])
+def test_an_answer_that_takes_all_passes_earns_nothing_by_its_speed(steps):
+    rewards, _ = rewards_by_speed(steps, [steps, steps], [1.0, 0.0])
+    np.testing.assert_array_equal(rewards, [0.0, 0.0])
 
 
 def test_an_entry_policy_trains_beside_a_threshold(model, tmp_path, monkeypatch):
