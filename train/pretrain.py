@@ -75,7 +75,7 @@ class PretrainConfig:
         curriculum_steps: steps until the largest masking ratio is 1.
         first_sigma: largest masking ratio at the beginning.
         wide_steps: steps at the beginning with the early distribution of each task: answers of a
-            more varied style for microcode, few blanks for latin-square.
+            more varied style for microcode and microcode-long, few blanks for latin-square.
         muon_rate: largest learning rate of the matrices.
         adam_rate: largest learning rate of everything else.
         rate_points: (step, share of the largest rate), with straight lines between them.

@@ -43,10 +43,28 @@ def pairs():
     return [microcode_long.training_pair(0, index) for index in range(120)]
 
 
-def test_the_training_set_stays_as_it_is(pairs):
-    digest = "46c43b78ccc9db0ab81d7accd4aea073c3e3c15819b23da478e3b23d96e3d6db"
-    assert hashlib.sha256(repr(pairs[:40]).encode()).hexdigest() == digest
-    assert microcode_long.training_pair(1, 0) != pairs[0]
+@pytest.mark.parametrize(
+    ("early", "digest"),
+    [
+        (False, "4d60a5584297168d1499f6c6303b33525d39a864040eaecb372b1ac622edd17e"),
+        (True, "46c43b78ccc9db0ab81d7accd4aea073c3e3c15819b23da478e3b23d96e3d6db"),
+    ],
+)
+def test_the_training_set_stays_as_it_is(early, digest):
+    pairs = [microcode_long.training_pair(0, index, early) for index in range(40)]
+    assert hashlib.sha256(repr(pairs).encode()).hexdigest() == digest
+    assert microcode_long.training_pair(1, 0, early) != pairs[0]
+
+
+def test_pairs_of_the_usual_style_follow_their_request(pairs):
+    """A statement for each operation, in its order, and f before solve."""
+    for _, answer in pairs[:20]:
+        assert answer.startswith("def f(x):") and "\n\ndef solve(xs):" in answer
+        assert "for" not in answer.replace(" for x in xs", "")
+    requests = [request for request, _ in pairs[:20]]
+    texts = [answer for _, answer in pairs[:20]]
+    jobs = [TASK.job(microcode_long.parse(r), a) for r, a in zip(requests, texts, strict=True)]
+    assert all(result.passed for result in run_many(jobs))
 
 
 def test_the_tokenizer_of_the_bundled_models_stays_as_it_is():

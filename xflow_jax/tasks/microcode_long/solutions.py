@@ -56,10 +56,23 @@ class LongStyle:
     short: AnswerStyle = AnswerStyle(builtin=0.0)
 
 
-STYLE = LongStyle()
+WIDE_STYLE = LongStyle()
+# A statement for each operation in its order, so that an answer follows the words of its request.
+USUAL_STYLE = LongStyle(
+    lists=("xs",),
+    elements=("x",),
+    variables=("n",),
+    loop=0.0,
+    fuse=0.0,
+    solve_first=0.0,
+    assign=1.0,
+    name_measure=0.0,
+    inline=0.0,
+    short=AnswerStyle(other_form=0.0, new_name=0.0, builtin=0.0),
+)
 
 
-def sample_answer(rng: random.Random, problem: Problem, style: LongStyle = STYLE) -> str:
+def sample_answer(rng: random.Random, problem: Problem, style: LongStyle = WIDE_STYLE) -> str:
     """Draws a right answer, Python code without a trailing newline.
 
     Args:

@@ -8,10 +8,16 @@ import re
 from xflow_jax.tasks.base import Task, TaskConfig, extract_code
 from xflow_jax.tasks.generated import problem_reader
 from xflow_jax.tasks.microcode.task import POLICY_SEED, call_checks
+from xflow_jax.tasks.microcode.words import split_words
 from xflow_jax.tasks.microcode_long.language import NAME, Problem
 from xflow_jax.tasks.microcode_long.parsing import parse, respell
 from xflow_jax.tasks.microcode_long.requests import draw_problem, problems
-from xflow_jax.tasks.microcode_long.solutions import sample_answer
+from xflow_jax.tasks.microcode_long.solutions import (
+    LEAST_WORDS,
+    USUAL_STYLE,
+    WIDE_STYLE,
+    sample_answer,
+)
 
 CONFIG = TaskConfig(gen_length=128, block_length=32)
 # Of a held-out composition.
@@ -46,13 +52,16 @@ def training_pair(seed: int, index: int, early: bool = False) -> tuple[str, str]
     Args:
         seed: number of the training set.
         index: position in it, from 0.
-        early: ignored. There is one distribution.
+        early: True for an answer of the wide style.
     """
     rng = random.Random(f"{NAME} pair {seed} {index}")
     while True:
         problem = draw_problem(rng, held_out=False)
         if problem is not None:
-            return problem.prompt, sample_answer(rng, problem)
+            answer = sample_answer(rng, problem, WIDE_STYLE if early else USUAL_STYLE)
+            if len(split_words(answer)) < LEAST_WORDS:
+                answer = sample_answer(rng, problem)
+            return problem.prompt, answer
 
 
 def make_task(config: TaskConfig) -> Task[Problem]:
