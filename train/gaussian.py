@@ -18,18 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from train import pretrain
-from train.mixture import Component, make_pairs
+from train.mixture import Component
 from train.run import Run
 from train.setup import run_program
 from xflow_jax.checkpoints import make_directory, write_atomic
 from xflow_jax.decoding import NOISE_SCHEDULES, GaussianModel, sample_gaussian
 from xflow_jax.errors import UserError, require
 from xflow_jax.input_files import to_path
-from xflow_jax.models import build
 from xflow_jax.sandbox import run_many
 from xflow_jax.tokenizer import chat_ids, decode_responses, load_tokenizer, pad_left
 from xflow_jax.toml_config import load_toml
-from xflow_jax.training import TrainState, batch_iterator, gaussian_optimizer, make_gaussian_step
+from xflow_jax.training import TrainState, gaussian_optimizer, make_gaussian_step
 from xflow_jax.types import Array, Bool, Int, Key, Params, Tokenizer
 
 
@@ -96,9 +95,7 @@ def train(config: GaussianConfig) -> None:
     tokenizer = load_tokenizer(config.tokenizer)
     if tokenizer is None:
         raise UserError(f"{config.tokenizer}: there is no tokenizer.json")
-    backbone = build(
-        pretrain.make_model_config(config, tokenizer), remat=pretrain.choose_remat(config)
-    )
+    backbone = pretrain.make_model(config, tokenizer)
     model = GaussianModel(backbone, NOISE_SCHEDULES[config.schedule])
     optimizer = gaussian_optimizer(pretrain.make_optimizer(config), config.schedule_rate)
     key = jax.random.key(config.seed)
@@ -106,9 +103,7 @@ def train(config: GaussianConfig) -> None:
     step_fn = jax.jit(
         make_gaussian_step(model, optimizer, largest, config.self_conditioning), donate_argnums=0
     )
-    early = config.wide_steps * config.batch_size
-    source = make_pairs(config.components, tokenizer, config.seed, config.batch_size, early)
-    data = batch_iterator(source, config.batch_size, config.workers)
+    _, data = pretrain.make_data(config, tokenizer)
 
     def create(key: jax.Array) -> TrainState:
         return TrainState.create(model.init(key), optimizer)

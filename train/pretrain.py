@@ -26,8 +26,14 @@ from xflow_jax.models import LLaDAConfig, build, init_params, update_flops
 from xflow_jax.sandbox import run_many
 from xflow_jax.tokenizer import chat_ids, load_tokenizer
 from xflow_jax.toml_config import load_toml
-from xflow_jax.training import TrainState, batch_iterator, make_pretrain_step
-from xflow_jax.types import ModelConfig, Params, PyTree, Tokenizer
+from xflow_jax.training import (
+    BatchIterator,
+    MixedPairs,
+    TrainState,
+    batch_iterator,
+    make_pretrain_step,
+)
+from xflow_jax.types import Backbone, ModelConfig, Params, PyTree, Tokenizer
 
 MOST_WORKERS = 512
 
@@ -127,8 +133,10 @@ class PretrainConfig:
         for name in ("curriculum_steps", "wide_steps", "workers"):
             value = getattr(self, name)
             require(value >= 0, f"{name} is {value}, but it must not be negative")
-        most = self.workers <= MOST_WORKERS
-        require(most, f"workers is {self.workers}, but it must be at most {MOST_WORKERS}")
+        require(
+            self.workers <= MOST_WORKERS,
+            f"workers is {self.workers}, but it must be at most {MOST_WORKERS}",
+        )
         for name in ("muon_rate", "adam_rate", "clip", "first_sigma"):
             value = getattr(self, name)
             require(value > 0, f"{name} is {value}, but it must be positive")
@@ -236,14 +244,12 @@ def train(config: PretrainConfig) -> None:
     tokenizer = load_tokenizer(config.tokenizer)
     if tokenizer is None:
         raise UserError(f"{config.tokenizer}: there is no tokenizer.json")
-    model = build(make_model_config(config, tokenizer), remat=choose_remat(config))
+    model = make_model(config, tokenizer)
     optimizer = make_optimizer(config)
     key = jax.random.key(config.seed)
     step_fn = jax.jit(make_pretrain_step(model, optimizer, curriculum(config)), donate_argnums=0)
 
-    early = config.wide_steps * config.batch_size
-    source = make_pairs(config.components, tokenizer, config.seed, config.batch_size, early)
-    data = batch_iterator(source, config.batch_size, config.workers)
+    source, data = make_data(config, tokenizer)
 
     def create(key: jax.Array) -> TrainState:
         return TrainState.create(init_params(model, key), optimizer)
@@ -286,11 +292,32 @@ def train(config: PretrainConfig) -> None:
             )
 
 
-def choose_remat(config: PretrainConfig) -> str | None:
-    """Returns what the backward pass recomputes, as in `models.build`."""
-    if config.remat == "auto":
-        return "full" if jax.default_backend() == "cpu" else None
-    return None if config.remat == "none" else config.remat
+def make_model(config: PretrainConfig, tokenizer: Tokenizer) -> Backbone:
+    """Builds the module that is trained.
+
+    Args:
+        config: the configuration of the run.
+        tokenizer: the tokenizer.
+    """
+    remat = config.remat
+    if remat == "auto":
+        remat = "full" if jax.default_backend() == "cpu" else "none"
+    return build(make_model_config(config, tokenizer), remat=None if remat == "none" else remat)
+
+
+def make_data(config: PretrainConfig, tokenizer: Tokenizer) -> tuple[MixedPairs, BatchIterator]:
+    """Builds the training set of a run, and its batches.
+
+    Args:
+        config: the configuration of the run.
+        tokenizer: the tokenizer.
+
+    Raises:
+        UserError: if pairs of a task do not fit its lengths.
+    """
+    early = config.wide_steps * config.batch_size
+    source = make_pairs(config.components, tokenizer, config.seed, config.batch_size, early)
+    return source, batch_iterator(source, config.batch_size, config.workers)
 
 
 def read_start(path: str, params: Params) -> Params:

@@ -48,9 +48,9 @@ class Point:
 def curve_name(rule: str) -> str:
     """Returns a rule without its threshold."""
     kind, _, options = rule.partition(":")
-    kept = [o for o in options.split(",") if o and not re.match(r"(tau|jump|gamma)=", o)]
-    # Entries by a factor are another decoder than entries by a threshold.
-    kept = ["factor" if o.startswith("factor=") else o for o in kept if kind != "factor"]
+    # A flow whose masks enter by a factor is another decoder than one with a threshold.
+    named = options if kind == "factor" else re.sub(r"\bfactor=[^,]*", "factor", options)
+    kept = [o for o in named.split(",") if o and not re.match(r"(tau|jump|gamma|factor)=", o)]
     return f"{kind}:{','.join(kept)}" if kept else kind
 
 

@@ -61,9 +61,7 @@ def test_pairs_of_the_usual_style_follow_their_request(pairs):
     for _, answer in pairs[:20]:
         assert answer.startswith("def f(x):") and "\n\ndef solve(xs):" in answer
         assert "for" not in answer.replace(" for x in xs", "")
-    requests = [request for request, _ in pairs[:20]]
-    texts = [answer for _, answer in pairs[:20]]
-    jobs = [TASK.job(microcode_long.parse(r), a) for r, a in zip(requests, texts, strict=True)]
+    jobs = [TASK.job(microcode_long.parse(request), answer) for request, answer in pairs[:20]]
     assert all(result.passed for result in run_many(jobs))
 
 
