@@ -20,7 +20,8 @@ from xflow_jax.checkpoints.checksums import CHECKSUM_FILE, write_checksums
 from xflow_jax.checkpoints.finite_values import is_finite
 from xflow_jax.checkpoints.huggingface import copy_companions
 from xflow_jax.checkpoints.leaf_shards import copy_cast
-from xflow_jax.checkpoints.safetensors_reader import CONFIG_FILE, DTYPES, INDEX, SINGLE
+from xflow_jax.checkpoints.safetensors_header import DTYPES
+from xflow_jax.checkpoints.safetensors_reader import CONFIG_FILE, INDEX, SINGLE
 from xflow_jax.checkpoints.weight_map import TensorSlice, WeightMapping, map_weights
 from xflow_jax.errors import UserError, describe, require
 from xflow_jax.input_files import to_path
