@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from xflow_jax.models.chat_templates import CHATML_WITH_SYSTEM
-from xflow_jax.models.config_base import KeyTable, check_positive
+from xflow_jax.models.config_base import KeyTable
+from xflow_jax.models.config_checks import check_positive
 from xflow_jax.models.llama_config import FIXED, WINDOW_KEYS, LlamaConfig
 
 

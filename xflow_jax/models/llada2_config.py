@@ -12,12 +12,14 @@ from xflow_jax.models.config_base import (
     HfConfig,
     KeyTable,
     TransformersKeys,
+    read_config,
+    update_rope,
+)
+from xflow_jax.models.config_checks import (
     check_divides,
     check_not_negative,
     check_positive,
     check_token_ids,
-    read_config,
-    update_rope,
 )
 from xflow_jax.toml_config import format_value, write_keys
 

@@ -12,12 +12,10 @@ from xflow_jax.models.config_base import (
     EndTokens,
     HfConfig,
     KeyTable,
-    check_divides,
-    check_positive,
-    check_token_ids,
     read_config,
     update_rope,
 )
+from xflow_jax.models.config_checks import check_divides, check_positive, check_token_ids
 from xflow_jax.toml_config import format_value, write_keys
 
 _REQUIRED = ("d_model", "n_layers", "n_heads", "vocab_size", "mask_token_id", "eos_token_id")

@@ -59,7 +59,7 @@ def training_pair(seed: int, index: int, early: bool = False) -> tuple[str, str]
         problem = draw_problem(rng, held_out=False)
         if problem is not None:
             answer = sample_answer(rng, problem, WIDE_STYLE if early else USUAL_STYLE)
-            if len(split_words(answer)) < LEAST_WORDS:
+            if len(split_words(answer)) < LEAST_WORDS:  # the usual style has no longer one
                 answer = sample_answer(rng, problem)
             return problem.prompt, answer
 
