@@ -1,8 +1,8 @@
 """Pretraining of the bundled model: `python -m train.pretrain configs/pretrain_tiny.toml`.
 
 Masked diffusion (Eq. 1) on microcode or a mixture of tasks, first with low masking ratios as a
-curriculum. Every batch is of one task and has its lengths. Muon trains the matrices of the layers,
-Adam the rest.
+curriculum. It may begin with blocks behind clean copies, down to next-token prediction. Every batch
+is of one task and has its lengths. Muon trains the matrices of the layers, Adam the rest.
 """
 
 from __future__ import annotations
@@ -82,6 +82,10 @@ class PretrainConfig:
         first_sigma: largest masking ratio at the beginning.
         wide_steps: steps at the beginning with the early distribution of each task: answers of a
             more varied style for microcode and microcode-long, few blanks for latin-square.
+        clean_steps: steps at the beginning that predict every block from a clean copy of what is
+            before it. A row then gives as many losses as it has masks in all of its blocks.
+        clean_blocks: positions of a block in these steps, for one row of a batch after another. 1
+            is next-token prediction.
         muon_rate: largest learning rate of the matrices.
         adam_rate: largest learning rate of everything else.
         rate_points: (step, share of the largest rate), with straight lines between them.
@@ -113,6 +117,8 @@ class PretrainConfig:
     curriculum_steps: int = 600
     first_sigma: float = 0.3
     wide_steps: int = 0
+    clean_steps: int = 0
+    clean_blocks: tuple[int, ...] = (1,)
     muon_rate: float = 0.018
     adam_rate: float = 0.003
     rate_points: tuple[tuple[float, float], ...] = ((0, 0.0), (50, 1.0), (3600, 1.0), (9000, 0.0))
@@ -130,7 +136,7 @@ class PretrainConfig:
         for name in (*counts, "evaluate_every", "evaluate_problems"):
             value = getattr(self, name)
             require(value >= 1, f"{name} is {value}, but it must be at least 1")
-        for name in ("curriculum_steps", "wide_steps", "workers"):
+        for name in ("curriculum_steps", "wide_steps", "clean_steps", "workers"):
             value = getattr(self, name)
             require(value >= 0, f"{name} is {value}, but it must not be negative")
         require(
@@ -141,6 +147,10 @@ class PretrainConfig:
             value = getattr(self, name)
             require(value > 0, f"{name} is {value}, but it must be positive")
         require(self.first_sigma <= 1, f"first_sigma is {self.first_sigma}, but it must be up to 1")
+        require(
+            bool(self.clean_blocks) and min(self.clean_blocks) >= 1,
+            f"clean_blocks is {list(self.clean_blocks)}, but it must hold lengths of at least 1",
+        )
         times = [time for time, _ in self.rate_points]
         require(
             len(times) >= 2 and times == sorted(set(times)),
@@ -247,8 +257,10 @@ def train(config: PretrainConfig) -> None:
     model = make_model(config, tokenizer)
     optimizer = make_optimizer(config)
     key = jax.random.key(config.seed)
-    step_fn = jax.jit(make_pretrain_step(model, optimizer, curriculum(config)), donate_argnums=0)
-
+    whole, copies = (
+        jax.jit(make_pretrain_step(model, optimizer, curriculum(config), blocks), donate_argnums=0)
+        for blocks in ((), config.clean_blocks)
+    )
     source, data = make_data(config, tokenizer)
 
     def create(key: jax.Array) -> TrainState:
@@ -265,8 +277,9 @@ def train(config: PretrainConfig) -> None:
         print(f"{size / 1e6:.2f} M parameters, from step {int(state.step)} to {config.steps}")
         for step in run.steps(int(state.step), config.steps, "pretrain"):
             batch = jax.tree.map(jnp.asarray, next(data))
-            state, metrics = step_fn(state, batch, key)
-            run.clock.count(metrics, *count_work(model.config, batch))
+            is_clean = step < config.clean_steps
+            state, metrics = (copies if is_clean else whole)(state, batch, key)
+            run.clock.count(metrics, *count_work(model.config, batch, is_clean))
             done, is_last = step + 1, step + 1 == config.steps
             if done % config.log_every == 0:
                 if len(config.tasks) > 1:  # the losses of tasks differ
@@ -338,15 +351,18 @@ def read_start(path: str, params: Params) -> Params:
     return start
 
 
-def count_work(model_config: ModelConfig, batch: Mapping[str, jax.Array]) -> tuple[int, float]:
+def count_work(
+    model_config: ModelConfig, batch: Mapping[str, jax.Array], clean_copy: bool = False
+) -> tuple[int, float]:
     """Counts tokens and model FLOPs of an update.
 
     Args:
         model_config: configuration of the model.
         batch: the batch.
+        clean_copy: True if a row holds a clean copy of the response.
     """
     rows, predicted = batch["response"].shape
-    length = batch["prompt"].shape[1] + predicted
+    length = batch["prompt"].shape[1] + predicted * (2 if clean_copy else 1)
     return rows * length, update_flops(model_config, rows, length, predicted, 3, False)
 
 

@@ -74,9 +74,10 @@ def steps():
         same = repr(dataclasses.replace(config, out=""))
 
         def kept(*arguments):
-            if same not in made:
-                made[same] = make(*arguments)
-            return made[same]
+            which = same, arguments[3:]
+            if which not in made:
+                made[which] = make(*arguments)
+            return made[which]
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pretrain, "make_pretrain_step", kept)
@@ -119,6 +120,25 @@ def test_pretraining_stopped_and_resumed_equals_one_run(base, tmp_path, monkeypa
         pretrain_small(tmp_path / "run")
     pretrain_small(tmp_path / "run")
     assert_same_run(base / "model", tmp_path / "run")
+
+
+def test_clean_copies_stopped_and_resumed_equal_one_run(base, tmp_path, monkeypatch):
+    """Both kinds of steps occur on either side of the stop."""
+    clean = ["clean_steps=4", "clean_blocks=[1, 8]"]
+    pretrain_small(tmp_path / "whole", *clean)
+    steps = pretrain.Run.steps
+
+    def interrupted(run, first, last, describe):
+        for step in steps(run, first, last, describe):
+            run.stopped = step == 2
+            yield step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.Run, "steps", interrupted)
+        pretrain_small(tmp_path / "run", *clean)
+    pretrain_small(tmp_path / "run", *clean)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert metrics(tmp_path / "whole")[-2] != metrics(base / "model")[-2]
 
 
 def test_a_run_begins_with_the_parameters_of_a_model(base, tmp_path):
@@ -220,6 +240,8 @@ def test_a_mixture_stopped_and_resumed_equals_one_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
+        (["clean_blocks=[1, 0]"], "clean_blocks is [1, 0], but it must hold lengths of at least 1"),
+        (["clean_steps=-1"], "clean_steps is -1, but it must not be negative"),
         (["tasks=[]"], "tasks is empty, but it must name at least one task"),
         (['tasks=["microcode", "latin"]'], "did you mean latin-square?"),
         (['tasks=["microcode", "microcode"]'], "tasks names a task twice"),

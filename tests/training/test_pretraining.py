@@ -8,11 +8,18 @@ import numpy as np
 import optax
 import pytest
 
+from tests.family_helpers import golden_lm
 from tests.helpers import TOY, random_prompts
+from xflow_jax.errors import UserError
 from xflow_jax.models.factory import build, init_params
 from xflow_jax.tokenizer import pad_left
 from xflow_jax.training import losses
-from xflow_jax.training.pretraining import make_pretrain_step, response_logits
+from xflow_jax.training.pretraining import (
+    block_logits,
+    draw_blocks,
+    make_pretrain_step,
+    response_logits,
+)
 from xflow_jax.training.state import TrainState
 
 MODEL = build(TOY)
@@ -98,3 +105,79 @@ def test_the_curriculum_bounds_the_masking_ratio(params, batch):
     assert metrics["masked_nll"] == 0 and metrics["loss"] == 0
     _, metrics = curriculum(state.replace(step=state.step + 7), batch, jax.random.key(0))
     assert metrics["masked_nll"] > 0
+
+
+def logits_of_block(params, pieces, count):
+    """Computes the logits of the last piece, each piece attending to itself and earlier ones."""
+    numbers = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
+    allowed = (numbers[None, :] <= numbers[:, None])[None]
+    variables, tokens = {"params": params}, np.concatenate(pieces)[None]
+    x = MODEL.apply(variables, tokens, method="embed")
+    hidden = MODEL.apply(variables, x, None, None, allowed, method="hidden")
+    return MODEL.apply(variables, hidden[0, -count:], method="head")
+
+
+def rows_of(batch):
+    for row, real in enumerate(np.asarray(batch["prompt_mask"])):
+        yield np.asarray(batch["prompt"][row])[real], np.asarray(batch["response"][row])
+
+
+def test_blocks_are_predicted_as_one_by_one(params, batch):
+    """A block alone, behind its prompt and the clean blocks before it, gives the same logits."""
+    blocks = np.array([[1, 1, 2, 2, 2, 3], [1, 2, 3, 4, 5, 6], [1] * 6, [1, 2, 2, 2, 2, 2]])
+    masked = np.random.default_rng(0).random((4, 6)) < 0.7
+    noised = np.where(masked, TOY.mask_id, batch["response"])
+    ours = jax.jit(block_logits, static_argnums=0)(MODEL, params, batch, noised, blocks)
+    for row, (prompt, response) in enumerate(rows_of(batch)):
+        for block in np.unique(blocks[row]):
+            own = blocks[row] == block
+            before = [response[blocks[row] == earlier] for earlier in range(1, block)]
+            want = logits_of_block(params, [prompt, *before, noised[row][own]], own.sum())
+            np.testing.assert_allclose(ours[row][own], want, atol=1e-5)
+
+
+def test_grids_of_blocks_begin_anywhere():
+    sizes, blocks = draw_blocks(jax.random.key(0), (1, 4), 64, 10)
+    assert sizes.tolist() == [1, 4] * 32
+    np.testing.assert_array_equal(blocks[::2], np.tile(np.arange(1, 11), (32, 1)))
+    assert set(np.sum(np.asarray(blocks[1::2]) == 1, axis=1).tolist()) == {1, 2, 3, 4}
+    for row in np.asarray(blocks[1::2]):
+        sizes = np.unique(row, return_counts=True)[1]
+        assert row[0] == 1 and set(np.diff(row)) <= {0, 1} and set(sizes[1:-1]) == {4}
+
+
+def test_blocks_of_one_position_are_next_token_prediction(params, batch):
+    """Every position counts, whatever the largest masking ratio."""
+    optimizer = optax.sgd(0.0)
+    step = make_pretrain_step(MODEL, optimizer, optax.constant_schedule(0.1), (1,))
+    _, metrics = jax.jit(step)(TrainState.create(params, optimizer), batch, jax.random.key(0))
+    total = 0.0
+    for prompt, response in rows_of(batch):
+        for i, token in enumerate(response):
+            pieces = [prompt, *(response[j : j + 1] for j in range(i)), [TOY.mask_id]]
+            (logits,) = logits_of_block(params, pieces, 1)
+            total -= float(jax.nn.log_softmax(logits)[token])
+    np.testing.assert_allclose(metrics["loss"], total / 24, rtol=1e-4)
+    np.testing.assert_allclose(metrics["masked_nll"], total / 24, rtol=1e-4)
+
+
+def test_blocks_behind_clean_copies_have_the_loss_of_their_masks(params, batch):
+    """Eq. 1 with the draws of the step's key: sigma of a row, and one for rows of one position."""
+    optimizer, key = optax.sgd(0.0), jax.random.fold_in(jax.random.key(3), 0)
+    step = make_pretrain_step(MODEL, optimizer, optax.constant_schedule(0.8), (3, 1))
+    _, metrics = jax.jit(step)(TrainState.create(params, optimizer), batch, jax.random.key(3))
+    ratio_key, mask_key, block_key = jax.random.split(key, 3)
+    _, blocks = draw_blocks(block_key, (3, 1), 4, 6)
+    sigma = losses.mask_ratios(ratio_key, 4, 0.8).at[1::2].set(1.0)
+    masked = losses.draw_masks(mask_key, sigma, 6)
+    noised = jnp.where(masked, TOY.mask_id, batch["response"])
+    logits = block_logits(MODEL, params, batch, noised, blocks)
+    nll = losses.cross_entropy(logits, batch["response"])
+    want = losses.diffusion_loss(nll, masked, sigma)
+    np.testing.assert_allclose(metrics["loss"], want, rtol=1e-5)
+
+
+def test_models_with_blocks_of_their_own_get_no_clean_copies():
+    model = golden_lm("sdar_tiny").model
+    with pytest.raises(UserError, match="for models with full attention"):
+        make_pretrain_step(model, optax.sgd(0.0), optax.constant_schedule(1.0), (1,))

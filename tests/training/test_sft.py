@@ -18,10 +18,10 @@ from xflow_jax.lm import LM
 from xflow_jax.models.lora import LoraConfig, lora_init
 from xflow_jax.tokenizer import chat_ids
 from xflow_jax.training import alignment_loss, losses
+from xflow_jax.training.block_copies import block_copies_mask
 from xflow_jax.training.pretraining import response_logits
 from xflow_jax.training.sft import (
     SFTConfig,
-    block_copies_mask,
     draw_response_noise,
     find_block_length,
     make_sft_loss,
@@ -141,7 +141,8 @@ def test_the_mask_of_two_copies():
         "000000 111111",
     ]
     rows = [[int(c) for c in row.replace(" ", "")] for row in wanted]
-    np.testing.assert_array_equal(block_copies_mask(6, 2), np.asarray(rows, bool))
+    blocks = jnp.arange(6) // 2
+    np.testing.assert_array_equal(block_copies_mask(blocks, blocks), np.asarray(rows, bool))
 
 
 def test_the_cross_entropy_in_chunks_is_the_plain_one_in_value_and_gradient():

@@ -15,6 +15,7 @@ from xflow_jax.models import make_head, shift_rows
 from xflow_jax.training import losses
 from xflow_jax.training.alignment import LossFn, model_variables
 from xflow_jax.training.alignment_loss import chunked_cross_entropy
+from xflow_jax.training.block_copies import block_copies_mask
 from xflow_jax.training.config import TrainingConfig
 from xflow_jax.training.gradients import mean_gradients
 from xflow_jax.training.state import Batch, TrainState
@@ -220,7 +221,8 @@ def block_hidden(
     length = tokens.shape[1]
     x = model.apply(variables, jnp.concatenate([noised, tokens], axis=1), method="embed")
     positions = jnp.tile(jnp.arange(length), 2)
-    allowed = block_copies_mask(length, block_length)[None]
+    blocks = jnp.arange(length) // block_length
+    allowed = block_copies_mask(blocks, blocks)[None]
     hidden = model.apply(variables, x, None, None, allowed, positions, method="hidden")
     own, clean = hidden[:, :length], hidden[:, length:]
     if not model.config.logits_shift:
@@ -229,22 +231,3 @@ def block_hidden(
     starts = jnp.arange(length) % block_length == 0
     before = jnp.where(starts[None, :, None], jnp.roll(clean, 1, axis=1), jnp.roll(own, 1, axis=1))
     return before.at[:, 0].set(own[:, 0])
-
-
-def block_copies_mask(length: int, block_length: int) -> Bool[Array, "_ _"]:
-    """Builds the attention mask of a noised row and its clean copy.
-
-    A noised position attends to its own block in the noised row, and to earlier blocks of the clean
-    copy. A clean position attends to its own and earlier blocks of the clean copy.
-
-    Args:
-        length: L, positions of the row.
-        block_length: positions of a block.
-
-    Returns:
-        Pairs (query, key) that may attend, bool [2 L, 2 L].
-    """
-    block = jnp.arange(length) // block_length
-    query, key = block[:, None], block[None, :]
-    nothing = jnp.zeros((length, length), bool)
-    return jnp.block([[query == key, key < query], [nothing, key <= query]])
