@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from xflow_jax.errors import UserError, require
+from xflow_jax.models.products import batched_product
 from xflow_jax.parallel import platform
 from xflow_jax.types import Array, Bool, Float
 
@@ -93,15 +94,13 @@ def _einsum(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None)
     # become one long query.
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * d**-0.5, k, v))
     q = q.reshape(b, kv, -1, d)
-    scores = jnp.einsum("bkqd,bkmd->bkqm", q, k, preferred_element_type=jnp.float32)
+    scores = batched_product(q, k.swapaxes(2, 3))
     if allowed is not None:
         scores = scores.reshape(b, h, length, keys)
         scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min).reshape(b, kv, -1, keys)
     # The softmax's division comes last, on [..., D] instead of [..., M].
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    out = jnp.einsum(
-        "bkqm,bkmd->bkqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
+    out = batched_product(weights.astype(v.dtype), v)
     out = (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
     return out.reshape(b, h, length, d).transpose(0, 2, 1, 3)
 

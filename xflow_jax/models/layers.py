@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from xflow_jax.models.lora import adapted
+from xflow_jax.models.products import linear_product
 from xflow_jax.models.quantization import SCALE, rescale
 from xflow_jax.types import Array, Float
 
@@ -44,7 +45,7 @@ class Linear(nn.Module):
             "kernel", nn.initializers.normal(self.init_std), shape, self.param_dtype
         )
         x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
+        y = linear_product(x, jnp.asarray(kernel))
         if self.has_variable("params", "kernel" + SCALE):
             y = rescale(y, self.get_variable("params", "kernel" + SCALE))
         if self.has_variable("lora", "kernel"):
