@@ -18,10 +18,10 @@ _ROUNDED = ("bfloat16", "BF16_BF16_F32")
 
 
 def rounds_factors(dtype: DTypeLike) -> bool:
-    """Returns True if products are those of factors in bfloat16, accumulated in float32.
+    """Returns True if products round their factors to bfloat16.
 
-    This is so on CPUs, for bfloat16 and for float32 with the matmul precision "bfloat16" of the
-    caller (`jax.default_matmul_precision`).
+    They do on CPUs, for bfloat16 and for float32 with the matmul precision "bfloat16" of the
+    caller (`jax.default_matmul_precision`). The sums are float32.
 
     Args:
         dtype: dtype of the factors.
