@@ -65,6 +65,17 @@ def assert_same_run(a: Path, b: Path) -> None:
         np.testing.assert_array_equal(value, tensors(b)[name], err_msg=name)
 
 
+def stop_in_the_third_step(patch: pytest.MonkeyPatch) -> None:
+    steps = pretrain.Run.steps
+
+    def interrupted(run, first, last, describe):
+        for step in steps(run, first, last, describe):
+            run.stopped = step == 2
+            yield step
+
+    patch.setattr(pretrain.Run, "steps", interrupted)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def steps():
     """Shares the step, and so its program, between runs that differ in their folder alone."""
@@ -98,15 +109,8 @@ def base(tmp_path_factory) -> Path:
 
 def test_pretraining_stopped_and_resumed_equals_one_run(base, tmp_path, monkeypatch):
     # After a stop in the middle, the run saves and ends, and the next call continues.
-    steps = pretrain.Run.steps
-
-    def interrupted(run, first, last, describe):
-        for step in steps(run, first, last, describe):
-            run.stopped = step == 2
-            yield step
-
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain.Run, "steps", interrupted)
+        stop_in_the_third_step(patch)
         pretrain_small(tmp_path / "run")
     assert not (tmp_path / "run/hf").exists()
     assert metrics(tmp_path / "run")[-1]["step"] == 3
@@ -123,18 +127,11 @@ def test_pretraining_stopped_and_resumed_equals_one_run(base, tmp_path, monkeypa
 
 
 def test_clean_copies_stopped_and_resumed_equal_one_run(base, tmp_path, monkeypatch):
-    """Both kinds of steps occur on either side of the stop."""
+    """The resumed run begins with clean copies and goes on without them."""
     clean = ["clean_steps=4", "clean_blocks=[1, 8]"]
     pretrain_small(tmp_path / "whole", *clean)
-    steps = pretrain.Run.steps
-
-    def interrupted(run, first, last, describe):
-        for step in steps(run, first, last, describe):
-            run.stopped = step == 2
-            yield step
-
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain.Run, "steps", interrupted)
+        stop_in_the_third_step(patch)
         pretrain_small(tmp_path / "run", *clean)
     pretrain_small(tmp_path / "run", *clean)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
@@ -221,15 +218,8 @@ def test_a_mixture_stopped_and_resumed_equals_one_run(tmp_path, monkeypatch):
     about = json.loads((tmp_path / "whole/hf/provenance.json").read_text())
     assert about["tasks"] == ["microcode", "latin-square"] and "task" not in about
     assert read_tasks(tmp_path / "whole/hf") == ("microcode", "latin-square")
-    steps = pretrain.Run.steps
-
-    def interrupted(run, first, last, describe):
-        for step in steps(run, first, last, describe):
-            run.stopped = step == 2
-            yield step
-
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain.Run, "steps", interrupted)
+        stop_in_the_third_step(patch)
         pretrain_small(tmp_path / "run", *MIXTURE)
     shares = {name: solved[f"solved_{name}"] for name in about["tasks"]}
     monkeypatch.setattr(pretrain, "solve_rate", lambda lm, config, how: shares[how.task.name])
