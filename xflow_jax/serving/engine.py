@@ -321,11 +321,12 @@ class Engine:
         """Fails the rows of a lane, and makes its state anew."""
         _LOG.error("a call on the device has failed: %s", error)
         self._calls = collections.deque(c for c in self._calls if c.runtime is not runtime)
-        for slot, ticket in enumerate(runtime.tickets):
-            if ticket is not None:
-                failure = ApiError("the decode has failed on the device", 500, code="device_error")
-                self._fail(ticket, failure)
-                self._free(runtime, slot)
+        failed = [ticket for ticket in runtime.tickets if ticket is not None]
+        for slot in range(len(runtime.tickets)):
+            self._free(runtime, slot)
+        for ticket in failed:  # a client that reads its failure finds the slots free
+            failure = ApiError("the decode has failed on the device", 500, code="device_error")
+            self._fail(ticket, failure)
         runtime.lane.reset()
 
     def _fail(self, ticket: Ticket, error: ApiError) -> None:
