@@ -129,7 +129,8 @@ def prepare(work: Path) -> None:
     """Writes a small random model, its converted form and responses into a folder."""
     import jax
 
-    from train.pretrain import ModelShape, PretrainConfig, make_model_config
+    from train.pretrain import make_model_config
+    from train.pretrain_config import ModelShape, PretrainConfig
     from xflow_jax.checkpoints import save_params, write_hf
     from xflow_jax.models import build, init_params
     from xflow_jax.tokenizer import load_tokenizer

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers import eight
 from xflow_jax.errors import UserError
-from xflow_jax.models import attention
+from xflow_jax.models import attention, rounded_attention
 from xflow_jax.models.attention import attend, attention_mask
 from xflow_jax.parallel.mesh import make_mesh
 
@@ -64,6 +64,38 @@ def test_gradients_of_splash():
 
     for ours, wanted in zip(grads("splash"), grads("einsum"), strict=True):
         np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows_in_cache", [1, 2, 100])
+def test_rounded_products_change_attention_little(rows_in_cache, monkeypatch):
+    """The first row of the mask is padding in its first seven keys."""
+    q, k, v, mask = arguments(length=24, keys=40, kv_heads=4, width=8)
+    q, k, v, mask = (jnp.concatenate([x, x[::-1]]) for x in (q, k, v, mask))
+    causal = mask & (jnp.arange(40)[None] <= 16 + jnp.arange(24)[:, None])[None, None]
+    monkeypatch.setattr(rounded_attention, "CACHE_BYTES", rows_in_cache * 4 * 4 * 24 * 40)
+    for allowed in (None, mask, causal):
+
+        def both(qkv, allowed=allowed):
+            out = attend(*qkv, allowed)
+            return (out**2).sum(), out
+
+        grad = jax.value_and_grad(both, has_aux=True)
+        (_, wanted), slopes = grad((q, k, v))
+        with jax.default_matmul_precision("bfloat16"):
+            (_, out), ours = jax.jit(grad)((q, k, v))
+        assert out.dtype == jnp.float32 and (out != wanted).any()
+        np.testing.assert_allclose(out, wanted, rtol=0, atol=2e-2)
+        for one, other in zip(ours, slopes, strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=2e-2 * jnp.abs(other).max())
+
+
+def test_rows_at_a_time_divide_the_batch(monkeypatch):
+    monkeypatch.setattr(rounded_attention, "CACHE_BYTES", 400)
+    rows = [rounded_attention._rows_at_a_time(n, 100) for n in (1, 2, 5, 6, 7, 8)]
+    assert rows == [1, 2, 1, 3, 1, 4]
+    assert rounded_attention._rows_at_a_time(8, 1000) == 1
+    with jax.set_mesh(make_mesh("1,1,1")):
+        assert rounded_attention._rows_at_a_time(8, 1000) == 8
 
 
 CANNOT = [

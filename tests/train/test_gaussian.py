@@ -9,6 +9,7 @@ import pytest
 
 from tests.run_helpers import fate, metrics
 from train import gaussian, pretrain
+from train.pretrain_config import PretrainConfig
 from xflow_jax.errors import UserError
 from xflow_jax.evaluation import read_answers
 from xflow_jax.tasks import get_task
@@ -79,9 +80,9 @@ def test_a_start_of_another_shape_is_refused(tmp_path):
 
 
 def test_no_curriculum_is_all_noise_from_the_first_step():
-    config = pretrain.PretrainConfig("out", "folder", curriculum_steps=0)
+    config = PretrainConfig("out", "folder", curriculum_steps=0)
     assert pretrain.curriculum(config)(0) == 1
-    config = pretrain.PretrainConfig("out", "folder", curriculum_steps=10, first_sigma=0.3)
+    config = PretrainConfig("out", "folder", curriculum_steps=10, first_sigma=0.3)
     assert [round(float(pretrain.curriculum(config)(step)), 3) for step in (0, 5, 10)] == [
         *(0.3, 0.65, 1.0)
     ]

@@ -22,7 +22,8 @@ from tests.helpers import eight
 from tests.run_helpers import all_metrics, metrics
 from train import grpo, grpo_sampler
 from train.grpo_sampler import Sampler, make_score, parse_flow
-from train.pretrain import ModelShape, PretrainConfig, make_model_config
+from train.pretrain import make_model_config
+from train.pretrain_config import ModelShape, PretrainConfig
 from xflow_jax.checkpoints.hf_export import write_hf
 from xflow_jax.decoding.entry_policy import init_entry_policy
 from xflow_jax.decoding.policy import features, fit_policy, init_policy

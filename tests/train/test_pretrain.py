@@ -15,6 +15,7 @@ from tests.helpers import TOKENIZER
 from tests.run_helpers import metrics
 from train import pretrain, self_generate
 from train.mixture import make_pairs
+from train.pretrain_config import PretrainConfig
 from xflow_jax.errors import UserError
 from xflow_jax.lm import read_tasks
 from xflow_jax.models import abstract_params, build
@@ -128,7 +129,7 @@ def test_pretraining_stopped_and_resumed_equals_one_run(base, tmp_path, monkeypa
 
 def test_clean_copies_stopped_and_resumed_equal_one_run(base, tmp_path, monkeypatch):
     """The resumed run begins with clean copies and goes on without them."""
-    clean = ["clean_steps=4", "clean_blocks=[1, 8]"]
+    clean = ["clean_steps=4", "clean_blocks=[1, 8]", "clean_window=3"]
     pretrain_small(tmp_path / "whole", *clean)
     with monkeypatch.context() as patch:
         stop_in_the_third_step(patch)
@@ -195,7 +196,7 @@ class NoMask:
 
 
 def test_a_tokenizer_without_a_mask_token_is_refused():
-    config = pretrain.PretrainConfig("out", "folder")
+    config = PretrainConfig("out", "folder")
     with pytest.raises(UserError, match="folder: the tokenizer has no token <|mdm_mask|>"):
         pretrain.make_model_config(config, NoMask())
 
@@ -254,7 +255,7 @@ def test_a_bad_mixture_is_one_sentence_at_the_start(tmp_path, monkeypatch, overr
 
 def test_the_small_base_model_fits_into_the_package():
     """Its configuration, the bundled models and the code stay below 12 MB."""
-    config = load_toml(ROOT / "configs/pretrain_small.toml", pretrain.PretrainConfig)
+    config = load_toml(ROOT / "configs/pretrain_small.toml", PretrainConfig)
     tokenizer = load_tokenizer(config.tokenizer)
     params = abstract_params(build(pretrain.make_model_config(config, tokenizer)))
     size = sum(x.size for x in jax.tree.leaves(params))

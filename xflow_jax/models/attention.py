@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from xflow_jax.errors import UserError, require
-from xflow_jax.models.products import batched_product
+from xflow_jax.models.products import batched_product, rounds_factors
+from xflow_jax.models.rounded_attention import rounded_attention
 from xflow_jax.parallel import platform
 from xflow_jax.types import Array, Bool, Float
 
@@ -90,6 +91,8 @@ def attend(
 def _einsum(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array | None) -> jax.Array:
     b, length, h, d = q.shape
     kv, keys = k.shape[2], k.shape[1]
+    if h == kv and rounds_factors(q.dtype):
+        return rounded_attention(q, k, v, allowed)
     # XLA on CPUs multiplies batches fast only if they lead. The query heads of one key/value head
     # become one long query.
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * d**-0.5, k, v))

@@ -66,8 +66,31 @@ def rounded_product(a: Float[Array, "*B M K"], b: Float[Array, "*B K N"]) -> Flo
         a: left factors.
         b: right factors.
     """
-    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-    return jnp.matmul(a, b, precision=jax.lax.Precision.DEFAULT, preferred_element_type=jnp.float32)
+    return multiply_rounded(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), b.ndim - 2)
+
+
+def multiply_rounded(a: jax.Array, b: jax.Array, summed: int) -> jax.Array:
+    """Multiplies over the last axis of `a` and another one of `b`, with a float32 result.
+
+    XLA for CPUs computes products of transposed factors in float32, which is slow. So the axis is
+    chosen here.
+
+    Args:
+        a: left factors, bfloat16 [*B, M, K].
+        b: right factors, bfloat16, with the same axes before the last two.
+        summed: the axis of K in `b`, the last one or the one before.
+
+    Returns:
+        The products, float32 [*B, M, N].
+    """
+    batch = tuple(range(a.ndim - 2))
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((a.ndim - 1,), (summed,)), (batch, batch)),
+        precision=jax.lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def _forward(a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -79,7 +102,8 @@ def _forward(a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ..
 
 def _backward(kept: tuple[jax.Array, ...], slope: jax.Array) -> tuple[jax.Array, jax.Array]:
     a, b, a_type, b_type = kept
-    slope_a = rounded_product(slope, jnp.swapaxes(b, -1, -2))
+    slope = slope.astype(jnp.bfloat16)
+    slope_a = multiply_rounded(slope, b, b.ndim - 1)
     slope_b = rounded_product(jnp.swapaxes(a, -1, -2), slope)
     return slope_a.astype(a_type.dtype), slope_b.astype(b_type.dtype)
 

@@ -23,6 +23,7 @@ from xflow_jax.training.entry import (
 )
 from xflow_jax.training.gaussian import gaussian_optimizer, make_gaussian_step
 from xflow_jax.training.grpo import make_policy_step
+from xflow_jax.training.length_groups import LengthGroups
 from xflow_jax.training.losses import RewardScale, cross_entropy
 from xflow_jax.training.pretraining import make_pretrain_step
 from xflow_jax.training.program import TrainProgram, check_batch
@@ -50,6 +51,7 @@ __all__ = [
     "EntryLabels",
     "Example",
     "Explorer",
+    "LengthGroups",
     "MixedPairs",
     "Responses",
     "RewardScale",

@@ -1,0 +1,86 @@
+"""Batches of rows of similar lengths."""
+
+import numpy as np
+import pytest
+
+from xflow_jax.training import LengthGroups, batch_iterator
+
+EOS, ROWS, P, N = 9, 4, 40, 64
+
+
+class Numbered:
+    """Pairs of random lengths. The first token of a response is the number of the pair."""
+
+    def __len__(self):
+        return 400
+
+    def __getitem__(self, index):
+        prompt, text = np.random.default_rng(index).integers(1, (P, N))
+        response = np.full(N, EOS, np.int32)
+        response[:text] = 10 + index
+        return {
+            "prompt": np.where(np.arange(P) >= P - prompt, index, 0).astype(np.int32),
+            "prompt_mask": np.arange(P) >= P - prompt,
+            "response": response,
+        }
+
+
+def kind(batch):
+    return batch // 2 % 2
+
+
+def make(window=6, until=15):
+    return LengthGroups(batch_iterator(Numbered(), ROWS), kind, window, until, EOS)
+
+
+def take(batches, count):
+    return [next(batches) for _ in range(count)]
+
+
+def test_rows_change_places_in_their_window_and_kind_only():
+    batches = take(make(), 15)
+    for first, last in ((0, 6), (6, 12), (12, 15)):
+        for which in (0, 1):
+            places = [i for i in range(first, last) if kind(i) == which]
+            rows = np.concatenate([batches[i]["response"][:, 0] - 10 for i in places])
+            assert sorted(rows) == [ROWS * i + row for i in places for row in range(ROWS)]
+
+
+def test_batches_lose_padding_alone():
+    source, seen = Numbered(), set()
+    for batch in take(make(), 15):
+        prompt, text = batch["prompt"].shape[1], batch["response"].shape[1]
+        seen.add((prompt, text))
+        assert (batch["response"] == EOS).any(axis=1).all()
+        for row, index in enumerate(batch["response"][:, 0] - 10):
+            whole = source[int(index)]
+            np.testing.assert_array_equal(batch["prompt"][row], whole["prompt"][-prompt:])
+            np.testing.assert_array_equal(batch["prompt_mask"][row], whole["prompt_mask"][-prompt:])
+            np.testing.assert_array_equal(batch["response"][row], whole["response"][:text])
+            assert not whole["prompt_mask"][: P - prompt].any()
+            assert (whole["response"][text:] == EOS).all()
+    assert len(seen) > 3 and all(n % 16 == 0 for _, n in seen)
+
+
+def test_groups_need_fewer_positions():
+    def positions(batches):
+        return sum(b["prompt"].size + 2 * b["response"].size for b in batches)
+
+    assert positions(take(make(24, 24), 24)) < 0.9 * positions(take(make(1, 24), 24))
+
+
+def test_later_batches_are_as_they_were():
+    batches, plain = make(), batch_iterator(Numbered(), ROWS)
+    for later, same in zip(take(batches, 30)[15:], take(plain, 30)[15:], strict=True):
+        for name in same:
+            np.testing.assert_array_equal(later[name], same[name])
+
+
+@pytest.mark.parametrize("position", [0, 4, 6, 11, 14, 15, 20])
+def test_a_restored_position_gives_the_same_batches(position):
+    before, after = make(), make()
+    take(before, position)
+    after.set_state(before.get_state())
+    for one, other in zip(take(before, 9), take(after, 9), strict=True):
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
