@@ -204,12 +204,10 @@ def make_data(config: PretrainConfig, tokenizer: Tokenizer) -> tuple[MixedPairs,
     early = config.wide_steps * config.batch_size
     source = make_pairs(config.components, tokenizer, config.seed, config.batch_size, early)
     data = batch_iterator(source, config.batch_size, config.workers)
-    if config.clean_window > 1:
-        assert tokenizer.eos_token_id is not None
-        data = LengthGroups(
-            data, source.choose, config.clean_window, config.clean_steps, tokenizer.eos_token_id
-        )
-    return source, data
+    assert tokenizer.eos_token_id is not None
+    return source, LengthGroups(
+        data, source.choose, config.clean_window, config.clean_steps, tokenizer.eos_token_id
+    )
 
 
 def read_start(path: str, params: Params) -> Params:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from xflow_jax.errors import require
 from xflow_jax.training.batches import BatchIterator, Example, stack_examples
 
 MULTIPLE = 16  # lengths of the batches, so that there are few shapes
@@ -20,7 +21,7 @@ class LengthGroups:
     Args:
         batches: the batches, of equal numbers of rows.
         kind: number of a batch -> what it holds. Rows go to batches of their kind only.
-        window: batches that exchange rows.
+        window: batches that exchange rows. 1 leaves all as they are.
         until: number of batches that are grouped.
         eos_id: the token after the end of a response.
     """
@@ -34,7 +35,7 @@ class LengthGroups:
         eos_id: int,
     ):
         self.batches, self.kind = batches, kind
-        self.window, self.until, self.eos_id = window, until, eos_id
+        self.window, self.until, self.eos_id = window, until if window > 1 else 0, eos_id
         self.given = 0
         self.current: list[Example] = []  # the window
         self.ahead: list[Example] = []  # what is read of the next one
@@ -72,11 +73,22 @@ class LengthGroups:
     def get_state(self) -> dict[str, Any]:
         """Returns the position: batches that were given, and where their window begins."""
         between = self.given >= self.until or self.given % self.window == 0
-        return {"given": self.given, "begin": self.ahead_begin if between else self.begin}
+        begin = self.ahead_begin if between else self.begin
+        return {"given": self.given, "window": self.window, "begin": begin}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Moves to a position. The window is read again."""
-        self.given, self.ahead_begin = state["given"], state["begin"]
+        """Moves to a position. The window is read again.
+
+        Raises:
+            UserError: if the position is that of another window.
+        """
+        window = state.get("window", 1)  # the position of plain batches has none
+        require(
+            window == self.window,
+            f"the run goes on in groups of {window} batches, and not of {self.window}. "
+            "Give it the same clean_window.",
+        )
+        self.given, self.ahead_begin = state.get("given", 0), state.get("begin", state)
         self.batches.set_state(self.ahead_begin)
         self.ahead = []
         if self.given < self.until and self.given % self.window:
