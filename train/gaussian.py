@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train import pretrain
+from train import pretrain, pretrain_config
 from train.mixture import Component
-from train.pretrain_config import PretrainConfig
 from train.run import Run
 from train.setup import run_program
 from xflow_jax.checkpoints import make_directory, write_atomic
@@ -34,7 +33,7 @@ from xflow_jax.types import Array, Bool, Int, Key, Params, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class GaussianConfig(PretrainConfig):
+class GaussianConfig(pretrain_config.PretrainConfig):
     """A run of Gaussian diffusion.
 
     The fields of a pretraining have their sense there. `first_sigma` is the largest share of the

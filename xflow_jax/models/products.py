@@ -70,10 +70,10 @@ def rounded_product(a: Float[Array, "*B M K"], b: Float[Array, "*B K N"]) -> Flo
 
 
 def multiply_rounded(a: jax.Array, b: jax.Array, summed: int) -> jax.Array:
-    """Multiplies over the last axis of `a` and another one of `b`, with a float32 result.
+    """Multiplies over the last axis of `a` and one of `b`.
 
-    XLA for CPUs computes products of transposed factors in float32, which is slow. So the axis is
-    chosen here.
+    The result is float32. XLA for CPUs computes products of transposed factors in float32, which
+    is slow. So the axis is chosen here.
 
     Args:
         a: left factors, bfloat16 [*B, M, K].

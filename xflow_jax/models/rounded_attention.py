@@ -51,7 +51,10 @@ def rounded_attention(
 
 
 def _rows_at_a_time(rows: int, row_bytes: int) -> int:
-    """Returns a divisor of the rows. A mesh splits rows itself, so it gets all of them."""
+    """Returns a divisor of the rows.
+
+    A mesh splits rows itself, so it gets all of them.
+    """
     if not jax.sharding.get_abstract_mesh().empty:
         return rows
     most = max(1, CACHE_BYTES // row_bytes)

@@ -1,4 +1,4 @@
-"""Batches of rows of similar lengths, without the padding that none of their rows needs."""
+"""Batches of rows of similar lengths, with little padding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MULTIPLE = 16  # lengths of the batches, so that there are few shapes
 
 
 class LengthGroups:
-    """Exchanges the rows of nearby batches, so that a batch has similar lengths.
+    """Exchanges rows of nearby batches, so that each has similar lengths.
 
     Batches after the last grouped one are as they were.
 
@@ -59,7 +59,7 @@ class LengthGroups:
         return batch
 
     def _size(self, first: int) -> int:
-        """Returns the number of batches of the window that begins with a batch."""
+        """Returns the number of batches of the window from a first one."""
         return max(0, min(self.window, self.until - first))
 
     def _open_window(self) -> None:
