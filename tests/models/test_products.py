@@ -81,14 +81,15 @@ def test_a_model_takes_the_precision_of_the_caller_in_all_its_products():
 
     def loss(params):
         x = lm.model.apply({"params": params}, tokens, method="embed")
-        return jnp.sum(lm.model.apply({"params": params}, x, method="hidden") ** 2)
+        hidden = lm.model.apply({"params": params}, x, method="hidden")
+        return jnp.sum(hidden * draw(*hidden.shape))  # a sum of squares would hardly have slopes
 
     exact, exact_slopes = jax.jit(jax.value_and_grad(loss))(lm.params)
     with jax.default_matmul_precision("bfloat16"):
         traced = str(jax.make_jaxpr(loss)(lm.params))
         near, slopes = jax.jit(jax.value_and_grad(loss))(lm.params)
     assert "HIGHEST" not in traced and traced.count("dot_general[") == 9
-    np.testing.assert_allclose(near, exact, rtol=2e-2)
+    np.testing.assert_allclose(near, exact, rtol=0.15)
     assert near != exact
     for ours, want in zip(jax.tree.leaves(slopes), jax.tree.leaves(exact_slopes), strict=True):
         scale = np.abs(want).max()
