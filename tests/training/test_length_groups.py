@@ -5,6 +5,7 @@ import pytest
 
 from xflow_jax.errors import UserError
 from xflow_jax.training import LengthGroups, batch_iterator
+from xflow_jax.training.length_groups import cut_padding
 
 EOS, ROWS, P, N = 9, 4, 40, 64
 
@@ -103,3 +104,12 @@ def test_a_window_of_one_leaves_all_batches():
         for one, other in zip(take(ours, 3), take(plain, 3), strict=True):
             for name in one:
                 np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_a_text_of_sixteen_tokens_keeps_an_end():
+    response = np.where(np.arange(N) < 16, 1, EOS)[None].astype(np.int32)
+    real = (np.arange(P) >= P - 16)[None]
+    cut = cut_padding(
+        {"prompt": real.astype(np.int32), "prompt_mask": real, "response": response}, EOS
+    )
+    assert cut["response"].shape == (1, 32) and cut["prompt"].shape == (1, 16)
