@@ -48,7 +48,6 @@ class LengthGroups:
         place = self.given % self.window
         if self.given >= self.until:
             batch = next(self.batches)
-            self.ahead_begin = self.batches.get_state()
         else:
             if place == 0:
                 self._open_window()
@@ -72,8 +71,10 @@ class LengthGroups:
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position: batches that were given, and where their window begins."""
-        between = self.given >= self.until or self.given % self.window == 0
-        begin = self.ahead_begin if between else self.begin
+        if self.given >= self.until:
+            begin = self.batches.get_state()
+        else:
+            begin = self.begin if self.given % self.window else self.ahead_begin
         return {"given": self.given, "window": self.window, "begin": begin}
 
     def set_state(self, state: dict[str, Any]) -> None:
