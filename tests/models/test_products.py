@@ -82,15 +82,17 @@ def test_a_model_takes_the_precision_of_the_caller_in_all_its_products():
     def loss(params):
         x = lm.model.apply({"params": params}, tokens, method="embed")
         hidden = lm.model.apply({"params": params}, x, method="hidden")
-        return jnp.sum(hidden * draw(*hidden.shape))  # a sum of squares would hardly have slopes
+        # A sum of squares would hardly have slopes after the norm.
+        return jnp.sum(hidden * draw(*hidden.shape)), hidden
 
-    exact, exact_slopes = jax.jit(jax.value_and_grad(loss))(lm.params)
+    step = jax.value_and_grad(loss, has_aux=True)
+    (_, exact), exact_slopes = jax.jit(step)(lm.params)
     with jax.default_matmul_precision("bfloat16"):
         traced = str(jax.make_jaxpr(loss)(lm.params))
-        near, slopes = jax.jit(jax.value_and_grad(loss))(lm.params)
+        (_, near), slopes = jax.jit(step)(lm.params)
     assert "HIGHEST" not in traced and traced.count("dot_general[") == 9
-    np.testing.assert_allclose(near, exact, rtol=0.15)
-    assert near != exact
+    np.testing.assert_allclose(near, exact, atol=0.06 * np.abs(exact).max())
+    assert (near != exact).any()
     for ours, want in zip(jax.tree.leaves(slopes), jax.tree.leaves(exact_slopes), strict=True):
         scale = np.abs(want).max()
         np.testing.assert_allclose(ours, want, atol=0.1 * scale)
