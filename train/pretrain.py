@@ -150,13 +150,14 @@ def train(config: PretrainConfig) -> None:
         print(f"{size / 1e6:.2f} M parameters, from step {int(state.step)} to {config.steps}")
         for step in run.steps(int(state.step), config.steps, "pretrain"):
             batch = jax.tree.map(jnp.asarray, next(data))
-            is_clean = step < config.clean_steps
+            task = config.tasks[source.choose(step)]
+            is_clean = config.has_clean_copy(step, task)
             state, metrics = (copies if is_clean else whole)(state, batch, key)
             run.clock.count(metrics, *count_work(model.config, batch, is_clean))
             done, is_last = step + 1, step + 1 == config.steps
             if done % config.log_every == 0:
                 if len(config.tasks) > 1:  # the losses of tasks differ
-                    metrics |= {f"loss_{config.tasks[source.choose(step)]}": metrics["loss"]}
+                    metrics |= {f"loss_{task}": metrics["loss"]}
                 run.log_step(done, metrics, "loss")
             # The evaluation comes before the checkpoint: a resumed run does not repeat it.
             if done % config.evaluate_every == 0 or is_last:
@@ -205,8 +206,13 @@ def make_data(config: PretrainConfig, tokenizer: Tokenizer) -> tuple[MixedPairs,
     source = make_pairs(config.components, tokenizer, config.seed, config.batch_size, early)
     data = batch_iterator(source, config.batch_size, config.workers)
     assert tokenizer.eos_token_id is not None
+
+    def kind(step: int) -> int | None:
+        which = source.choose(step)
+        return which if config.has_clean_copy(step, config.tasks[which]) else None
+
     return source, LengthGroups(
-        data, source.choose, config.clean_window, config.clean_steps, tokenizer.eos_token_id
+        data, kind, config.clean_window, config.clean_steps, tokenizer.eos_token_id
     )
 
 

@@ -59,6 +59,8 @@ class PretrainConfig:
             before it. A row then gives as many losses as it has masks in all of its blocks.
         clean_blocks: positions of a block in these steps, for one row of a batch after another. 1
             is next-token prediction.
+        clean_every: one of so many of these steps has clean copies. The others have masks anywhere.
+        clean_tasks: tasks with clean copies, or empty for all. The others have masks anywhere.
         clean_window: batches in these steps that exchange pairs, so that each has similar lengths
             and less padding. 1 leaves them as they are.
         muon_rate: largest learning rate of the matrices.
@@ -94,6 +96,8 @@ class PretrainConfig:
     wide_steps: int = 0
     clean_steps: int = 0
     clean_blocks: tuple[int, ...] = (1,)
+    clean_every: int = 1
+    clean_tasks: tuple[str, ...] = ()
     clean_window: int = 1
     muon_rate: float = 0.018
     adam_rate: float = 0.003
@@ -108,8 +112,8 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         _ = self.components
-        counts = ("batch_size", "steps", "clean_window", "log_every", "save_every")
-        for name in (*counts, "evaluate_every", "evaluate_problems"):
+        counts = ("batch_size", "steps", "clean_every", "clean_window", "log_every")
+        for name in (*counts, "save_every", "evaluate_every", "evaluate_problems"):
             value = getattr(self, name)
             require(value >= 1, f"{name} is {value}, but it must be at least 1")
         for name in ("curriculum_steps", "wide_steps", "clean_steps", "workers"):
@@ -127,6 +131,11 @@ class PretrainConfig:
             bool(self.clean_blocks) and min(self.clean_blocks) >= 1,
             f"clean_blocks is {list(self.clean_blocks)}, but it must hold lengths of at least 1",
         )
+        unknown = sorted(set(self.clean_tasks) - set(self.tasks))
+        require(
+            not unknown,
+            f"clean_tasks has {', '.join(unknown)}, which tasks has not: {', '.join(self.tasks)}",
+        )
         times = [time for time, _ in self.rate_points]
         require(
             len(times) >= 2 and times == sorted(set(times)),
@@ -138,3 +147,8 @@ class PretrainConfig:
         """The tasks with their shares and lengths."""
         lengths = (self.prompt_length, self.gen_length, self.block_length)
         return make_components(self.tasks, self.weights, *lengths)
+
+    def has_clean_copy(self, step: int, task: str) -> bool:
+        """Returns True if a step on a task has clean copies."""
+        in_turn = step < self.clean_steps and step % self.clean_every == 0
+        return in_turn and (not self.clean_tasks or task in self.clean_tasks)

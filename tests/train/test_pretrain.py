@@ -139,6 +139,27 @@ def test_clean_copies_stopped_and_resumed_equal_one_run(base, tmp_path, monkeypa
     assert metrics(tmp_path / "whole")[-2] != metrics(base / "model")[-2]
 
 
+def test_clean_copies_alternate_with_masks_anywhere(tmp_path, monkeypatch):
+    count, layouts = pretrain.count_work, []
+
+    def counted(model_config, batch, is_clean):
+        layouts.append((is_clean, batch["response"].shape[1]))
+        return count(model_config, batch, is_clean)
+
+    monkeypatch.setattr(pretrain, "count_work", counted)
+    monkeypatch.setattr(pretrain, "solve_rate", lambda *_: 0.0)
+    copies = ["clean_steps=10", "clean_every=2", "clean_window=4", 'clean_tasks=["microcode"]']
+    pretrain_small(tmp_path / "run", *MIXTURE, *copies, "steps=12", "gen_length=[64, 48]")
+    rows = metrics(tmp_path / "run")[:-1]
+    assert len(rows) == len(layouts) == 12
+    for row, (is_clean, length) in zip(rows, layouts, strict=True):
+        step, is_microcode = row["step"] - 1, "loss_microcode" in row
+        assert is_clean == (is_microcode and step % 2 == 0 and step < 10)
+        # Only batches with clean copies lose padding.
+        assert length < 64 if is_clean else length == (64 if is_microcode else 48)
+    assert {is_clean for is_clean, _ in layouts} == {True, False}
+
+
 def test_a_run_begins_with_the_parameters_of_a_model(base, tmp_path):
     standing = ["steps=1", f"start={base / 'model/hf'}", "rate_points=[[0, 0.0], [1, 0.0]]"]
     pretrain_small(tmp_path / "run", *standing)
@@ -232,6 +253,11 @@ def test_a_mixture_stopped_and_resumed_equals_one_run(tmp_path, monkeypatch):
     ("overrides", "sentence"),
     [
         (["clean_blocks=[1, 0]"], "clean_blocks is [1, 0], but it must hold lengths of at least 1"),
+        (["clean_every=0"], "clean_every is 0, but it must be at least 1"),
+        (
+            ['clean_tasks=["latin-square"]'],
+            "clean_tasks has latin-square, which tasks has not: mic",
+        ),
         (["clean_steps=-1"], "clean_steps is -1, but it must not be negative"),
         (["tasks=[]"], "tasks is empty, but it must name at least one task"),
         (['tasks=["microcode", "latin"]'], "did you mean latin-square?"),

@@ -20,7 +20,8 @@ class LengthGroups:
 
     Args:
         batches: the batches, of equal numbers of rows.
-        kind: number of a batch -> what it holds. Rows go to batches of their kind only.
+        kind: number of a batch -> what it holds, or None for one that stays as it is. Rows go to
+            batches of their kind only.
         window: batches that exchange rows. 1 leaves all as they are.
         until: number of batches that are grouped.
         eos_id: the token after the end of a response.
@@ -29,7 +30,7 @@ class LengthGroups:
     def __init__(
         self,
         batches: BatchIterator,
-        kind: Callable[[int], int],
+        kind: Callable[[int], int | None],
         window: int,
         until: int,
         eos_id: int,
@@ -96,12 +97,14 @@ class LengthGroups:
             self._open_window()
 
 
-def group_rows(batches: list[Example], kinds: list[int], eos_id: int, seed: int) -> list[Example]:
+def group_rows(
+    batches: list[Example], kinds: list[int | None], eos_id: int, seed: int
+) -> list[Example]:
     """Sorts the rows of batches of each kind by length.
 
     Args:
         batches: arrays [B, ...] of "prompt", "prompt_mask" and "response".
-        kinds: kind of each batch.
+        kinds: kind of each batch, or None for one that stays as it is.
         eos_id: the token after the end of a response.
         seed: seed of the order of the new batches.
 
@@ -109,7 +112,7 @@ def group_rows(batches: list[Example], kinds: list[int], eos_id: int, seed: int)
         As many batches of each kind, without padding that none of their rows needs.
     """
     grouped = list(batches)
-    for kind in sorted(set(kinds)):
+    for kind in sorted({kind for kind in kinds if kind is not None}):
         places = [i for i, other in enumerate(kinds) if other == kind]
         rows = [
             {name: x[row] for name, x in batches[i].items()}
