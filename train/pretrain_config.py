@@ -134,7 +134,7 @@ class PretrainConfig:
         unknown = sorted(set(self.clean_tasks) - set(self.tasks))
         require(
             not unknown,
-            f"clean_tasks has {', '.join(unknown)}, which tasks has not: {', '.join(self.tasks)}",
+            f"clean_tasks has {', '.join(unknown)}, but tasks has only {', '.join(self.tasks)}",
         )
         times = [time for time, _ in self.rate_points]
         require(

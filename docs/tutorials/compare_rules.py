@@ -61,7 +61,7 @@ _ = axes.legend(fontsize=8, loc="lower right")
 # and a picture:
 #
 # ```bash
-# xflow evaluate --model tiny --task microcode --limit 64 --budgets 1/4,1/8 --out runs/mine \
+# xflow evaluate --model tiny --task microcode --limit 64 --budgets 1/4,1/8 --out runs/compare \
 #   --rules "mask,threshold:tau=0.95,flow:jump=0.98,early_exit=true,reedit_margin=none"
 # ```
 #

@@ -497,6 +497,10 @@ def test_a_whole_run_with_its_tables(oracle, tmp_path, monkeypatch, capsys):
         cli_evaluate.run(arguments(model="tiny", limit=6, out=str(tmp_path / "out")))
     with pytest.raises(UserError, match="--ablate takes the parts from a flow"):
         cli_evaluate.run(arguments(model="tiny", limit=6, ablate=True, rules="mask"))
+    with pytest.raises(
+        UserError, match=r"with steps, which flow:reedit=always has not\. Leave out"
+    ):
+        cli_evaluate.run(arguments(model="tiny", limit=6, ablate=True, rules="flow:reedit=always"))
     with pytest.raises(UserError, match="there is nothing to score"):
         cli_evaluate.run(arguments())
 

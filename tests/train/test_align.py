@@ -215,7 +215,7 @@ def test_live_decodes_continue_where_a_run_stopped(base, live, tmp_path):
     with fate(3, die), pytest.raises(KeyboardInterrupt):
         run(base, tmp_path / "run", *TRAJECTORY)
     assert_same(live, run(base, tmp_path / "run", *TRAJECTORY))
-    with pytest.raises(UserError, match="of another model or optimiser"):
+    with pytest.raises(UserError, match="of another model, optimiser"):
         run(base, tmp_path / "run", "steps=8")  # it has no live decodes
 
 
@@ -294,7 +294,9 @@ def test_parameters_that_stay_in_bfloat16(base, tmp_path, storage):
 
 
 def test_a_checkpoint_of_another_model_or_optimiser_is_refused(base, straight):
-    with pytest.raises(UserError, match="of another model or optimiser. .* choose another out"):
+    with pytest.raises(
+        UserError, match="of another model, optimiser or set of rules. .* choose another out"
+    ):
         run(base, straight, "optimizer.name=adafactor", "steps=7")
 
 

@@ -256,7 +256,7 @@ def test_a_mixture_stopped_and_resumed_equals_one_run(tmp_path, monkeypatch):
         (["clean_every=0"], "clean_every is 0, but it must be at least 1"),
         (
             ['clean_tasks=["latin-square"]'],
-            "clean_tasks has latin-square, which tasks has not: mic",
+            "clean_tasks has latin-square, but tasks has only microcode",
         ),
         (["clean_steps=-1"], "clean_steps is -1, but it must not be negative"),
         (["tasks=[]"], "tasks is empty, but it must name at least one task"),
