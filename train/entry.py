@@ -24,6 +24,7 @@ from train.setup import run_program
 from xflow_jax.decoding import (
     DecodeConfig,
     EntryPolicy,
+    adapt_loop,
     check_entry_ranges,
     decode_batch,
     init_entry_policy,
@@ -120,6 +121,9 @@ class EntryConfig:
         for name in counts:
             value = getattr(self, name)
             require(value >= 1, f"{name} is {value}, but it must be at least 1")
+        for name in ("rate", "clip"):
+            value = getattr(self, name)
+            require(value > 0, f"{name} is {value}, but it must be positive")
         require(
             self.problems >= self.batch_size,
             f"problems is {self.problems}, which does not fill a batch of {self.batch_size}",
@@ -156,17 +160,26 @@ class Collector:
         )
         assert lm.tokenizer is not None
         self.lm, self.task, self.config, self.tokenizer = lm, task, config, lm.tokenizer
-        flow = parse_flow(config.switches, None)
+        flow = parse_flow(config.switches, None, task)
         self.policy = init_entry_policy(
             jax.random.key(config.seed), config.width, config.above, config.temperature
         )
         dataclasses.replace(flow, policy=self.policy)  # refuses switches that it cannot use
-        cell = make_cells(lm, task, {"flow": flow}, [parse_budget(config.budget)])[0]
         self.problems: list[object] = list(task.training(None, config.problems))
+        require(
+            len(self.problems) >= config.batch_size,
+            f"the task {task.name} has {len(self.problems)} training requests, which do not fill a "
+            f"batch of {config.batch_size}. Lower batch_size.",
+        )
+        cell = make_cells(lm, task, {"flow": flow}, [parse_budget(config.budget)])[0]
         self.prompts = [chat_ids(self.tokenizer, task.prompt(p)) for p in self.problems]
         self.ids, self.mask = pad_prompts(lm, self.prompts)
         self.decode_config = self._decode_config(cell.steps, flow.early_exit)
         self.flow = flow
+        _, self.target_rule = parse_rule(config.target_rule, task.config.rule_options)
+        self.target_config = adapt_loop(
+            self.target_rule, self._decode_config(task.config.gen_length, True)
+        )
 
     def _decode_config(self, steps: int, early_exit: bool) -> DecodeConfig:
         protocol, longest = self.task.config, max(map(len, self.prompts))
@@ -191,6 +204,11 @@ class Collector:
             part["decode"] = part["decode"] + number * size
         states = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         require(len(states["decode"]) > 0, "no answer is right, so there is nothing to learn from")
+        longest = int(np.unique(states["decode"], return_counts=True)[1].max())
+        require(
+            longest <= self.config.states,
+            f"states is {self.config.states}, but a decode has {longest} of them. Raise it.",
+        )
         order = np.argsort(states["decode"], kind="stable")  # the states of a decode together
         return {name: x[order] for name, x in states.items()}
 
@@ -233,9 +251,9 @@ class Collector:
         sandbox: Pool,
     ) -> np.ndarray:
         """Returns right answers, int [R, N], and -1 for requests without one."""
-        _, rule = parse_rule(self.config.target_rule)
-        config = self._decode_config(self.task.config.gen_length, True)
-        tokens, *_ = decode_batch(self.lm.model, self.lm.params, rule, config, *arrays, keys)
+        tokens, *_ = decode_batch(
+            self.lm.model, self.lm.params, self.target_rule, self.target_config, *arrays, keys
+        )
         target = np.asarray(tokens)
         return np.where(self._judge(rows, target, sandbox)[:, None] > 0, target, -1)
 

@@ -64,6 +64,10 @@ class GaussianConfig(pretrain_config.PretrainConfig):
             self.block_length is None,
             "block_length has no use here, because all positions are decoded together",
         )
+        require(
+            not self.clean_steps,
+            f"clean_steps is {self.clean_steps}, but there are no clean copies here. Leave it out.",
+        )
         rate, answers = self.schedule_rate, self.answers
         require(rate > 0, f"schedule_rate is {rate}, but it must be positive")
         require(answers >= 1, f"answers is {answers}, but it must be at least 1")
@@ -113,7 +117,7 @@ def train(config: GaussianConfig) -> None:
         if run.latest is None:
             state = jax.jit(create)(key)
             if config.start is not None:
-                start = pretrain.read_start(config.start, state.params["backbone"])
+                start = pretrain.read_start(config.start, state.params["backbone"], backbone.config)
                 state = state.replace(params={**state.params, "backbone": start})
         else:
             state, _ = run.restore(jax.eval_shape(create, key), data)

@@ -27,7 +27,6 @@ from train.setup import run_program
 from xflow_jax.decoding import (
     EntryPolicy,
     Flow,
-    MaskPrediction,
     Policy,
     fit_policy,
     init_entry_policy,
@@ -75,13 +74,13 @@ def main(path: str, overrides: list[str]) -> None:
     mesh = make_mesh(config.mesh) if config.mesh or jax.process_count() > 1 else None
     check_mesh(config, mesh)
     policy = start_policy(config)
-    parse_flow(config.switches, policy)  # refuses switches that the policy cannot use
+    parse_flow(config.switches, policy, task)  # refuses switches that the policy cannot use
     require(
         config.imitate == 1 or isinstance(policy, EntryPolicy),
         f"imitate is {config.imitate}, but only an entry policy can imitate a threshold",
     )
     lm = load(config.model, dtype=config.dtype, mesh=mesh)
-    flow = parse_flow(config.switches, None)
+    flow = parse_flow(config.switches, None, task)
     cell = make_cells(lm, task, {"flow": flow}, [parse_budget(config.budget)])[0]
     sampler = Sampler(lm, task, config, select_problems(config, task, lm), cell)
     optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(config.rate))
@@ -168,8 +167,8 @@ def train(
     Returns:
         The state after the last step.
     """
-    # `behaviour` is the parameters that sampled the current batch. With them a resumed run samples
-    # that batch again.
+    # `behaviour` is the parameters that sample the next batch. With them a resumed run samples that
+    # batch again.
     behaviour = state.params
     if run.latest is not None:
         (state, behaviour), _ = run.restore((state, behaviour))
@@ -187,14 +186,16 @@ def train(
         for step in run.steps(first, config.steps, "grpo"):
             done, is_last = step + 1, step + 1 == config.steps
             scores, batch = judge.submit(sampler.judge, step, rollouts.tokens), rollouts
-            if config.overlap and not is_last:
+            if config.overlap:
                 behaviour = state.params
-                rollouts = sampler(with_params(behaviour), done)
+                if not is_last:
+                    rollouts = sampler(with_params(behaviour), done)
             rewards, metrics = sampler.reward(scores, batch, policy)
             state, step_metrics = step_fn(state, batch, rewards)
-            if not config.overlap and not is_last:
+            if not config.overlap:
                 behaviour = state.params
-                rollouts = sampler(with_params(behaviour), done)
+                if not is_last:
+                    rollouts = sampler(with_params(behaviour), done)
             run.clock.count(step_metrics, tokens, flops, metrics["forward_passes"])
             if done % config.log_every == 0 or is_last:
                 run.log_step(done, metrics | step_metrics, "reward")
@@ -231,7 +232,7 @@ def evaluate_policy(
     Returns:
         The share of solved problems, and the mean number of forward passes.
     """
-    cell = dataclasses.replace(cell, rule=parse_flow(config.switches, policy))
+    cell = dataclasses.replace(cell, rule=parse_flow(config.switches, policy, task))
     answers = Answers(None, {})
     row = evaluate(lm, task, problems, [cell], answers, config.batch_size, config.seed)[0]
     return {"held_out/solved": row.accuracy / 100, "held_out/forward_passes": row.forward_passes}
@@ -287,11 +288,14 @@ def select_problems(config: GrpoConfig, task: Task, lm: LM) -> list[object]:
             f"{config.model} has no tokenizer.json, which training needs for its prompts"
         )
     problems = list(task.training(_data_file(config), config.problems or None))
+    options = task.config.rule_options
+    cells = []
     if config.solved_only:
-        cells = make_cells(lm, task, {"mask": MaskPrediction()}, [Fraction(1)])
-        if config.failed_by:
-            rules = dict([parse_rule(config.failed_by)])
-            cells += make_cells(lm, task, rules, [parse_budget(config.budget)])
+        cells += make_cells(lm, task, dict([parse_rule("mask", options)]), [Fraction(1)])
+    if config.failed_by:
+        rules = dict([parse_rule(config.failed_by, options)])
+        cells += make_cells(lm, task, rules, [parse_budget(config.budget)])
+    if cells:
         description = describe_task(task, _data_file(config)) | {
             "model": f"{fingerprint(lm.params)} {config.dtype}",
             "rules": [[str(cell.budget), describe_rule(cell.rule)] for cell in cells],
@@ -302,7 +306,8 @@ def select_problems(config: GrpoConfig, task: Task, lm: LM) -> list[object]:
                 evaluate(lm, task, problems, [cell], answers, config.batch_size)
                 ids = [task.task_id(problem) for problem in problems]
                 given = answers.select(cell.label, str(cell.budget), ids)
-                wanted = cell is cells[0]  # solved by mask prediction, and not by the other rule
+                # Solved by mask prediction, and not by the other rule.
+                wanted = config.solved_only and cell is cells[0]
                 problems = [p for p, a in zip(problems, given, strict=True) if a.passed == wanted]
         print(f"{len(problems)} problems to train on")
     require(

@@ -111,7 +111,7 @@ class Sampler:
             arrays = put_sharded(arrays, batch_sharding(self.lm.mesh))
         if isinstance(policy, EntryPolicy):
             policy = dataclasses.replace(policy, imitate=arrays[3])
-        flow = parse_flow(self.config.switches, policy)
+        flow = parse_flow(self.config.switches, policy, self.task)
         with self.lm.scope():
             return rollout(self.lm.model, self.lm.params, flow, self.decode_config, *arrays[:3])
 
@@ -209,12 +209,13 @@ def make_score(config: GrpoConfig, eos_id: int) -> ScoreFn:
     return jax.jit(score)
 
 
-def parse_flow(switches: str, policy: AnyPolicy | None) -> Flow:
+def parse_flow(switches: str, policy: AnyPolicy | None, task: Task) -> Flow:
     """Parses the options of a flow.
 
     Args:
         switches: options as in flow:SWITCHES.
         policy: the policy of the flow, if any.
+        task: the task, whose options of rules come after the switches.
 
     Returns:
         The flow.
@@ -222,6 +223,7 @@ def parse_flow(switches: str, policy: AnyPolicy | None) -> Flow:
     Raises:
         UserError: for an unknown option or a wrong value.
     """
-    _, flow = parse_rule(f"flow:{switches}" if switches else "flow")
+    text = f"flow:{switches}" if switches else "flow"
+    _, flow = parse_rule(text, task.config.rule_options)
     assert isinstance(flow, Flow)
     return dataclasses.replace(flow, policy=policy)

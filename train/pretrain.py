@@ -143,7 +143,7 @@ def train(config: PretrainConfig) -> None:
         if run.latest is None:
             state = jax.jit(create)(key)
             if config.start is not None:
-                state = state.replace(params=read_start(config.start, state.params))
+                state = state.replace(params=read_start(config.start, state.params, model.config))
         else:
             state, _ = run.restore(jax.eval_shape(create, key), data)
         size = sum(x.size for x in jax.tree.leaves(state.params))
@@ -216,22 +216,32 @@ def make_data(config: PretrainConfig, tokenizer: Tokenizer) -> tuple[MixedPairs,
     )
 
 
-def read_start(path: str, params: Params) -> Params:
+def read_start(path: str, params: Params, model_config: ModelConfig) -> Params:
     """Reads the parameters that a run begins with.
 
     Args:
         path: the model, as in `xflow_jax.load`.
         params: parameters of the run's shapes.
+        model_config: configuration of the run's model.
 
     Raises:
-        UserError: as `xflow_jax.load`, or for another shape.
+        UserError: as `xflow_jax.load`, for another shape, or for a model that computes otherwise.
     """
-    start = load(path).params
+    start = load(path)
     require(
-        jax.tree.map(jnp.shape, start) == jax.tree.map(jnp.shape, params),
+        jax.tree.map(jnp.shape, start.params) == jax.tree.map(jnp.shape, params),
         f"start: {path} has another shape than [model]. Give its sizes there.",
     )
-    return start
+    free = {"hf", "max_sequence_length", "embedding_size", "pad_token_id"}
+    names = [field.name for field in dataclasses.fields(LLaDAConfig) if field.name not in free]
+    for name in names:
+        there, here = (getattr(config, name, None) for config in (start.config, model_config))
+        require(
+            there == here,
+            f"start: {path} has {name} {there}, and the run {here}. Give the run the same [model] "
+            "and tokenizer.",
+        )
+    return start.params
 
 
 def count_work(

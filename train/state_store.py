@@ -228,8 +228,8 @@ class StateStore:
             if saved.get(name) != wanted.get(name):
                 there, here = (tree.get(name, "missing") for tree in (saved, wanted))
                 raise UserError(
-                    f"{self.folder.parent}: its checkpoint is of another model, optimiser or set of "
-                    f"rules. {name} is {there} there and {here} here. {ANEW}"
+                    f"{self.folder.parent}: its checkpoint is of another model, optimiser or set "
+                    f"of rules. {name} is {there} there and {here} here. {ANEW}"
                 )
 
     def _check_same(self, what: str, saved: object, wanted: object) -> None:

@@ -153,6 +153,14 @@ def test_a_new_policy_decodes_as_its_threshold(reedit):
     np.testing.assert_array_equal(made.forward_passes, wanted.forward_passes)
 
 
+def test_the_least_number_of_passes_ends_a_decode_in_time():
+    new = init_entry_policy(jax.random.key(0), WIDTH)
+    flow = Flow(policy=new, reedit_margin=None, jump=0.01, least_passes=3, early_exit=True)
+    made = generate(toy(), random_prompts([3, 5]), flow, gen_length=8, steps=6)
+    # All masks enter in the first pass, and no later one changes a token.
+    assert made.forward_passes.tolist() == [3, 3]
+
+
 def test_at_least_the_surest_mask_enters():
     new = init_entry_policy(jax.random.key(0), WIDTH)
     belief = belief_of_four([[0.4, 0, 0, 0], [0.5, 0, 0, 0], [0.6, 0, 0, 0]], np.ones((3, 4), int))

@@ -197,6 +197,7 @@ def test_a_mesh_changes_nothing_and_may_change_on_the_way(base, straight, tmp_pa
 
 TRAJECTORY = [
     "states=trajectory",
+    "clean_nll=0",
     'trajectory.rules=["flow:reedit=always,jump=0.2..0.9","masked"]',
     "trajectory.passes=3",
 ]
@@ -332,19 +333,28 @@ def test_only_the_first_lines_are_read_where_asked(base):
         ('data=["microcode"] limit=8', "has no tokenizer.json, which microcode needs"),
         ("clean_nll=-0.1", "clean_nll is -0.1, but it must not be negative"),
         (
-            'states=trajectory trajectory.rules=["flwo"]',
+            'states=trajectory clean_nll=0 trajectory.rules=["flwo"]',
             "there is no rule 'flwo', did you mean flow?",
         ),
         (
-            "states=trajectory trajectory.block_lengths=[0,3]",
+            "states=trajectory clean_nll=0 trajectory.block_lengths=[0,3]",
             "the 3 of trajectory.block_lengths does not divide gen_length 8",
         ),
         (
-            "states=trajectory block_length=4",
-            "the model attends to all positions: set trajectory.block_lengths",
+            'states=trajectory clean_nll=0 trajectory.rules=["mask:schedule=eps"]',
+            "the rule mask:schedule=eps has times of its own, which live decodes have not",
         ),
         (
-            "states=trajectory mesh=1,8,1",
+            'states=trajectory clean_nll=0 trajectory.rules=["mask:threshold=0.9,sub_block=3"]',
+            "sub_block 3 must divide the block of 8 tokens",
+        ),
+        ("states=trajectory", 'clean_nll is 0.1, but states = "trajectory" has the cross-entropy'),
+        (
+            "block_length=4",
+            "block_length is 4, but the model attends to all positions. Leave it out",
+        ),
+        (
+            "states=trajectory clean_nll=0 mesh=1,8,1",
             "batch_size 8 in 2 parts does not divide over the 8 devices",
         ),
     ],

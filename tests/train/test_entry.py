@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,21 @@ def test_batches_hold_complete_decodes():
         entry.draw_batch({"decode": np.zeros(3, int)}, 2, np.random.default_rng(0))
 
 
+def test_few_training_requests_are_refused(model, tmp_path, monkeypatch):
+    task = entry.get_task("latin-square")
+    few = dataclasses.replace(task, training=lambda file, count: task.training(file, 3))
+    monkeypatch.setattr(entry, "get_task", lambda *_: few)
+    with pytest.raises(
+        UserError, match="latin-square has 3 training requests, which do not fill a"
+    ):
+        train(model, tmp_path / "run")
+
+
+def test_a_batch_must_hold_the_longest_decode(model, tmp_path):
+    with pytest.raises(UserError, match=r"states is 1, but a decode has \d+ of them\. Raise it"):
+        train(model, tmp_path / "run", "states=1")
+
+
 @pytest.mark.slow
 def test_targets_need_a_right_answer(model, tmp_path):
     with pytest.raises(UserError, match="no answer is right, so there is nothing to learn from"):
@@ -78,7 +94,10 @@ def test_targets_need_a_right_answer(model, tmp_path):
     ("override", "sentence"),
     [
         ("problems=3", "problems is 3, which does not fill a batch of 4"),
-        ("thresholds=[0.9, 0.2]", "the smaller one first"),
+        ("thresholds=[0.9,0.2]", "the smaller one first"),
+        ("rate=-1", "rate is -1.0, but it must be positive"),
+        ("clip=0", "clip is 0.0, but it must be positive"),
+        ("labels=target target_rule=flwo", "there is no rule 'flwo', did you mean flow?"),
         ("width=6", "width is 6, but it must be a multiple of 4"),
         ("labels=words", "labels is"),
         ("above=1.0", "above is 1.0"),
@@ -88,5 +107,5 @@ def test_targets_need_a_right_answer(model, tmp_path):
 )
 def test_bad_input_is_one_sentence_before_any_step(model, tmp_path, override, sentence):
     with pytest.raises(UserError, match=sentence):
-        train(model, tmp_path / "run", override)
+        train(model, tmp_path / "run", *override.split())
     assert not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -162,6 +163,23 @@ def test_a_run_stopped_and_resumed_equals_one_run(model, straight, tmp_path, mon
     assert_same_run(straight, tmp_path / "run")
 
 
+def test_a_run_continued_with_more_steps_equals_one_run(model, straight, tmp_path):
+    train(model, tmp_path / "run", "steps=2")
+    train(model, tmp_path / "run")
+    rows = [row for row in metrics(tmp_path / "run") if "reward" in row]
+    assert rows == [row for row in metrics(straight) if "reward" in row]
+    ours, theirs = (load_file(out / "policy.safetensors") for out in (straight, tmp_path / "run"))
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+def test_flows_have_the_options_of_their_task():
+    assert parse_flow("", None, get_task("humaneval")).logits_eos_inf
+    assert not parse_flow("logits_eos_inf=false", None, get_task("humaneval")).logits_eos_inf
+    assert parse_flow("", None, get_task("mbpp")).confidence_eos_eot_inf
+    assert not parse_flow("", None, get_task("microcode")).confidence_eos_eot_inf
+
+
 def test_a_run_of_other_weights_is_not_continued(model, straight, tmp_path):
     other, run = tmp_path / "other", tmp_path / "run"
     lm = load(model)
@@ -179,7 +197,7 @@ def test_rewards_follow_the_protocols_end_of_an_answer(model, tmp_path, after_eo
     config = load_toml(ROOT / "configs/grpo_tiny.toml", grpo.GrpoConfig, overrides)
     lm, task = load(model), get_task("microcode", [f"after_eos={str(after_eos).lower()}"])
     problems = task.problems(None, 2)
-    cell = make_cells(lm, task, {"flow": parse_flow("", None)}, [Fraction(1)])[0]
+    cell = make_cells(lm, task, {"flow": parse_flow("", None, task)}, [Fraction(1)])[0]
     sampler = Sampler(lm, task, config, problems, cell)
     eos = lm.config.eos_id
     rows = [
@@ -213,6 +231,13 @@ def test_solved_problems_are_found_once(model, tmp_path, monkeypatch):
     assert (tmp_path / "solved/answers.jsonl").read_text() == lines
     with pytest.raises(UserError, match="another run, which differs in problems"):
         train(model, tmp_path / "run", "solved_only=true", "problems=4")
+
+
+def test_problems_are_those_that_a_rule_fails(model, tmp_path):
+    """A random model fails all of them. Without solved_only no mask prediction is needed."""
+    train(model, tmp_path / "run", "failed_by=threshold:tau=0.9", "problems=3", "steps=1")
+    lines = (tmp_path / "solved/answers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["rule"] for line in lines] == ["threshold:tau=0.9"] * 3
 
 
 def test_the_share_of_tests_is_a_reward(model, tmp_path):

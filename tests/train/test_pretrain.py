@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -172,6 +173,15 @@ def test_a_start_of_another_shape_is_refused(base, tmp_path):
         pretrain_small(tmp_path / "run", f"start={base / 'model/hf'}", "model.d_model=8")
 
 
+@pytest.mark.parametrize("override", ["model.n_heads=4", "model.rope_theta=500"])
+def test_a_start_that_computes_otherwise_is_refused(base, tmp_path, override):
+    name, value = override.removeprefix("model.").split("=")
+    with pytest.raises(
+        UserError, match=rf"hf has {name} .*, and the run {value}.* the same \[model"
+    ):
+        pretrain_small(tmp_path / "run", f"start={base / 'model/hf'}", override)
+
+
 def test_self_generation_resumes_and_drops_an_incomplete_line(base):
     out = base / "responses.jsonl"
     whole = out.read_text().splitlines(keepends=True)
@@ -218,7 +228,9 @@ class NoMask:
 
 def test_a_tokenizer_without_a_mask_token_is_refused():
     config = PretrainConfig("out", "folder")
-    with pytest.raises(UserError, match="folder: the tokenizer has no token <|mdm_mask|>"):
+    with pytest.raises(
+        UserError, match=re.escape("folder: the tokenizer has no token <|mdm_mask|>")
+    ):
         pretrain.make_model_config(config, NoMask())
 
 

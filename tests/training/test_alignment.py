@@ -15,12 +15,13 @@ from jax.sharding import PartitionSpec as P
 
 from tests.family_helpers import GOLDEN_MODELS, golden_lm
 from tests.helpers import eight
+from xflow_jax.errors import UserError
 from xflow_jax.models.config import LLaDAConfig
 from xflow_jax.models.factory import build, init_params
 from xflow_jax.parallel.mesh import make_mesh
 from xflow_jax.training import alignment, alignment_loss, losses, pretraining
 from xflow_jax.training.alignment import AlignmentConfig, make_alignment_loss
-from xflow_jax.training.alignment_program import begin_trajectories
+from xflow_jax.training.alignment_program import begin_trajectories, check_lengths
 from xflow_jax.training.alignment_step import make_align_step
 from xflow_jax.training.state import TrainState
 from xflow_jax.training.trajectory import TrajectoryConfig
@@ -232,7 +233,6 @@ def test_every_family_is_aligned_at_the_rows_that_predict(name, states):
         ALIGNMENT,
         states=states,
         trajectory=TrajectoryConfig(rules=("threshold",)),
-        clean_nll=1.0,
         block_length=size,
     )
     response = batch["response"]
@@ -254,3 +254,17 @@ def test_every_family_is_aligned_at_the_rows_that_predict(name, states):
     rows = logits[:, 4:-1] if lm.config.logits_shift else logits[:, 5:]
     nll = losses.cross_entropy(rows, response)
     np.testing.assert_allclose(found, losses.masked_mean(nll, masked), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "states", "sentence"),
+    [
+        ("llada21_tiny", "masked", "block_length is 0, but the model is block-causal: set block_"),
+        ("fastdllm2_tiny", "trajectory", "writes the first token of a block before its first pass"),
+    ],
+)
+def test_layouts_that_a_family_has_not_are_refused(name, states, sentence):
+    block_length = 4 if states == "trajectory" else 0
+    config = dataclasses.replace(ALIGNMENT, states=states, block_length=block_length)
+    with pytest.raises(UserError, match=sentence):
+        check_lengths(golden_lm(name).config, config)

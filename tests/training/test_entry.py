@@ -112,6 +112,5 @@ def test_a_step_learns_and_begins_at_the_confidence(explored, labels):
     np.testing.assert_allclose(losses[0], metrics["confidence_loss"], rtol=1e-3)
     assert losses[-1] < 0.9 * losses[0] and int(state.step) == 20
     learned = dataclasses.replace(POLICY, params=state.params)
-    assert (
-        learned.expected_step(jnp.asarray(states["features"])) != states["features"][..., 0]
-    ).any()
+    shift = learned.expected_step(jnp.asarray(states["features"])) - states["features"][..., 0]
+    assert jnp.abs(shift).max() > 1e-2

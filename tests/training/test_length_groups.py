@@ -95,6 +95,25 @@ def test_another_window_is_refused():
         make(window=4).set_state(before.get_state())
 
 
+def test_another_end_of_the_groups_is_refused_inside_one():
+    def continued(position, until):
+        before, after = make(until=10), make(until=until)
+        take(before, position)
+        after.set_state(before.get_state())
+        return after
+
+    with pytest.raises(UserError, match="and 10 batches were to be grouped, not 15. Give it the"):
+        continued(10, until=15)
+    with pytest.raises(UserError, match="the run is inside a group of 6 batches"):
+        continued(8, until=9)
+    # Between groups, and behind both ends, nothing is lost.
+    same = take(make(), 15)
+    for one, other in zip(take(continued(6, until=15), 9), same[6:], strict=True):
+        np.testing.assert_array_equal(one["response"], other["response"])
+    plain = take(batch_iterator(Numbered(), ROWS), 15)[14]
+    np.testing.assert_array_equal(next(continued(14, until=8))["response"], plain["response"])
+
+
 def test_a_window_of_one_leaves_all_batches():
     """It also goes on from the position of the plain batches."""
     ours, plain = make(window=1), batch_iterator(Numbered(), ROWS)

@@ -203,7 +203,6 @@ def test_groups_have_states_of_their_own_and_parts_change_no_row():
     [
         (("flwo",), "there is no rule 'flwo', did you mean flow?"),
         (("mask:cfg_scale=1",), "has guidance, which needs a second pass"),
-        (("mask:schedule=eps",), "has times of its own, which live decodes have not"),
         (("flow:reedit=always,factor=-1..2",), "factor must be at least 0, not -1"),
         (("flow:jump=0.9..0.1",), "must be LOW..HIGH of a decimal number"),
         (("klass:history=1..3",), "must be LOW..HIGH of a decimal number"),

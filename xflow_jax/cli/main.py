@@ -37,8 +37,8 @@ def build_parser(command: str | None = None) -> Parser:
     """
     parser = Parser(
         prog="xflow",
-        description="Flow decoding of masked diffusion language models in JAX: LLaDA, LLaDA2, Dream, "
-        "SDAR and others.",
+        description="Flow decoding of masked diffusion language models in JAX: LLaDA, LLaDA2, Dream"
+        ", SDAR and others.",
         epilog="Start with: xflow demo",
         allow_abbrev=False,
     )

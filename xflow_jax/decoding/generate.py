@@ -132,7 +132,6 @@ def generate(
         early_exit=rule.early_exit if early_exit is None else early_exit,
         eos_early_stop=eos_early_stop,
         trace=trace,
-        eot_id=find_eot_id(lm),
         infill=_infill_length(lm, used, longest) if infill else 0,
     )
     return _decode_rows(lm, rows, rule, adapt_loop(rule, config), seed)
@@ -339,6 +338,7 @@ def make_decode_config(
         block_causal=causal,
         cache="exact" if causal else "none",
         stop_at_eos=causal,
+        eot_id=find_eot_id(lm),
     )
     if longest + config.canvas > lm.config.max_length:
         raise UserError(

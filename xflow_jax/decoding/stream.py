@@ -17,7 +17,6 @@ from xflow_jax.decoding.generate import (
     Prompts,
     Seed,
     check_kinds,
-    find_eot_id,
     make_decode_config,
     padded_length,
     require_finite,
@@ -130,7 +129,7 @@ def slot_config(
         UserError: for a cache that the model or the lengths cannot have.
     """
     config = options.apply(lm.config, config)
-    return dataclasses.replace(config, early_exit=rule.early_exit, eot_id=find_eot_id(lm))
+    return dataclasses.replace(config, early_exit=rule.early_exit)
 
 
 def _run(

@@ -33,7 +33,8 @@ class AlignmentConfig(TrainingConfig):
             decodes (training/trajectory.py).
         trajectory: makers of the states of live decodes.
         clean_nll: weight in the loss of the cross-entropy at clean positions. If softmax gives the
-            right token almost no probability, the squared error has almost no slope.
+            right token almost no probability, the squared error has almost no slope. Of states =
+            "masked" alone.
 
     Raises:
         UserError: if a value is out of range, or if values do not fit each other.
@@ -54,6 +55,11 @@ class AlignmentConfig(TrainingConfig):
         for name in ("block_length", "clean_nll"):
             value = getattr(self, name)
             require(value >= 0, f"{name} is {value}, but it must not be negative")
+        require(
+            self.states == "masked" or not self.clean_nll,
+            f'clean_nll is {self.clean_nll}, but states = "trajectory" has the cross-entropy at '
+            "all positions. Set clean_nll = 0.",
+        )
         require(
             self.batch_size // self.accumulate % self.groups == 0,
             f"the {self.groups} rules of the trajectories do not divide batch_size "

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from xflow_jax.decoding import adapt_loop
 from xflow_jax.errors import require
 from xflow_jax.models import state_shardings, update_flops
 from xflow_jax.parallel import batch_sharding
@@ -30,6 +31,7 @@ from xflow_jax.training.trajectory import (
     begin_decodes,
     parse_makers,
 )
+from xflow_jax.training.trajectory_loss import make_schedules
 from xflow_jax.types import ModelConfig, Params
 
 
@@ -130,28 +132,49 @@ def check_lengths(model_config: ModelConfig, config: AlignmentConfig) -> None:
         f"prompt_length {config.prompt_length} and gen_length {config.gen_length} exceed the "
         f"model's {model_config.max_length} positions. Lower one of them.",
     )
-    if config.states == "masked":
-        return
-    sizes = set(config.trajectory.block_lengths)
     if model_config.is_block_causal:
         require(
-            config.block_length > 0 and sizes <= {0, config.block_length},
-            f"block_length is {config.block_length} and trajectory.block_lengths {sorted(sizes)}, "
-            "but the model is block-causal: set block_length, and leave out the other one",
+            config.block_length > 0,
+            "block_length is 0, but the model is block-causal: set block_length",
         )
     else:
         require(
             not config.block_length,
-            f"block_length is {config.block_length}, but the model attends to all positions: set "
-            "trajectory.block_lengths instead",
+            f"block_length is {config.block_length}, but the model attends to all positions. Leave "
+            "it out. Decodes of trajectories have trajectory.block_lengths.",
         )
+    if config.states == "trajectory":
+        _check_trajectories(model_config, config)
+
+
+def _check_trajectories(model_config: ModelConfig, config: AlignmentConfig) -> None:
+    """Raises UserError for live decodes that the model cannot have."""
+    sizes = set(config.trajectory.block_lengths)
+    if model_config.is_block_causal:
+        require(
+            not model_config.logits_shift,
+            f"{model_config.family} writes the first token of a block before its first pass, which "
+            'live decodes do not. Use states = "masked".',
+        )
+        require(
+            sizes <= {0, config.block_length},
+            f"trajectory.block_lengths is {sorted(sizes)}, but the model is block-causal: its "
+            "blocks are those of block_length, so leave it out",
+        )
+    else:
         for size in filter(None, sizes):
             require(
                 config.gen_length % size == 0,
                 f"the {size} of trajectory.block_lengths does not divide gen_length "
                 f"{config.gen_length}",
             )
-    parse_makers(config.trajectory.rules, model_config)
+    rules = config.trajectory.rules
+    makers, schedules = parse_makers(rules, model_config), make_schedules(model_config, config)
+    for text, maker, schedule in zip(rules, makers, schedules, strict=True):
+        require(
+            maker is None or adapt_loop(maker.rule, schedule.config).eps is None,
+            f"the rule {text} has times of its own, which live decodes have not. Leave it out.",
+        )
 
 
 def _abstract_batch(

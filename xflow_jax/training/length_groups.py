@@ -76,7 +76,7 @@ class LengthGroups:
             begin = self.batches.get_state()
         else:
             begin = self.begin if self.given % self.window else self.ahead_begin
-        return {"given": self.given, "window": self.window, "begin": begin}
+        return {"given": self.given, "window": self.window, "until": self.until, "begin": begin}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Moves to a position. The window is read again.
@@ -91,6 +91,14 @@ class LengthGroups:
             "Give it the same clean_window.",
         )
         self.given, self.ahead_begin = state.get("given", 0), state.get("begin", state)
+        until = state.get("until", self.until)
+        require(
+            until == self.until
+            or self.given % self.window == 0
+            or self.given >= max(until, self.until),
+            f"the run is inside a group of {window} batches, and {until} batches were to be "
+            f"grouped, not {self.until}. Give it the same clean_steps.",
+        )
         self.batches.set_state(self.ahead_begin)
         self.ahead = []
         if self.given < self.until and self.given % self.window:

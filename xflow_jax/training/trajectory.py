@@ -23,7 +23,6 @@ from xflow_jax.decoding import (
     DecodeState,
     Rule,
     Step,
-    adapt_loop,
     block_layout,
     commit_tokens,
     embed,
@@ -143,10 +142,6 @@ def parse_makers(texts: Sequence[str], model: ModelConfig) -> list[StateMaker | 
         require(
             not options.guidance,
             f"the rule {text} has guidance, which needs a second pass. Leave it out.",
-        )
-        require(
-            adapt_loop(rule, DecodeConfig(1, 1, 1)).eps is None,
-            f"the rule {text} has times of its own, which live decodes have not. Leave it out.",
         )
         ranges = tuple((name, getattr(rule, name), getattr(upper, name)) for name in names)
         maker = StateMaker(rule, ranges, options)

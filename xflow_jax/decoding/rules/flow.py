@@ -175,7 +175,8 @@ class Flow(TokenConstraints):
         c, t, notes = belief.confidence, state.t, None
         if isinstance(self.policy, EntryPolicy):
             enters, notes = self._entries(belief, state, step)
-            return dataclasses.replace(Action.unmask(enters), notes=notes)
+            memory = self._count_pass(state, step, enters)
+            return dataclasses.replace(Action.unmask(enters), notes=notes, memory=memory)
         if self.synchronous:
             a = jnp.broadcast_to(1.0 / step.steps_left, t.shape)
         elif self.policy is not None:
@@ -194,13 +195,19 @@ class Flow(TokenConstraints):
             commit = select_highest(c, step.candidates & (after < SETTLED), 1)
         if notes is not None:
             notes["acted"] = step.candidates & (t < 1) & ~reset
-        memory = None
-        if state.memory is not None:
-            moves = step.candidates & ((t < 1) | reset) & (belief.tokens != state.tokens)
-            passes = state.memory.count_pass(step)
-            over = (passes >= self.least_passes) & ~jnp.any(moves, axis=-1)
-            memory = revision.Revision(over, passes)
+        moves = step.candidates & ((t < 1) | reset) & (belief.tokens != state.tokens)
+        memory = self._count_pass(state, step, moves)
         return Action(a, reset, commit, notes, None, memory, self.rescale, self.expected)
+
+    def _count_pass(
+        self, state: DecodeState, step: Step, moves: Bool[Array, "B N"]
+    ) -> revision.Revision | None:
+        """Returns the memory after a pass in which some positions move, if there is one."""
+        if state.memory is None:
+            return None
+        passes = state.memory.count_pass(step)
+        over = (passes >= self.least_passes) & ~jnp.any(moves, axis=-1)
+        return revision.Revision(over, passes)
 
     def _resets(self, belief: Belief, state: DecodeState, step: Step) -> Bool[Array, "B N"]:
         """Selects the positions to re-edit by confidence or by disagreement."""
