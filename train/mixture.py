@@ -84,7 +84,11 @@ def _repeat(name: str, value: Any, tasks: Sequence[str]) -> list[Any]:
 
 
 def make_pairs(
-    components: Sequence[Component], tokenizer: Tokenizer, seed: int, batch_size: int, early: int
+    components: Sequence[Component],
+    tokenizer: Tokenizer,
+    seed: int,
+    batch_size: int,
+    early: Sequence[int],
 ) -> MixedPairs:
     """Builds the training set of a mixture.
 
@@ -93,14 +97,15 @@ def make_pairs(
         tokenizer: tokenizer with a chat template.
         seed: seed of the pairs and of the order of the tasks.
         batch_size: B, pairs of a batch, which are of one task.
-        early: number of pairs with the early distribution of their task.
+        early: number of pairs at the beginning, those of other tasks counted, that have the early
+            distribution of their task, for each task.
 
     Raises:
         UserError: if pairs of a task do not fit its lengths.
     """
     sources = [
-        TaskPairs(how.task, seed, tokenizer, how.prompt_length, how.gen_length, early)
-        for how in components
+        TaskPairs(how.task, seed, tokenizer, how.prompt_length, how.gen_length, count)
+        for how, count in zip(components, early, strict=True)
     ]
     for source in sources:
         source.check_lengths()

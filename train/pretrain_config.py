@@ -55,6 +55,7 @@ class PretrainConfig:
         first_sigma: largest masking ratio at the beginning.
         wide_steps: steps at the beginning with the early distribution of each task: answers of a
             more varied style for microcode and microcode-long, few blanks for latin-square.
+        wide_tasks: tasks with these steps, or empty for all.
         clean_steps: steps at the beginning that predict every block from a clean copy of what is
             before it. A row then gives as many losses as it has masks in all of its blocks.
         clean_blocks: positions of a block in these steps, for one row of a batch after another. 1
@@ -94,6 +95,7 @@ class PretrainConfig:
     curriculum_steps: int = 600
     first_sigma: float = 0.3
     wide_steps: int = 0
+    wide_tasks: tuple[str, ...] = ()
     clean_steps: int = 0
     clean_blocks: tuple[int, ...] = (1,)
     clean_every: int = 1
@@ -131,11 +133,12 @@ class PretrainConfig:
             bool(self.clean_blocks) and min(self.clean_blocks) >= 1,
             f"clean_blocks is {list(self.clean_blocks)}, but it must hold lengths of at least 1",
         )
-        unknown = sorted(set(self.clean_tasks) - set(self.tasks))
-        require(
-            not unknown,
-            f"clean_tasks has {', '.join(unknown)}, but tasks has only {', '.join(self.tasks)}",
-        )
+        for name in ("wide_tasks", "clean_tasks"):
+            unknown = sorted(set(getattr(self, name)) - set(self.tasks))
+            require(
+                not unknown,
+                f"{name} has {', '.join(unknown)}, but tasks has only {', '.join(self.tasks)}",
+            )
         times = [time for time, _ in self.rate_points]
         require(
             len(times) >= 2 and times == sorted(set(times)),
@@ -147,6 +150,10 @@ class PretrainConfig:
         """The tasks with their shares and lengths."""
         lengths = (self.prompt_length, self.gen_length, self.block_length)
         return make_components(self.tasks, self.weights, *lengths)
+
+    def is_wide(self, task: str) -> bool:
+        """Returns True if a task has its early distribution in `wide_steps`."""
+        return not self.wide_tasks or task in self.wide_tasks
 
     def has_clean_copy(self, step: int, task: str) -> bool:
         """Returns True if a step on a task has clean copies."""

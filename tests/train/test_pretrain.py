@@ -140,6 +140,31 @@ def test_clean_copies_stopped_and_resumed_equal_one_run(base, tmp_path, monkeypa
     assert metrics(tmp_path / "whole")[-2] != metrics(base / "model")[-2]
 
 
+def test_the_early_distribution_of_named_tasks_alone():
+    options = ["out=", f"tokenizer={ROOT / 'xflow_jax' / 'tiny'}", *MIXTURE, "batch_size=4"]
+
+    def pairs(*more):
+        config = load_toml(ROOT / "configs/pretrain_tiny.toml", PretrainConfig, [*options, *more])
+        return pretrain.make_data(config, TOKENIZER)[0]
+
+    everywhere, named, nowhere = (
+        pairs(f"wide_steps={steps}", *more)
+        for steps, more in ((4, []), (4, ['wide_tasks=["latin-square"]']), (0, []))
+    )
+    kinds = set()
+    for row in range(24):
+        is_square, is_early = named.choose(row // 4) == 1, row < 16
+        wanted = everywhere if is_square else nowhere
+        assert named[row]["response"].tolist() == wanted[row]["response"].tolist()
+        assert named[row]["prompt"].tolist() == wanted[row]["prompt"].tolist()
+        differ = everywhere[row]["prompt"].tolist() != nowhere[row]["prompt"].tolist() or (
+            everywhere[row]["response"].tolist() != nowhere[row]["response"].tolist()
+        )
+        kinds.add((is_square, is_early, differ))
+    assert kinds >= {(True, True, True), (False, True, True)}
+    assert not {differ for _, is_early, differ in kinds if not is_early} & {True}
+
+
 def test_clean_copies_alternate_with_masks_anywhere(tmp_path, monkeypatch):
     count, layouts = pretrain.count_work, []
 
@@ -267,6 +292,10 @@ def test_a_mixture_stopped_and_resumed_equals_one_run(tmp_path, monkeypatch):
         (["clean_blocks=[1, 0]"], "clean_blocks is [1, 0], but it must hold lengths of at least 1"),
         (["clean_every=0"], "clean_every is 0, but it must be at least 1"),
         (
+            ['wide_tasks=["latin-square"]'],
+            "wide_tasks has latin-square, but tasks has only microcode",
+        ),
+        (
             ['clean_tasks=["latin-square"]'],
             "clean_tasks has latin-square, but tasks has only microcode",
         ),
@@ -306,7 +335,7 @@ def test_the_small_base_model_fits_into_the_package():
     for how in config.components:
         assert how.gen_length == how.task.config.gen_length
         assert how.block_length == how.task.config.block_length
-    make_pairs(config.components, tokenizer, config.seed, config.batch_size, 0)  # all of them fit
+    make_pairs(config.components, tokenizer, config.seed, config.batch_size, [0])  # all of them fit
 
 
 @pytest.mark.parametrize("name", ["microcode-long", "latin-square"])
