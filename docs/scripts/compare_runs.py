@@ -7,8 +7,8 @@ Each rule and budget of the other folders is compared with the same one of the f
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -60,4 +60,6 @@ def main(folders: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folders", nargs="+", help="a folder of xflow evaluate --out")
+    main(parser.parse_args().folders)

@@ -8,7 +8,7 @@ under masks, of the first token after a clean beginning, and of all tokens behin
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import jax
 import jax.numpy as jnp
@@ -67,4 +67,6 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", help="the model")
+    main(parser.parse_args().model)
