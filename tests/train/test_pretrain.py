@@ -335,7 +335,8 @@ def test_the_small_base_model_fits_into_the_package():
     for how in config.components:
         assert how.gen_length == how.task.config.gen_length
         assert how.block_length == how.task.config.block_length
-    make_pairs(config.components, tokenizer, config.seed, config.batch_size, [0])  # all of them fit
+    early = [0] * len(config.tasks)
+    make_pairs(config.components, tokenizer, config.seed, config.batch_size, early)  # all fit
 
 
 @pytest.mark.parametrize("name", ["microcode-long", "latin-square"])

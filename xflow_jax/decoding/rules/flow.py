@@ -202,7 +202,7 @@ class Flow(TokenConstraints):
     def _count_pass(
         self, state: DecodeState, step: Step, moves: Bool[Array, "B N"]
     ) -> revision.Revision | None:
-        """Returns the memory after a pass in which some positions move, if there is one."""
+        """Counts a pass in which some positions move."""
         if state.memory is None:
             return None
         passes = state.memory.count_pass(step)
