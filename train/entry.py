@@ -204,11 +204,6 @@ class Collector:
             part["decode"] = part["decode"] + number * size
         states = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         require(len(states["decode"]) > 0, "no answer is right, so there is nothing to learn from")
-        longest = int(np.unique(states["decode"], return_counts=True)[1].max())
-        require(
-            longest <= self.config.states,
-            f"states is {self.config.states}, but a decode has {longest} of them. Raise it.",
-        )
         order = np.argsort(states["decode"], kind="stable")  # the states of a decode together
         return {name: x[order] for name, x in states.items()}
 
@@ -281,6 +276,11 @@ def draw_batch(states: States, size: int, rng: np.random.Generator) -> States:
     """
     ends = np.flatnonzero(np.diff(states["decode"], append=-1)) + 1
     starts = np.concatenate([[0], ends[:-1]])
+    longest = int((ends - starts).max())
+    require(
+        longest <= size,
+        f"states is {size}, less than those of one decode, which has {longest}. Raise it.",
+    )
     chosen: list[np.ndarray] = []
     used = 0
     for decode in rng.permutation(len(ends)):
@@ -289,7 +289,6 @@ def draw_batch(states: States, size: int, rng: np.random.Generator) -> States:
             break
         chosen.append(np.arange(starts[decode], ends[decode]))
         used += length
-    require(used > 0, f"states is {size}, less than those of one decode")
     at = np.concatenate(chosen)
     batch = {name: _pad(x[at], size) for name, x in states.items()}
     number = np.repeat(np.arange(len(chosen)), [len(part) for part in chosen])

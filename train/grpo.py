@@ -179,23 +179,24 @@ def train(
 
     if first == 0:
         run.log(0, measure(with_params(state.params)))
-    if first < config.steps:
-        rollouts = sampler(with_params(behaviour), first)
+
+    def sample(params: Mapping[str, jax.Array], step: int) -> Rollout | None:
+        return sampler(with_params(params), step) if step < config.steps else None
+
+    rollouts = sample(behaviour, first)
     tokens, flops = sampler.count_work()
     with ThreadPoolExecutor(1) as judge, sampler.sandbox:
         for step in run.steps(first, config.steps, "grpo"):
             done, is_last = step + 1, step + 1 == config.steps
-            scores, batch = judge.submit(sampler.judge, step, rollouts.tokens), rollouts
+            batch = rollouts
+            assert batch is not None
+            scores = judge.submit(sampler.judge, step, batch.tokens)
             if config.overlap:
-                behaviour = state.params
-                if not is_last:
-                    rollouts = sampler(with_params(behaviour), done)
+                behaviour, rollouts = state.params, sample(state.params, done)
             rewards, metrics = sampler.reward(scores, batch, policy)
             state, step_metrics = step_fn(state, batch, rewards)
             if not config.overlap:
-                behaviour = state.params
-                if not is_last:
-                    rollouts = sampler(with_params(behaviour), done)
+                behaviour, rollouts = state.params, sample(state.params, done)
             run.clock.count(step_metrics, tokens, flops, metrics["forward_passes"])
             if done % config.log_every == 0 or is_last:
                 run.log_step(done, metrics | step_metrics, "reward")

@@ -202,7 +202,7 @@ def make_data(config: PretrainConfig, tokenizer: Tokenizer) -> tuple[MixedPairs,
     Raises:
         UserError: if pairs of a task do not fit its lengths.
     """
-    early = [config.wide_steps * config.batch_size * config.is_wide(name) for name in config.tasks]
+    early = [config.early_pairs(task) for task in config.tasks]
     source = make_pairs(config.components, tokenizer, config.seed, config.batch_size, early)
     data = batch_iterator(source, config.batch_size, config.workers)
     assert tokenizer.eos_token_id is not None

@@ -151,9 +151,10 @@ class PretrainConfig:
         lengths = (self.prompt_length, self.gen_length, self.block_length)
         return make_components(self.tasks, self.weights, *lengths)
 
-    def is_wide(self, task: str) -> bool:
-        """Returns True if a task has its early distribution in `wide_steps`."""
-        return not self.wide_tasks or task in self.wide_tasks
+    def early_pairs(self, task: str) -> int:
+        """Returns the pairs at the beginning with a task's early distribution."""
+        is_wide = not self.wide_tasks or task in self.wide_tasks
+        return self.wide_steps * self.batch_size if is_wide else 0
 
     def has_clean_copy(self, step: int, task: str) -> bool:
         """Returns True if a step on a task has clean copies."""

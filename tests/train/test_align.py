@@ -216,7 +216,7 @@ def test_live_decodes_continue_where_a_run_stopped(base, live, tmp_path):
     with fate(3, die), pytest.raises(KeyboardInterrupt):
         run(base, tmp_path / "run", *TRAJECTORY)
     assert_same(live, run(base, tmp_path / "run", *TRAJECTORY))
-    with pytest.raises(UserError, match="of another model, optimiser"):
+    with pytest.raises(UserError, match="of another model, optimiser or set of rules"):
         run(base, tmp_path / "run", "steps=8")  # it has no live decodes
 
 
@@ -347,6 +347,11 @@ def test_only_the_first_lines_are_read_where_asked(base):
         (
             'states=trajectory clean_nll=0 trajectory.rules=["mask:threshold=0.9,sub_block=3"]',
             "sub_block 3 must divide the block of 8 tokens",
+        ),
+        (
+            "states=trajectory clean_nll=0 block_length=4",
+            "the model attends to all positions. Leave it out. Decodes of trajectories have "
+            "trajectory.block_lengths.",
         ),
         ("states=trajectory", 'clean_nll is 0.1, but states = "trajectory" has the cross-entropy'),
         (

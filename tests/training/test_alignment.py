@@ -233,6 +233,7 @@ def test_every_family_is_aligned_at_the_rows_that_predict(name, states):
         ALIGNMENT,
         states=states,
         trajectory=TrajectoryConfig(rules=("threshold",)),
+        clean_nll=1.0 if states == "masked" else 0.0,
         block_length=size,
     )
     response = batch["response"]

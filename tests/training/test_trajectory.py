@@ -263,3 +263,8 @@ def test_impossible_options(options, sentence):
 def test_rules_that_do_not_divide_the_batch():
     with pytest.raises(UserError, match="the 3 rules of the trajectories do not divide batch_size"):
         config_of(FLOW, DRAWN, "masked")
+
+
+def test_a_rule_with_times_of_its_own_makes_no_loss():
+    with pytest.raises(UserError, match="has times of its own, which live decodes have not"):
+        make_trajectory_loss(toy().model, config_of("mask:schedule=eps"))

@@ -231,11 +231,6 @@ def _protocol(args: argparse.Namespace, task: Task) -> _Protocol:
     flow = flows[0] if flows else None
     if args.ablate and flow is None:
         raise UserError("--ablate takes the parts from a flow, so put one among --rules")
-    if args.ablate and flow is not None and flow[1].reedit == "always":
-        raise UserError(
-            f"--ablate takes the parts from a flow with steps, which {flow[0]} has not. "
-            "Leave out reedit=always."
-        )
     variants = ablations(*flow) if args.ablate and flow is not None else {}
     return _Protocol(rules, variants, budgets, flow)
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from xflow_jax.decoding import Flow, MaskPrediction, Rule
+from xflow_jax.errors import require
 from xflow_jax.evaluation.answers import Answers, Row
 from xflow_jax.evaluation.statistics import aup, mcnemar
 from xflow_jax.evaluation.tables import markdown_table
@@ -140,7 +141,15 @@ def ablations(label: str, rule: Flow) -> dict[str, Rule]:
 
     Returns:
         Name of the variant -> rule.
+
+    Raises:
+        UserError: for a flow that takes no steps.
     """
+    require(
+        rule.reedit != "always",
+        f"an ablation takes the parts from a flow with steps, which {label} has not. Leave out "
+        "reedit=always.",
+    )
     replace = dataclasses.replace
     variants: dict[str, Rule] = {
         "asynchronous schedule": replace(rule, synchronous=True),

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from xflow_jax.decoding import adapt_loop
 from xflow_jax.errors import require
 from xflow_jax.models import state_shardings, update_flops
 from xflow_jax.parallel import batch_sharding
 from xflow_jax.training.alignment import AlignmentConfig, make_alignment_loss
 from xflow_jax.training.alignment_step import make_align_step
+from xflow_jax.training.config import check_block_length
 from xflow_jax.training.program import (
     TrainProgram,
     check_batch,
@@ -29,9 +29,8 @@ from xflow_jax.training.trajectory import (
     LiveDecodes,
     TrajectoryState,
     begin_decodes,
-    parse_makers,
 )
-from xflow_jax.training.trajectory_loss import make_schedules
+from xflow_jax.training.trajectory_loss import make_makers
 from xflow_jax.types import ModelConfig, Params
 
 
@@ -106,7 +105,7 @@ def begin_trajectories(
         "response": jnp.zeros(shapes[1], jnp.int32),
     }
     live: list[LiveDecodes | None] = []
-    for maker in parse_makers(config.trajectory.rules, model_config):
+    for maker, _ in make_makers(model_config, config):
         if maker is None:
             live.append(None)
             continue
@@ -132,17 +131,11 @@ def check_lengths(model_config: ModelConfig, config: AlignmentConfig) -> None:
         f"prompt_length {config.prompt_length} and gen_length {config.gen_length} exceed the "
         f"model's {model_config.max_length} positions. Lower one of them.",
     )
-    if model_config.is_block_causal:
-        require(
-            config.block_length > 0,
-            "block_length is 0, but the model is block-causal: set block_length",
-        )
-    else:
-        require(
-            not config.block_length,
-            f"block_length is {config.block_length}, but the model attends to all positions. Leave "
-            "it out. Decodes of trajectories have trajectory.block_lengths.",
-        )
+    check_block_length(
+        model_config,
+        config.block_length,
+        " Decodes of trajectories have trajectory.block_lengths.",
+    )
     if config.states == "trajectory":
         _check_trajectories(model_config, config)
 
@@ -168,13 +161,7 @@ def _check_trajectories(model_config: ModelConfig, config: AlignmentConfig) -> N
                 f"the {size} of trajectory.block_lengths does not divide gen_length "
                 f"{config.gen_length}",
             )
-    rules = config.trajectory.rules
-    makers, schedules = parse_makers(rules, model_config), make_schedules(model_config, config)
-    for text, maker, schedule in zip(rules, makers, schedules, strict=True):
-        require(
-            maker is None or adapt_loop(maker.rule, schedule.config).eps is None,
-            f"the rule {text} has times of its own, which live decodes have not. Leave it out.",
-        )
+    make_makers(model_config, config)
 
 
 def _abstract_batch(

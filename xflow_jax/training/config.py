@@ -8,6 +8,7 @@ from typing import Literal
 from xflow_jax.errors import require
 from xflow_jax.models import LoraConfig
 from xflow_jax.training.optimizers import OptimizerConfig, Storage
+from xflow_jax.types import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,3 +70,26 @@ class TrainingConfig:
     def param_dtype(self) -> Literal["float32", "bfloat16"]:
         """Dtype in which the parameters of the model are stored."""
         return "float32" if self.tune == "all" and self.storage == "float32" else self.dtype
+
+
+def check_block_length(model_config: ModelConfig, block_length: int, instead: str = "") -> None:
+    """Checks that blocks are those of the model's attention.
+
+    Args:
+        model_config: configuration of the model.
+        block_length: positions of a block, 0 for full attention.
+        instead: a sentence for who gives blocks to a model with full attention.
+
+    Raises:
+        UserError: if only one of the two has blocks.
+    """
+    if model_config.is_block_causal:
+        require(
+            block_length > 0, "block_length is 0, but the model is block-causal: set block_length"
+        )
+    else:
+        require(
+            not block_length,
+            f"block_length is {block_length}, but the model attends to all positions. Leave it out."
+            + instead,
+        )

@@ -16,7 +16,7 @@ from xflow_jax.training import losses
 from xflow_jax.training.alignment import LossFn, model_variables
 from xflow_jax.training.alignment_loss import chunked_cross_entropy
 from xflow_jax.training.block_copies import block_copies_mask
-from xflow_jax.training.config import TrainingConfig
+from xflow_jax.training.config import TrainingConfig, check_block_length
 from xflow_jax.training.gradients import mean_gradients
 from xflow_jax.training.state import Batch, TrainState
 from xflow_jax.types import Array, Backbone, Bool, Float, Int, Key, Metrics, ModelConfig, Params
@@ -66,17 +66,11 @@ def find_block_length(model_config: ModelConfig, config: SFTConfig) -> int:
         UserError: if the model has no blocks, or no length of them, or if a length is no whole
             number of blocks.
     """
-    if not model_config.is_block_causal:
-        require(
-            not config.block_length,
-            f"block_length is {config.block_length}, but the model attends to all positions. Leave "
-            "it out.",
-        )
-        return 0
-    block = config.block_length or model_config.default_block_length
-    require(bool(block), "block_length is 0, but the model is block-causal: set block_length")
-    assert block
-    for length in config.lengths:
+    block = config.block_length
+    if model_config.is_block_causal:
+        block = block or model_config.default_block_length or 0
+    check_block_length(model_config, block)
+    for length in config.lengths if block else ():
         require(
             length % block == 0,
             f"the {length} of lengths is not a whole number of blocks of {block}",

@@ -9,7 +9,8 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
-from xflow_jax.decoding import DecodeConfig, compute_belief, embed
+from xflow_jax.decoding import DecodeConfig, adapt_loop, compute_belief, embed
+from xflow_jax.errors import require
 from xflow_jax.models import Head, make_head
 from xflow_jax.training import alignment_loss, losses
 from xflow_jax.training.alignment import (
@@ -76,6 +77,24 @@ def make_schedules(model: ModelConfig, config: AlignmentConfig) -> list[Schedule
     ]
 
 
+def make_makers(
+    model: ModelConfig, config: AlignmentConfig
+) -> list[tuple[StateMaker | None, Schedule]]:
+    """Returns the maker of each group's states, with its blocks and passes.
+
+    Raises:
+        UserError: as `parse_makers`, or for a rule that cannot decode with these blocks.
+    """
+    texts = config.trajectory.rules
+    makers, schedules = parse_makers(texts, model), make_schedules(model, config)
+    for text, maker, schedule in zip(texts, makers, schedules, strict=True):
+        require(
+            maker is None or adapt_loop(maker.rule, schedule.config).eps is None,
+            f"the rule {text} has times of its own, which live decodes have not. Leave it out.",
+        )
+    return list(zip(makers, schedules, strict=True))
+
+
 def make_trajectory_loss(model: Backbone, config: AlignmentConfig) -> TrajectoryLoss:
     """Builds the loss at the states of live decodes.
 
@@ -93,8 +112,7 @@ def make_trajectory_loss(model: Backbone, config: AlignmentConfig) -> Trajectory
         decodes (state_nll) and at the masks of masked states (masked_nll), the share of
         predictions that are the target, and the share of decodes that a pass ends.
     """
-    schedules = make_schedules(model.config, config)
-    makers = parse_makers(config.trajectory.rules, model.config)
+    makers, schedules = zip(*make_makers(model.config, config), strict=True)
 
     def loss_fn(
         params: Params, batch: Batch, live: Live, key: jax.Array, base: Params | None = None

@@ -205,9 +205,7 @@ class Flow(TokenConstraints):
         """Counts a pass in which some positions move."""
         if state.memory is None:
             return None
-        passes = state.memory.count_pass(step)
-        over = (passes >= self.least_passes) & ~jnp.any(moves, axis=-1)
-        return revision.Revision(over, passes)
+        return state.memory.after(step, moves, self.least_passes)
 
     def _resets(self, belief: Belief, state: DecodeState, step: Step) -> Bool[Array, "B N"]:
         """Selects the positions to re-edit by confidence or by disagreement."""

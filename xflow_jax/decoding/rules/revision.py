@@ -42,6 +42,11 @@ class Revision:
         begins = jnp.reshape(jnp.broadcast_to(step.rho == 0, (*self.passes.shape, 1)), (-1,))
         return jnp.where(begins, 0, self.passes) + 1
 
+    def after(self, step: Step, moves: Bool[Array, "B N"], least_passes: int) -> Revision:
+        """Returns the memory after a pass in which some positions move."""
+        passes = self.count_pass(step)
+        return Revision((passes >= least_passes) & ~jnp.any(moves, axis=-1), passes)
+
 
 def reedit_all(
     belief: Belief,
@@ -78,13 +83,12 @@ def reedit_all(
     here, c = step.candidates, belief.confidence
     enters = here & enters & (state.t == 0)
     stood = here & (state.t > 0)
-    changed = jnp.any(enters | stood & (belief.tokens != state.tokens), axis=-1)
-    passes = state.memory.count_pass(step)
-    over = ~changed | jnp.all((c >= sure) | ~here, axis=-1)
-    if least_passes > 1:
-        over = ~changed & (passes >= least_passes)
+    memory = state.memory.after(
+        step, enters | stood & (belief.tokens != state.tokens), least_passes
+    )
+    if least_passes == 1:
+        memory = memory.replace(over=memory.over | jnp.all((c >= sure) | ~here, axis=-1))
     no = jnp.zeros_like(here)
-    memory = Revision(over, passes)
     moved = stood | enters
     # Of all positions, since a row may have a number of its own.
     floor = jnp.broadcast_to(jnp.asarray(floor, c.dtype), c.shape)
