@@ -68,6 +68,11 @@ class GaussianConfig(pretrain_config.PretrainConfig):
             not self.clean_steps,
             f"clean_steps is {self.clean_steps}, but there are no clean copies here. Leave it out.",
         )
+        require(
+            not self.model.block_size,
+            f"model.block_size is {self.model.block_size}, but all positions are decoded together. "
+            "Leave it out.",
+        )
         rate, answers = self.schedule_rate, self.answers
         require(rate > 0, f"schedule_rate is {rate}, but it must be positive")
         require(answers >= 1, f"answers is {answers}, but it must be at least 1")

@@ -18,11 +18,12 @@ from train.mixture import Component, make_pairs
 from train.pretrain_config import PretrainConfig
 from train.run import Run
 from train.setup import export, run_program
+from train.upcycle import query_norms
 from xflow_jax.decoding import MaskPrediction, generate
 from xflow_jax.errors import UserError, require
 from xflow_jax.input_files import to_path
 from xflow_jax.lm import LM, load
-from xflow_jax.models import LLaDAConfig, build, init_params, update_flops
+from xflow_jax.models import LLaDAConfig, SDARConfig, build, init_params, update_flops
 from xflow_jax.sandbox import run_many
 from xflow_jax.tokenizer import chat_ids, load_tokenizer
 from xflow_jax.toml_config import load_toml
@@ -36,8 +37,12 @@ from xflow_jax.training import (
 )
 from xflow_jax.types import Backbone, ModelConfig, Params, PyTree, Tokenizer
 
+# What the model that a run begins with may have otherwise.
+_FREE = {"hf", "max_sequence_length", "max_position_embeddings", "embedding_size", "pad_token_id"}
+_FREE |= {"block_size"}
 
-def make_model_config(config: PretrainConfig, tokenizer: Tokenizer) -> LLaDAConfig:
+
+def make_model_config(config: PretrainConfig, tokenizer: Tokenizer) -> LLaDAConfig | SDARConfig:
     """Builds the configuration of the model.
 
     Args:
@@ -55,16 +60,33 @@ def make_model_config(config: PretrainConfig, tokenizer: Tokenizer) -> LLaDAConf
     mask_id = tokenizer.get_vocab().get("<|mdm_mask|>")
     if mask_id is None:
         raise UserError(f"{config.tokenizer}: the tokenizer has no token <|mdm_mask|>")
+    shape, rows = config.model, -(-len(tokenizer) // 64) * 64
+    length = max(256, *(how.prompt_length + how.gen_length for how in config.components))
+    ids = {
+        "mask_token_id": mask_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if shape.block_size:
+        return SDARConfig(
+            hidden_size=shape.d_model,
+            num_hidden_layers=shape.n_layers,
+            num_attention_heads=shape.n_heads,
+            intermediate_size=shape.mlp_hidden_size,
+            rope_theta=shape.rope_theta,
+            block_size=shape.block_size,
+            vocab_size=rows,
+            max_position_embeddings=length + shape.block_size,
+            **ids,
+        )
+    sizes = dataclasses.asdict(shape)
+    del sizes["block_size"]
     return LLaDAConfig(
-        **dataclasses.asdict(config.model),
+        **sizes,
         vocab_size=len(tokenizer),
-        embedding_size=-(-len(tokenizer) // 64) * 64,
-        mask_token_id=mask_id,
-        eos_token_id=eos_id,
-        pad_token_id=tokenizer.pad_token_id,
-        max_sequence_length=max(
-            256, *(how.prompt_length + how.gen_length for how in config.components)
-        ),
+        embedding_size=rows,
+        max_sequence_length=length,
+        **ids,
     )
 
 
@@ -153,7 +175,8 @@ def train(config: PretrainConfig) -> None:
             task = config.tasks[source.choose(step)]
             is_clean = config.has_clean_copy(step, task)
             state, metrics = (copies if is_clean else whole)(state, batch, key)
-            run.clock.count(metrics, *count_work(model.config, batch, is_clean))
+            has_copy = is_clean or model.config.is_block_causal
+            run.clock.count(metrics, *count_work(model.config, batch, has_copy))
             done, is_last = step + 1, step + 1 == config.steps
             if done % config.log_every == 0:
                 if len(config.tasks) > 1:  # the losses of tasks differ
@@ -219,6 +242,9 @@ def make_data(config: PretrainConfig, tokenizer: Tokenizer) -> tuple[MixedPairs,
 def read_start(path: str, params: Params, model_config: ModelConfig) -> Params:
     """Reads the parameters that a run begins with.
 
+    An SDAR model may begin with a LLaDA model of its sizes. The norms of its queries and keys are
+    new then.
+
     Args:
         path: the model, as in `xflow_jax.load`.
         params: parameters of the run's shapes.
@@ -228,20 +254,24 @@ def read_start(path: str, params: Params, model_config: ModelConfig) -> Params:
         UserError: as `xflow_jax.load`, for another shape, or for a model that computes otherwise.
     """
     start = load(path)
+    read: Params = start.params
+    names = [field.name for field in dataclasses.fields(type(model_config))]
+    if isinstance(start.config, LLaDAConfig) and isinstance(model_config, SDARConfig):
+        blocks = read["blocks"]
+        read = {**read, "blocks": blocks | query_norms(blocks, model_config.head_dim)}
+        names = ["num_heads", "num_kv_heads", "mask_id", "eos_id", "rope_theta"]
     require(
-        jax.tree.map(jnp.shape, start.params) == jax.tree.map(jnp.shape, params),
+        jax.tree.map(jnp.shape, read) == jax.tree.map(jnp.shape, params),
         f"start: {path} has another shape than [model]. Give its sizes there.",
     )
-    free = {"hf", "max_sequence_length", "embedding_size", "pad_token_id"}
-    names = [field.name for field in dataclasses.fields(LLaDAConfig) if field.name not in free]
-    for name in names:
+    for name in [name for name in names if name not in _FREE]:
         there, here = (getattr(config, name, None) for config in (start.config, model_config))
         require(
             there == here,
             f"start: {path} has {name} {there}, and the run {here}. Give the run the same [model] "
             "and tokenizer.",
         )
-    return start.params
+    return read
 
 
 def count_work(

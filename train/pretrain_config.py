@@ -13,7 +13,7 @@ MOST_WORKERS = 512
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """The shape of a LLaDA model. Its vocabulary comes from the tokenizer.
+    """The shape of a LLaDA or SDAR model. Its vocabulary comes from the tokenizer.
 
     Attributes:
         d_model: E.
@@ -21,6 +21,8 @@ class ModelShape:
         n_heads: H.
         mlp_hidden_size: F.
         rope_theta: base of the rotary embedding.
+        block_size: positions of a block of an SDAR model, whose attention is block-causal. 0 makes
+            a LLaDA model, with full attention.
     """
 
     d_model: int = 128
@@ -28,6 +30,13 @@ class ModelShape:
     n_heads: int = 4
     mlp_hidden_size: int = 384
     rope_theta: float = 10000.0
+    block_size: int = 0
+
+    def __post_init__(self) -> None:
+        require(
+            self.block_size >= 0,
+            f"model.block_size is {self.block_size}, but it must not be negative",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ for their effect.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -59,11 +60,7 @@ def upcycle(
     made = _upcycled_config(config, experts)
     names = ("attn_norm", "ff_norm", "q_proj", "k_proj", "v_proj", "attn_out")
     layers = {name: blocks[name] for name in names}
-    for name in ("q", "k"):
-        # RMS of a query or key whose input has unit size, as the norm before it makes it.
-        kernel = blocks[f"{name}_proj"]["kernel"] * blocks["attn_norm"]["scale"][:, :, None]
-        size = jnp.sqrt(jnp.mean(jnp.sum(kernel**2, axis=1), axis=-1, keepdims=True))
-        layers[f"{name}_norm"] = {"scale": jnp.broadcast_to(size, (config.n_layers, made.head_dim))}
+    layers |= query_norms(blocks, made.head_dim)
     mlp = {name: blocks[name] for name in ("ff_proj", "up_proj", "ff_out")}
     copies = {
         name: jnp.repeat(mlp[source]["kernel"][1:, None], experts, axis=1)
@@ -77,6 +74,25 @@ def upcycle(
         "ln_f": params["ln_f"],
         "ff_out": params["ff_out"],
     }, made
+
+
+def query_norms(blocks: Mapping[str, Params], head_dim: int) -> dict[str, dict[str, jax.Array]]:
+    """Makes norms of queries and keys for layers without them.
+
+    Args:
+        blocks: parameters of the layers, of which the sizes of queries and keys are estimated.
+        head_dim: D.
+
+    Returns:
+        The parameters of q_norm and k_norm, scales [layers, D].
+    """
+    norms = {}
+    for name in ("q", "k"):
+        # RMS of a query or key whose input has unit size, as the norm before it makes it.
+        kernel = blocks[f"{name}_proj"]["kernel"] * blocks["attn_norm"]["scale"][:, :, None]
+        size = jnp.sqrt(jnp.mean(jnp.sum(kernel**2, axis=1), axis=-1, keepdims=True))
+        norms[f"{name}_norm"] = {"scale": jnp.broadcast_to(size, (len(kernel), head_dim))}
+    return norms
 
 
 def _upcycled_config(config: LLaDAConfig, experts: int) -> LLaDA2Config:

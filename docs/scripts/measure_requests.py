@@ -50,6 +50,7 @@ def main(path: str) -> None:
     def copies(prompt: jax.Array, real: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows = {"prompt": prompt, "prompt_mask": real, "response": response}
         blocks = jnp.broadcast_to(1 + jnp.asarray(places), response.shape)
+        blocks = jnp.pad(blocks, ((0, 0), (PROMPT, 0)))  # a prompt is block 0
         logits = block_logits(lm.model, lm.params, rows, jnp.full_like(response, mask_id), blocks)
         return cross_entropy(logits, response), logits.argmax(axis=-1) == response
 

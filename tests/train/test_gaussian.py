@@ -65,6 +65,7 @@ def test_a_resumed_run_equals_a_straight_one(tmp_path):
         ("passes=[]", "passes is [], but it must be one or more numbers from 1 on"),
         ("passes=[48, 0]", "passes is [48, 0], but it must be one or more numbers from 1 on"),
         ("block_length=16", "block_length has no use here"),
+        ("model.block_size=16", "model.block_size is 16, but all positions are decoded together."),
         ("clean_steps=9", "clean_steps is 9, but there are no clean copies here. Leave it out."),
     ],
 )

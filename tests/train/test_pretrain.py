@@ -18,7 +18,7 @@ from train import pretrain, self_generate
 from train.mixture import make_pairs
 from train.pretrain_config import PretrainConfig
 from xflow_jax.errors import UserError
-from xflow_jax.lm import read_tasks
+from xflow_jax.lm import load, read_tasks
 from xflow_jax.models import abstract_params, build
 from xflow_jax.tasks import get_task
 from xflow_jax.tokenizer import chat_ids, load_tokenizer
@@ -193,6 +193,29 @@ def test_a_run_begins_with_the_parameters_of_a_model(base, tmp_path):
         np.testing.assert_array_equal(value, tensors(tmp_path / "run")[name], err_msg=name)
 
 
+def test_a_block_causal_model_begins_with_a_llada_model(base, tmp_path):
+    standing = ["steps=1", f"start={base / 'model/hf'}", "rate_points=[[0, 0.0], [1, 0.0]]"]
+    pretrain_small(tmp_path / "run", *standing, "model.block_size=8", "block_length=8")
+    lm = load(tmp_path / "run/hf")
+    assert lm.config.family == "sdar" and lm.config.default_block_length == 8
+    blocks, start = lm.params["blocks"], load(base / "model/hf").params
+    for name in ("q", "k"):
+        norm = blocks.pop(f"{name}_norm")["scale"]
+        assert norm.shape == (1, 8) and (norm > 0).all()
+    jax.tree.map(np.testing.assert_array_equal, lm.params, start)
+    (row,) = (row for row in metrics(tmp_path / "run") if "loss" in row)
+    # An untrained model knows nothing of 352 rows of the table.
+    assert 4 < row["masked_nll"] < 8
+
+    # It goes on from a model of its family as well, which need not have the same blocks.
+    standing[1] = f"start={tmp_path / 'run/hf'}"
+    pretrain_small(tmp_path / "next", *standing, "model.block_size=4", "block_length=8")
+    for name, value in tensors(tmp_path / "run").items():
+        np.testing.assert_array_equal(value, tensors(tmp_path / "next")[name], err_msg=name)
+    with pytest.raises(UserError, match="has another shape than"):
+        pretrain_small(tmp_path / "back", *standing)
+
+
 def test_a_start_of_another_shape_is_refused(base, tmp_path):
     with pytest.raises(UserError, match=r"start: .*hf has another shape than \[model\]"):
         pretrain_small(tmp_path / "run", f"start={base / 'model/hf'}", "model.d_model=8")
@@ -291,6 +314,7 @@ def test_a_mixture_stopped_and_resumed_equals_one_run(tmp_path, monkeypatch):
     [
         (["clean_blocks=[1, 0]"], "clean_blocks is [1, 0], but it must hold lengths of at least 1"),
         (["clean_every=0"], "clean_every is 0, but it must be at least 1"),
+        (["model.block_size=-1"], "model.block_size is -1, but it must not be negative"),
         (
             ['wide_tasks=["latin-square"]'],
             "wide_tasks has latin-square, but tasks has only microcode",

@@ -16,6 +16,7 @@ from xflow_jax.tokenizer import pad_left
 from xflow_jax.training import losses
 from xflow_jax.training.pretraining import (
     block_logits,
+    count_blocks,
     draw_blocks,
     make_pretrain_step,
     response_logits,
@@ -135,7 +136,8 @@ def test_blocks_are_predicted_as_one_by_one(params, batch):
     blocks = np.array([[1, 1, 2, 2, 2, 3], [1, 2, 3, 4, 5, 6], [1] * 6, [1, 2, 2, 2, 2, 2]])
     masked = np.random.default_rng(0).random((4, 6)) < 0.7
     noised = np.where(masked, TOY.mask_id, batch["response"])
-    ours = jax.jit(block_logits, static_argnums=0)(MODEL, params, batch, noised, blocks)
+    padded = np.pad(blocks, ((0, 0), (5, 0)))  # the prompt is block 0
+    ours = jax.jit(block_logits, static_argnums=0)(MODEL, params, batch, noised, padded)
     for row, (prompt, response) in enumerate(rows_of(batch)):
         for block in np.unique(blocks[row]):
             own = blocks[row] == block
@@ -145,8 +147,9 @@ def test_blocks_are_predicted_as_one_by_one(params, batch):
 
 
 def test_grids_of_blocks_begin_anywhere():
-    sizes, blocks = draw_blocks(jax.random.key(0), (1, 4), 64, 10)
-    assert sizes.tolist() == [1, 4] * 32
+    blocks = draw_blocks(jax.random.key(0), jnp.array([1, 4] * 32), 3, 10)
+    assert blocks.shape == (64, 13) and not blocks[:, :3].any()
+    blocks = blocks[:, 3:]
     np.testing.assert_array_equal(blocks[::2], np.tile(np.arange(1, 11), (32, 1)))
     assert set(np.sum(np.asarray(blocks[1::2]) == 1, axis=1).tolist()) == {1, 2, 3, 4}
     for row in np.asarray(blocks[1::2]):
@@ -175,7 +178,7 @@ def test_blocks_behind_clean_copies_have_the_loss_of_their_masks(params, batch):
     step = make_pretrain_step(MODEL, optimizer, optax.constant_schedule(0.8), (3, 1))
     _, metrics = jax.jit(step)(TrainState.create(params, optimizer), batch, jax.random.key(3))
     ratio_key, mask_key, block_key = jax.random.split(key, 3)
-    _, blocks = draw_blocks(block_key, (3, 1), 4, 6)
+    blocks = draw_blocks(block_key, jnp.array([3, 1, 3, 1]), 5, 6)
     sigma = losses.mask_ratios(ratio_key, 4, 0.8).at[1::2].set(1.0)
     masked = losses.draw_masks(mask_key, sigma, 6)
     noised = jnp.where(masked, TOY.mask_id, batch["response"])
@@ -185,7 +188,61 @@ def test_blocks_behind_clean_copies_have_the_loss_of_their_masks(params, batch):
     np.testing.assert_allclose(metrics["loss"], want, rtol=1e-5)
 
 
-def test_models_with_blocks_of_their_own_get_no_clean_copies():
-    model = golden_lm("sdar_tiny").model
-    with pytest.raises(UserError, match="for models with full attention"):
-        make_pretrain_step(model, optax.sgd(0.0), optax.constant_schedule(1.0), (1,))
+@pytest.mark.parametrize("size", [1, 3, 4, 16])
+def test_blocks_of_a_block_causal_model_are_those_of_a_decode(batch, size):
+    """The first block of a response may begin in its prompt. All see what they see in a decode."""
+    lm = golden_lm("sdar_tiny")
+    response = batch["response"]
+    noised = np.where(
+        np.random.default_rng(0).random(response.shape) < 0.7, lm.config.mask_id, response
+    )
+    blocks = count_blocks(jnp.full(4, size), batch["prompt_mask"], 6)
+    ours = jax.jit(block_logits, static_argnums=(0, 5))(
+        lm.model, lm.params, batch, noised, blocks, min(size - 1, 5)
+    )
+    whole = jax.jit(lm.model.apply, static_argnums=3)
+    for row, (prompt, clean) in enumerate(rows_of(batch)):
+        number = (len(prompt) + np.arange(6)) // size
+        for block in np.unique(number):
+            own = number == block
+            tokens = np.where(own, noised[row], clean)  # later blocks have no effect
+            text, real = pad_left([np.concatenate([prompt, tokens])], TOY.pad_id, 11)
+            want = whole({"params": lm.params}, text, real, size)[0, -6:]
+            np.testing.assert_allclose(ours[row][own], want[own], atol=1e-4)
+
+
+def test_the_end_of_a_prompt_counts_in_the_first_block(batch):
+    """The loss is that of the draws of the step's key. More of the prompt would change nothing."""
+    lm, optimizer, key = golden_lm("sdar_tiny"), optax.sgd(0.0), jax.random.key(3)
+    step = make_pretrain_step(lm.model, optimizer, optax.constant_schedule(1.0), (4, 1))
+    _, metrics = jax.jit(step)(TrainState.create(lm.params, optimizer), batch, key)
+    ratio_key, mask_key, _ = jax.random.split(jax.random.fold_in(key, 0), 3)
+    sigma = losses.mask_ratios(ratio_key, 4, 1.0).at[1::2].set(1.0)
+    masked = losses.draw_masks(mask_key, sigma, 6)
+    noised = jnp.where(masked, lm.config.mask_id, batch["response"])
+    blocks = count_blocks(jnp.array([4, 1, 4, 1]), batch["prompt_mask"], 6)
+    logits = jax.jit(block_logits, static_argnums=(0, 5))(
+        lm.model, lm.params, batch, noised, blocks, 5
+    )
+    want = losses.diffusion_loss(losses.cross_entropy(logits, batch["response"]), masked, sigma)
+    np.testing.assert_allclose(metrics["loss"], want, rtol=1e-5)
+
+
+def test_a_block_causal_model_is_trained_in_its_own_blocks(batch):
+    lm, optimizer = golden_lm("sdar_tiny"), optax.sgd(0.0)
+    state = TrainState.create(lm.params, optimizer)
+    losses_of = {
+        blocks: jax.jit(
+            make_pretrain_step(lm.model, optimizer, optax.constant_schedule(1.0), blocks)
+        )(state, batch, jax.random.key(0))[1]["loss"]
+        for blocks in ((), (lm.config.block_size,), (2,))
+    }
+    own, given, other = losses_of.values()
+    assert own == given != other
+
+
+def test_models_that_shift_their_logits_get_no_clean_copies():
+    model = golden_lm("fastdllm2_tiny").model
+    for blocks in ((), (1,)):
+        with pytest.raises(UserError, match="for models whose logits are not shifted"):
+            make_pretrain_step(model, optax.sgd(0.0), optax.constant_schedule(1.0), blocks)

@@ -11,6 +11,7 @@ from xflow_jax.models.config import (
     LLaDA2Config,
     LLaDAConfig,
     LLaDAMoEConfig,
+    SDARConfig,
     model_config,
 )
 from xflow_jax.models.factory import abstract_params, abstract_weights, build, init_params
@@ -47,6 +48,7 @@ __all__ = [
     "LoraConfig",
     "PRESETS",
     "SCALE",
+    "SDARConfig",
     "abstract_params",
     "abstract_weights",
     "attend",

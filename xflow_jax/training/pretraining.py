@@ -51,49 +51,78 @@ def block_logits(
     params: Params,
     batch: Batch,
     noised: Int[Array, "B N"],
-    blocks: Int[Array, "B N"],
+    blocks: Int[Array, "B L"],
+    shared: int = 0,
 ) -> Float[Array, "B N V"]:
     """Computes the logits of noised responses, block by block.
 
-    A block is predicted from the prompt and the clean blocks before it. One pass over the noised
-    response, the prompt and the clean response computes all blocks (block_copies.py).
+    A block is predicted from the clean blocks before it. One pass over the noised response, the
+    prompt and the clean response computes all blocks (block_copies.py).
 
     Args:
-        model: the model, with full attention and no shift.
+        model: the model, whose logits are not shifted.
         params: its parameters.
         batch: as in `make_pretrain_step`.
         noised: responses with masks.
-        blocks: block number of each position, from 1.
+        blocks: block number of each of the L = P + N positions.
+        shared: most positions of a prompt in the block with which its response begins.
     """
     prompt, real = batch["prompt"], batch["prompt_mask"]
     n, p = noised.shape[1], prompt.shape[1]
-    tokens = jnp.concatenate([noised, prompt, batch["response"]], axis=1)
-    mask = jnp.pad(real, ((0, 0), (n, n)), constant_values=True)
-    allowed = block_copies_mask(blocks, jnp.pad(blocks, ((0, 0), (p, 0))))  # a prompt is block 0
-    positions = jnp.concatenate([p + jnp.arange(n), jnp.arange(p + n)])
+    begin = p - shared
+    tokens = jnp.concatenate([prompt[:, begin:], noised, prompt, batch["response"]], axis=1)
+    mask = jnp.pad(real, ((0, 0), (0, n)), constant_values=True)
+    allowed = block_copies_mask(blocks[:, begin:], blocks)
+    places = jnp.arange(p + n)
     x = model.apply({"params": params}, tokens, method="embed")
-    hidden = model.apply({"params": params}, x, mask, None, allowed, positions, method="hidden")
-    return model.apply({"params": params}, hidden[:, :n], method="head")
+    hidden = model.apply(
+        {"params": params},
+        x,
+        jnp.concatenate([mask[:, begin:], mask], axis=1),
+        None,
+        allowed,
+        jnp.concatenate([places[begin:], places]),
+        method="hidden",
+    )
+    return model.apply({"params": params}, hidden[:, shared : shared + n], method="head")
 
 
 def draw_blocks(
-    key: Key[Array, ""], block_lengths: Sequence[int], rows: int, length: int
-) -> tuple[Int[Array, " B"], Int[Array, "B N"]]:
-    """Draws a grid of blocks for each row.
+    key: Key[Array, ""], sizes: Int[Array, " B"], prompt_length: int, length: int
+) -> Int[Array, "B L"]:
+    """Draws a grid of blocks for each row of a model with full attention.
 
     Args:
         key: a random key.
-        block_lengths: positions of a block, for one row after another.
-        rows: B.
+        sizes: positions of a block of each row.
+        prompt_length: P.
         length: N, positions of a response.
 
     Returns:
-        (positions of a block of each row, block number of each position, from 1). The first block
-        may be shorter, so that blocks end anywhere.
+        Block number of each of the L = P + N positions. A prompt is block 0. The first block of a
+        response may be shorter, so that blocks end anywhere.
     """
-    sizes = jnp.resize(jnp.asarray(block_lengths), (rows,))
-    first = jax.random.randint(key, (rows,), 0, sizes)
-    return sizes, 1 + (jnp.arange(length)[None, :] + first[:, None]) // sizes[:, None]
+    first = jax.random.randint(key, sizes.shape, 0, sizes)
+    blocks = 1 + (jnp.arange(length)[None, :] + first[:, None]) // sizes[:, None]
+    return jnp.pad(blocks, ((0, 0), (prompt_length, 0)))
+
+
+def count_blocks(
+    sizes: Int[Array, " B"], prompt_mask: Bool[Array, "B P"], length: int
+) -> Int[Array, "B L"]:
+    """Counts blocks from the first token of each row, as a block-causal model does.
+
+    Args:
+        sizes: positions of a block of each row.
+        prompt_mask: False at padding.
+        length: N, positions of a response.
+
+    Returns:
+        Block number of each of the L = P + N positions, 0 at padding.
+    """
+    padding = jnp.sum(~prompt_mask, axis=1, keepdims=True)
+    places = jnp.arange(prompt_mask.shape[1] + length)[None, :] - padding
+    return jnp.maximum(places, 0) // sizes[:, None]
 
 
 def _loss_of_masks(
@@ -137,28 +166,33 @@ def make_block_loss(model: Backbone, block_lengths: Sequence[int]) -> PretrainLo
     is masked everywhere, which is next-token prediction.
 
     Args:
-        model: a model with full attention.
+        model: the model. If it is block-causal, blocks count from the first token of a row.
         block_lengths: positions of a block, for one row of the batch after another.
 
     Raises:
-        UserError: if the model is block-causal or shifts its logits.
+        UserError: if the model shifts its logits.
     """
     require(
-        not model.config.is_block_causal and not model.config.logits_shift,
-        "clean copies are for models with full attention whose logits are not shifted",
+        not model.config.logits_shift, "clean copies are for models whose logits are not shifted"
     )
+    causal = model.config.is_block_causal
 
     def loss_fn(
         params: Params, batch: Batch, key: jax.Array, largest: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         ratio_key, mask_key, block_key = jax.random.split(key, 3)
-        response = batch["response"]
-        sizes, blocks = draw_blocks(block_key, block_lengths, *response.shape)
-        sigma = jnp.where(sizes == 1, 1.0, losses.mask_ratios(ratio_key, len(response), largest))
-        masked = losses.draw_masks(mask_key, sigma, response.shape[1])
+        response, prompt_mask = batch["response"], batch["prompt_mask"]
+        (rows, n), p = response.shape, prompt_mask.shape[1]
+        sizes = jnp.resize(jnp.asarray(block_lengths), (rows,))
+        if causal:
+            blocks, shared = count_blocks(sizes, prompt_mask, n), min(max(block_lengths) - 1, p)
+        else:
+            blocks, shared = draw_blocks(block_key, sizes, p, n), 0
+        sigma = jnp.where(sizes == 1, 1.0, losses.mask_ratios(ratio_key, rows, largest))
+        masked = losses.draw_masks(mask_key, sigma, n)
         noised = jnp.where(masked, model.config.mask_id, response)
-        nll = losses.cross_entropy(block_logits(model, params, batch, noised, blocks), response)
-        return _loss_of_masks(nll, masked, sigma)
+        logits = block_logits(model, params, batch, noised, blocks, shared)
+        return _loss_of_masks(losses.cross_entropy(logits, response), masked, sigma)
 
     return loss_fn
 
@@ -176,14 +210,16 @@ def make_pretrain_step(
         optimizer: the optimiser of its parameters.
         largest_sigma: step -> largest masking ratio. It is 1 for Eq. 1 itself, and lower at first
             in a curriculum.
-        block_lengths: blocks that are predicted behind clean copies, as in `make_block_loss`, or
-            empty for masks anywhere in the response.
+        block_lengths: blocks that are predicted behind clean copies, as in `make_block_loss`. If
+            empty, those of a block-causal model, and masks anywhere in the response of another.
 
     Returns:
         step(state, batch, key) -> (state, metrics). The batch holds "prompt" int [B, P],
         "prompt_mask" bool [B, P], False at the padding on the left, and "response" int [B, N]. The
         step folds its number into the key, so one key serves a complete run.
     """
+    if model.config.is_block_causal and not block_lengths:
+        block_lengths = (model.config.default_block_length,)
     loss_fn = make_block_loss(model, block_lengths) if block_lengths else make_response_loss(model)
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
