@@ -62,11 +62,6 @@ def make_model_config(config: PretrainConfig, tokenizer: Tokenizer) -> LLaDAConf
         raise UserError(f"{config.tokenizer}: the tokenizer has no token <|mdm_mask|>")
     shape, rows = config.model, -(-len(tokenizer) // 64) * 64
     length = max(256, *(how.prompt_length + how.gen_length for how in config.components))
-    ids = {
-        "mask_token_id": mask_id,
-        "eos_token_id": eos_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
     if shape.block_size:
         return SDARConfig(
             hidden_size=shape.d_model,
@@ -76,17 +71,23 @@ def make_model_config(config: PretrainConfig, tokenizer: Tokenizer) -> LLaDAConf
             rope_theta=shape.rope_theta,
             block_size=shape.block_size,
             vocab_size=rows,
+            mask_token_id=mask_id,
+            eos_token_id=eos_id,
+            pad_token_id=tokenizer.pad_token_id,
             max_position_embeddings=length + shape.block_size,
-            **ids,
         )
-    sizes = dataclasses.asdict(shape)
-    del sizes["block_size"]
     return LLaDAConfig(
-        **sizes,
+        d_model=shape.d_model,
+        n_layers=shape.n_layers,
+        n_heads=shape.n_heads,
+        mlp_hidden_size=shape.mlp_hidden_size,
+        rope_theta=shape.rope_theta,
         vocab_size=len(tokenizer),
         embedding_size=rows,
+        mask_token_id=mask_id,
+        eos_token_id=eos_id,
+        pad_token_id=tokenizer.pad_token_id,
         max_sequence_length=length,
-        **ids,
     )
 
 
@@ -253,9 +254,10 @@ def read_start(path: str, params: Params, model_config: ModelConfig) -> Params:
     Raises:
         UserError: as `xflow_jax.load`, for another shape, or for a model that computes otherwise.
     """
+    assert isinstance(model_config, LLaDAConfig | SDARConfig)
     start = load(path)
     read: Params = start.params
-    names = [field.name for field in dataclasses.fields(type(model_config))]
+    names = [field.name for field in dataclasses.fields(model_config)]
     if isinstance(start.config, LLaDAConfig) and isinstance(model_config, SDARConfig):
         blocks = read["blocks"]
         read = {**read, "blocks": blocks | query_norms(blocks, model_config.head_dim)}

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests.family_helpers import golden_lm
 from tests.helpers import toy
 from xflow_jax.decoding.decode import decode, embed
 from xflow_jax.decoding.rules.parsing import parse_rule_ranges
@@ -20,7 +21,12 @@ from xflow_jax.training import losses, trajectory
 from xflow_jax.training.alignment import AlignmentConfig
 from xflow_jax.training.alignment_program import begin_trajectories
 from xflow_jax.training.alignment_step import make_align_step
-from xflow_jax.training.trajectory import TrajectoryConfig, begin_decodes, parse_makers
+from xflow_jax.training.trajectory import (
+    TrajectoryConfig,
+    begin_decodes,
+    decode_rows,
+    parse_makers,
+)
 from xflow_jax.training.trajectory_loss import make_trajectory_loss
 
 B, P, N, PASSES = 4, 5, 8, 3
@@ -97,6 +103,115 @@ def test_a_live_decode_is_a_decode(rule, block_length):
     assert ended.all()
 
 
+EOS_AT = (8, 2, 8, 5)  # 8: a response without EOS
+
+
+def causal_batch(lm) -> dict[str, jax.Array]:
+    """Returns responses that end at EOS_AT."""
+    batch = batch_of()
+    response = np.asarray(batch["response"]) % 11 + 20  # away from special tokens
+    prompt = jnp.asarray(np.asarray(batch["prompt"]) % 11 + 20)
+    response = np.where(np.arange(N) < np.array(EOS_AT)[:, None], response, lm.config.eos_id)
+    return batch | {"prompt": prompt, "response": jnp.asarray(response)}
+
+
+def causal_config(*rules, **more):
+    config = config_of(*rules, **more)
+    options = dataclasses.replace(config.trajectory, block_lengths=(0,))
+    return dataclasses.replace(config, trajectory=options, block_length=4)
+
+
+def test_blocks_of_all_rows_begin_at_the_same_places():
+    lm = golden_lm("sdar_tiny")
+    batch = causal_batch(lm)
+    moved = decode_rows(batch, 4, lm.config.eos_id)
+    assert moved["response"].shape == moved["fill"].shape == (B, 12)
+    for row, lengths in enumerate((5, 2, 5, 5)):
+        shared = lengths % 4
+        before = np.concatenate([batch["prompt"][row, P - lengths :], batch["response"][row]])
+        text = np.concatenate([moved["prompt"][row], moved["response"][row]])
+        real = np.concatenate([moved["prompt_mask"][row], np.ones(12, bool)])
+        first = P - (lengths - shared)
+        assert real.tolist() == [False] * first + [True] * (P + 12 - first)
+        np.testing.assert_array_equal(text[first : first + len(before)], before)
+        assert (text[first + len(before) :] == lm.config.eos_id).all()
+        end = shared + min(EOS_AT[row], N - 1)
+        wanted = [shared <= place <= end // 4 * 4 + 3 for place in range(12)]
+        assert moved["fill"][row].tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    "rule", [FLOW, pytest.param("flow:jump=0.3,creep=0.2,early_exit=true", marks=pytest.mark.slow)]
+)
+def test_the_blocks_of_a_block_causal_model_decode_at_once(rule):
+    """With constant parameters each is the last block of a decode behind the clean target."""
+    lm, config = golden_lm("sdar_tiny"), causal_config(rule)
+    batch, parsed = causal_batch(lm), parse_rule_ranges(rule)[0]
+    loss = jax.jit(make_trajectory_loss(lm.model, config))
+    live, states = start(lm, config).live, []
+    for step in range(PASSES):
+        _, (metrics, live) = loss(lm.params, batch, live, jax.random.key(step))
+        states.append(live[0])
+    assert metrics["ended"] == 1 and live[0].over.all()
+    run, keys = jax.jit(decode, static_argnums=(0, 2, 3)), jax.random.split(jax.random.key(0), 1)
+    fill = np.asarray(live[0].fill).reshape(B, 3, 4)
+    seen = 0
+    for row in range(B):
+        prompt = np.asarray(batch["prompt"][row])[np.asarray(batch["prompt_mask"][row])]
+        text = np.concatenate([prompt, batch["response"][row]])
+        for block in range(3):
+            here = np.flatnonzero(fill[row, block])
+            if not here.size:  # no decode: the response ended before
+                continue
+            begin = len(prompt) // 4 * 4 + 4 * block + here[0]
+            # The decode fills the rest of this block, and a few positions of the next one.
+            left, mask = (
+                np.pad(x, (P + 12 - begin, 0))[None] for x in (text[:begin], np.ones(begin, bool))
+            )
+            decode_config = DecodeConfig(
+                len(here), 4, PASSES, early_exit=True, trace=True, block_causal=True
+            )
+            final, _ = run(lm.model, lm.params, parsed, decode_config, left, mask, keys)
+            ours = np.asarray(states[-1].state.tokens).reshape(B, 3, 4)[row, block, here]
+            np.testing.assert_array_equal(ours, final.tokens[0, : len(here)])
+            passes = 1 + next(i for i, s in enumerate(states) if s.over.reshape(B, 3)[row, block])
+            assert passes == int(final.forward_passes[0])
+            seen += 1
+    assert seen == 10
+
+
+def test_only_blocks_under_way_count_in_the_loss():
+    lm, config = golden_lm("sdar_tiny"), causal_config(FLOW, freeze_embedding=False)
+    batch, loss = causal_batch(lm), jax.jit(make_trajectory_loss(lm.model, config))
+    _, (_, (live,)) = loss(lm.params, batch, start(lm, config).live, jax.random.key(0))
+    over = np.asarray(live.over).reshape(B, 3).copy()
+    over[0, 0] = True
+    live = dataclasses.replace(live, over=jnp.asarray(over.ravel()))
+    ours, (_, (after,)) = loss(lm.params, batch, (live,), jax.random.key(1))
+    rows = decode_rows(batch, 4, lm.config.eos_id)
+    x = live.state.x.reshape(B, 12, -1)
+    total, count = 0.0, 0
+    for block in range(3):
+        # The clean text up to the block, then its states. Nothing attends to what is behind.
+        variables = {"params": lm.params}
+        tokens = jnp.concatenate([rows["prompt"], rows["response"]], axis=1)
+        clean = lm.model.apply(variables, tokens, method="embed")
+        at = slice(P + 4 * block, P + 4 * block + 4)
+        inputs = clean.at[:, at].set(x[:, 4 * block : 4 * block + 4])
+        real = jnp.concatenate([rows["prompt_mask"], jnp.ones((B, 12), bool)], axis=1)
+        number = (jnp.arange(P + 12) - P) // 4
+        allowed = (number[None, :] <= number[:, None])[None]
+        hidden = lm.model.apply(variables, inputs, real, None, allowed, method="hidden")[:, at]
+        logits = lm.model.apply(variables, hidden, method="head")
+        nll = losses.cross_entropy(logits, rows["response"][:, 4 * block : 4 * block + 4])
+        counted = np.asarray(live.fill).reshape(B, 3, 4)[:, block] & ~over[:, block, None]
+        total, count = total + float(nll[counted].sum()), count + counted.sum()
+    np.testing.assert_allclose(ours, total / count, rtol=1e-4)
+    # A block that is over stays as it is.
+    np.testing.assert_array_equal(after.state.x[0], live.state.x[0])
+    assert np.abs(after.state.x - live.state.x)[1:].max() > 0.01
+
+
 def test_the_loss_is_the_cross_entropy_at_the_states_as_they_are():
     lm, config = toy(), config_of(FLOW, error=0.5, freeze_embedding=False)
     batch, loss = batch_of(), make_trajectory_loss(lm.model, config)
@@ -152,7 +267,7 @@ def test_decodes_begin_with_a_share_of_their_target():
     lm, batch = toy(), batch_of()
     (maker,) = parse_makers([DRAWN], lm.config)
     key, mask_id = jax.random.key(3), lm.config.mask_id
-    args = maker, batch, key, lm.params, mask_id
+    args = maker, decode_rows(batch, 0, lm.config.eos_id), key, lm.params, mask_id
     empty, some = begin_decodes(*args), begin_decodes(*args, (0.3, 0.7))
     np.testing.assert_array_equal(empty.state.tokens, mask_id)
     stands = np.asarray(some.state.t == 1)
@@ -171,7 +286,8 @@ def test_a_decode_that_has_left_its_target_is_over(most_wrong, over):
     loss = jax.jit(make_trajectory_loss(lm.model, config))
     batch = batch_of()
     (live,) = start(lm, config).live
-    live = dataclasses.replace(live, batch=batch, over=jnp.zeros(B, bool))
+    rows = decode_rows(batch, 0, lm.config.eos_id)
+    live = dataclasses.replace(live, batch=rows, over=jnp.zeros(B, bool))
     wrong = jnp.where(jnp.arange(N) < 2, (batch["response"] + 1) % 20, lm.config.mask_id)
     t = jnp.broadcast_to((jnp.arange(N) < 2).astype(jnp.float32), (B, N))
     x = embed(lm.params, wrong)

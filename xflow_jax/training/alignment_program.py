@@ -29,6 +29,7 @@ from xflow_jax.training.trajectory import (
     LiveDecodes,
     TrajectoryState,
     begin_decodes,
+    decode_rows,
 )
 from xflow_jax.training.trajectory_loss import make_makers
 from xflow_jax.types import ModelConfig, Params
@@ -104,15 +105,21 @@ def begin_trajectories(
         "prompt_mask": jnp.zeros(shapes[0], bool),
         "response": jnp.zeros(shapes[1], jnp.int32),
     }
+    empty = decode_rows(empty, config.block_length, model_config.eos_id)
     live: list[LiveDecodes | None] = []
     for maker, _ in make_makers(model_config, config):
         if maker is None:
             live.append(None)
             continue
         decodes = begin_decodes(
-            maker, empty, jax.random.key(config.seed), params, model_config.mask_id
+            maker,
+            empty,
+            jax.random.key(config.seed),
+            params,
+            model_config.mask_id,
+            block_length=config.block_length,
         )
-        live.append(dataclasses.replace(decodes, over=jnp.ones(rows, bool)))
+        live.append(dataclasses.replace(decodes, over=jnp.ones_like(decodes.over)))
     return TrajectoryState(state.step, state.params, state.opt_state, tuple(live))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from xflow_jax.types import Array, Bool, Int
+from xflow_jax.types import Array, Backbone, Bool, Float, Int, Params
 
 
 def block_copies_mask(
@@ -33,3 +33,44 @@ def block_copies_mask(
         jnp.concatenate([jnp.zeros_like(source == own_key), source_key <= source], axis=-1),
     ]
     return jnp.concatenate(rows, axis=-2)
+
+
+def block_hidden(
+    model: Backbone,
+    variables: dict[str, Params],
+    x: Float[Array, "B M E"],
+    tokens: Int[Array, "B L"],
+    block_length: int,
+    mask: Bool[Array, "B L"] | None = None,
+) -> Float[Array, "B M E"]:
+    """Computes the hidden states that predict the last M positions, block by block.
+
+    A position is predicted from its noised block and the clean blocks before it.
+
+    Args:
+        model: the model.
+        variables: its variables.
+        x: inputs of the noised copy. A block begins at the first of them.
+        tokens: the clean text.
+        block_length: positions of a block.
+        mask: real tokens of the clean text. Padding is before the M positions.
+    """
+    length, noised = tokens.shape[1], x.shape[1]
+    first = length - noised
+    clean_x = model.apply(variables, tokens, method="embed")
+    both = jnp.concatenate([x.astype(clean_x.dtype), clean_x], axis=1)
+    if mask is not None:
+        mask = jnp.concatenate([mask[:, first:], mask], axis=1)
+    places = jnp.arange(length)
+    blocks = (places - first) // block_length
+    allowed = block_copies_mask(blocks[first:], blocks)[None]
+    positions = jnp.concatenate([places[first:], places])
+    hidden = model.apply(variables, both, mask, None, allowed, positions, method="hidden")
+    own, clean = hidden[:, :noised], hidden[:, noised:]
+    if not model.config.logits_shift:
+        return own
+    # The row before a block's first position belongs to a block that is finished, so it is clean.
+    starts = jnp.arange(noised) % block_length == 0
+    clean = jnp.roll(clean, 1, axis=1)[:, first:]
+    before = jnp.where(starts[None, :, None], clean, jnp.roll(own, 1, axis=1))
+    return before if first else before.at[:, 0].set(own[:, 0])

@@ -218,8 +218,9 @@ def make_pretrain_step(
         "prompt_mask" bool [B, P], False at the padding on the left, and "response" int [B, N]. The
         step folds its number into the key, so one key serves a complete run.
     """
-    if model.config.is_block_causal and not block_lengths:
-        block_lengths = (model.config.default_block_length,)
+    own = model.config.default_block_length
+    if model.config.is_block_causal and own and not block_lengths:
+        block_lengths = (own,)
     loss_fn = make_block_loss(model, block_lengths) if block_lengths else make_response_loss(model)
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:

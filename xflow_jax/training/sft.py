@@ -15,7 +15,7 @@ from xflow_jax.models import make_head, shift_rows
 from xflow_jax.training import losses
 from xflow_jax.training.alignment import LossFn, model_variables
 from xflow_jax.training.alignment_loss import chunked_cross_entropy
-from xflow_jax.training.block_copies import block_copies_mask
+from xflow_jax.training.block_copies import block_hidden
 from xflow_jax.training.config import TrainingConfig, check_block_length
 from xflow_jax.training.gradients import mean_gradients
 from xflow_jax.training.state import Batch, TrainState
@@ -109,7 +109,8 @@ def make_sft_loss(model: Backbone, config: SFTConfig) -> LossFn:
         masked, sigma = draw_response_noise(key, response, block_length)
         noised = jnp.where(masked, model.config.mask_id, tokens)
         if block_length:
-            hidden = block_hidden(model, variables, tokens, noised, block_length)
+            x = model.apply(variables, noised, method="embed")
+            hidden = block_hidden(model, variables, x, tokens, block_length)
         else:
             hidden = full_hidden(model, variables, noised)
         head = make_head(variables["params"])
@@ -192,36 +193,3 @@ def full_hidden(
     x = model.apply(variables, noised, method="embed")
     hidden = model.apply(variables, x, method="hidden")
     return shift_rows(hidden, jnp.ones_like(noised, bool)) if model.config.logits_shift else hidden
-
-
-def block_hidden(
-    model: Backbone,
-    variables: dict[str, Params],
-    tokens: Int[Array, "B L"],
-    noised: Int[Array, "B L"],
-    block_length: int,
-) -> Float[Array, "B L E"]:
-    """Computes the hidden states that predict each position, block by block.
-
-    A position is predicted from its noised block and the clean blocks before it.
-
-    Args:
-        model: the model.
-        variables: its variables.
-        tokens: prompts and responses.
-        noised: the same with masks.
-        block_length: positions of a block.
-    """
-    length = tokens.shape[1]
-    x = model.apply(variables, jnp.concatenate([noised, tokens], axis=1), method="embed")
-    positions = jnp.tile(jnp.arange(length), 2)
-    blocks = jnp.arange(length) // block_length
-    allowed = block_copies_mask(blocks, blocks)[None]
-    hidden = model.apply(variables, x, None, None, allowed, positions, method="hidden")
-    own, clean = hidden[:, :length], hidden[:, length:]
-    if not model.config.logits_shift:
-        return own
-    # The row before a block's first position belongs to a block that is finished, so it is clean.
-    starts = jnp.arange(length) % block_length == 0
-    before = jnp.where(starts[None, :, None], jnp.roll(clean, 1, axis=1), jnp.roll(own, 1, axis=1))
-    return before.at[:, 0].set(own[:, 0])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import no_type_check
+from typing import TypeVar, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,6 @@ from xflow_jax.decoding import (
     DecodeState,
     Rule,
     Step,
-    block_layout,
     commit_tokens,
     embed,
     make_schedule,
@@ -34,7 +33,9 @@ from xflow_jax.decoding import (
 )
 from xflow_jax.errors import require
 from xflow_jax.training.state import Batch, TrainState
-from xflow_jax.types import Array, Float, Int, Key, ModelConfig, Params
+from xflow_jax.types import Array, Bool, Float, Int, Key, ModelConfig, Params
+
+T = TypeVar("T")
 
 MASKED = "masked"  # a group of rows whose states are those of Eq. 11
 
@@ -48,13 +49,13 @@ class TrajectoryConfig:
             may have a range, "flow:reedit=always,jump=0.3..0.9". Each decode draws its own number
             from it. "masked" stands for the states of Eq. 11.
         block_lengths: positions of a block of the decodes, one number for all rules or one for
-            each. 0 stands for that of the alignment, or for one block.
+            each. 0 stands for one block. A block-causal model has its own.
         passes: most passes of a block.
         error: weight of the squared error of Eq. 12 beside the cross-entropy.
         revealed: smallest and largest share of the target that stands when a decode begins. Each
             decode draws its own share.
-        most_wrong: share of the response whose tokens may differ from the target. A decode with
-            more of them is replaced by a new request, since its state has begun another answer.
+        most_wrong: share of the positions whose tokens may differ from the target. A decode with
+            more of them is over, since its state has begun another answer.
 
     Raises:
         UserError: if a value is out of range.
@@ -163,15 +164,18 @@ def _check_numbers(text: str, maker: StateMaker) -> None:
 @no_type_check  # of the fields, since transforms of trees put other leaves there
 @struct.dataclass
 class LiveDecodes:
-    """Decodes under way, one a row.
+    """Decodes under way.
+
+    A row of the batch is one decode of its N positions. With a block-causal model it is K of them,
+    one for each block, and N is the length of a block. R = B K.
 
     Attributes:
-        batch: their requests and targets, "prompt", "prompt_mask" and "response".
-        state: their states.
-        block: the active block, int [B, 1].
-        index: steps in it so far, int [B, 1].
-        numbers: option of the rule -> number of each decode, float32 [B, 1].
-        over: True if a new request replaces the decode, bool [B].
+        batch: requests and targets, as from `decode_rows`.
+        state: the states, [R, N].
+        block: the active block, int [R, 1].
+        index: steps in it so far, int [R, 1].
+        numbers: option of the rule -> number of each decode, float32 [R, 1].
+        over: True at decodes that have ended, bool [R].
     """
 
     batch: Batch
@@ -180,6 +184,21 @@ class LiveDecodes:
     index: jax.Array
     numbers: dict[str, jax.Array]
     over: jax.Array
+
+    @property
+    def target(self) -> Int[Array, "R N"]:
+        """The tokens that the decodes should write."""
+        return self.batch["response"].reshape(self.over.shape[0], -1)
+
+    @property
+    def fill(self) -> Bool[Array, "R N"]:
+        """True at positions that the decodes fill."""
+        return self.batch["fill"].reshape(self.over.shape[0], -1)
+
+    @property
+    def row_over(self) -> Bool[Array, " B"]:
+        """True at rows without a decode under way, which take a new request."""
+        return jnp.all(self.over.reshape(self.batch["response"].shape[0], -1), axis=1)
 
 
 @no_type_check  # of the fields, since transforms of trees put other leaves there
@@ -194,6 +213,46 @@ class TrajectoryState(TrainState):
     live: tuple[LiveDecodes | None, ...] = ()
 
 
+def decode_rows(batch: Batch, block_length: int, eos_id: int) -> Batch:
+    """Finds the positions that decodes fill.
+
+    The blocks of a block-causal model count from the first token of a row. So its rows are moved
+    until all responses begin in a block that begins at the same place.
+
+    Args:
+        batch: as in `make_pretrain_step`.
+        block_length: positions of a block of a block-causal model, or 0.
+        eos_id: id of EOS.
+
+    Returns:
+        The batch with "fill" bool [B, N], True at positions that a decode fills. With blocks,
+        "prompt" ends at the block with which the response begins. "response" is K whole blocks,
+        with the end of the prompt in the first one and EOS behind the response. A decode fills the
+        blocks up to the first EOS.
+    """
+    if not block_length:
+        return batch | {"fill": jnp.ones_like(batch["response"], bool)}
+    (b, n), p = batch["response"].shape, batch["prompt"].shape[1]
+    length = (n + 2 * block_length - 2) // block_length * block_length
+    shared = jnp.sum(batch["prompt_mask"], axis=1, keepdims=True) % block_length
+    source = jnp.arange(p + length)[None, :] - shared
+    end = jnp.full((b, length - n), eos_id, batch["response"].dtype)
+    tokens = jnp.concatenate([batch["prompt"], batch["response"], end], axis=1)
+    real = jnp.pad(batch["prompt_mask"], ((0, 0), (0, length)), constant_values=True)
+    tokens, real = (jnp.take_along_axis(x, jnp.maximum(source, 0), axis=1) for x in (tokens, real))
+    is_end = (tokens == eos_id) & (source >= p)
+    # The response ends at `n` if it has no EOS, and then its last block is filled to the end.
+    ends = jnp.where(jnp.any(is_end, axis=1), jnp.argmax(is_end, axis=1) - p, length)[:, None]
+    ends = jnp.minimum(ends, shared + n - 1)
+    places = jnp.arange(length)[None, :]
+    return {
+        "prompt": tokens[:, :p],
+        "prompt_mask": real[:, :p] & (source[:, :p] >= 0),
+        "response": tokens[:, p:],
+        "fill": (places >= shared) & (places // block_length <= ends // block_length),
+    }
+
+
 def begin_decodes(
     maker: StateMaker,
     batch: Batch,
@@ -201,44 +260,54 @@ def begin_decodes(
     params: Params,
     mask_id: int,
     revealed: tuple[float, float] = (0.0, 0.0),
+    block_length: int = 0,
 ) -> LiveDecodes:
-    """Begins a decode for each request of a batch.
+    """Begins a decode for each request of a batch, or for each block of a block-causal model.
 
     Args:
         maker: the rule.
-        batch: requests and targets.
+        batch: requests and targets, as from `decode_rows`.
         key: a random key.
         params: parameters of the model, of which the embedding table is read.
         mask_id: id of the mask token.
         revealed: smallest and largest share of the target that stands from the beginning.
+        block_length: positions of a block of a block-causal model, or 0.
 
     Returns:
         The decodes before their first pass.
     """
-    b, n = batch["response"].shape
+    n = block_length or batch["response"].shape[1]
+    target, fill = batch["response"].reshape(-1, n), batch["fill"].reshape(-1, n)
+    rows = len(target)
     share_key, token_key = jax.random.split(jax.random.fold_in(key, 1))
-    share = jax.random.uniform(share_key, (b, 1), minval=revealed[0], maxval=revealed[1])
-    stands = jax.random.uniform(token_key, (b, n)) < share
-    tokens = jnp.where(stands, batch["response"], mask_id)
-    zero = jnp.zeros((b, 1), jnp.int32)
+    share = jax.random.uniform(share_key, (rows, 1), minval=revealed[0], maxval=revealed[1])
+    stands = (jax.random.uniform(token_key, (rows, n)) < share) | ~fill
+    tokens = jnp.where(stands, target, mask_id)
+    zero = jnp.zeros((rows, 1), jnp.int32)
     state = DecodeState(
         x=embed(params, tokens),
         t=stands.astype(jnp.float32),
         tokens=tokens,
-        forward_passes=jnp.zeros(b, jnp.int32),
-        finished=jnp.zeros(b, bool),
-        memory=maker.rule.init_memory(b, n),
+        forward_passes=jnp.zeros(rows, jnp.int32),
+        finished=jnp.zeros(rows, bool),
+        memory=maker.rule.init_memory(rows, n),
     )
-    return LiveDecodes(batch, state, zero, zero, maker.draw(key, b), jnp.zeros(b, bool))
+    return LiveDecodes(batch, state, zero, zero, maker.draw(key, rows), ~jnp.any(fill, axis=1))
 
 
 def replace_finished(live: LiveDecodes, fresh: LiveDecodes) -> LiveDecodes:
-    """Replaces the decodes that are over by new ones."""
+    """Replaces the rows whose decodes are over by new ones."""
+    return _choose(live.row_over, fresh, live)
+
+
+def _choose(where: Bool[Array, " B"], new: T, old: T) -> T:
+    """Takes rows of two trees. Leaves may have several rows for each of `where`."""
 
     def choose(new: Array, old: Array) -> Array:
-        return jnp.where(live.over.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+        rows = jnp.repeat(where, len(old) // len(where))
+        return jnp.where(rows.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
-    return jax.tree.map(choose, fresh, live)
+    return jax.tree.map(choose, new, old)
 
 
 @dataclass(frozen=True)
@@ -247,10 +316,10 @@ class Schedule:
 
     Attributes:
         config: the configuration of a decode with these blocks. Its steps are the most passes of a
-            block. Under block-causal attention a decode ends with the block that holds EOS.
+            block. That of a block-causal model has one block.
         eos_id: id of EOS.
         mask_id: id of the mask token.
-        most_wrong: share of the response whose tokens may differ from the target.
+        most_wrong: share of the positions whose tokens may differ from the target.
     """
 
     config: DecodeConfig
@@ -258,16 +327,16 @@ class Schedule:
     mask_id: int
     most_wrong: float = 1.0
 
-    def blocks(self, live: LiveDecodes) -> Int[Array, "B N"]:
-        """Returns the block of each response position."""
-        positions = live.state.t.shape[1]
-        return block_layout(self.config, live.batch["prompt_mask"])[0][:, :positions]
+    @property
+    def blocks(self) -> Int[Array, "1 N"]:
+        """The block of each position of a decode."""
+        return jnp.arange(self.config.gen_length)[None, :] // self.config.block_length
 
-    def step(self, live: LiveDecodes, keys: Key[Array, " B"] | None) -> Step:
-        """Returns the step of each row, with arrays [B, 1]."""
+    def step(self, live: LiveDecodes, keys: Key[Array, " R"] | None) -> Step:
+        """Returns the step of each decode, with arrays [R, 1]."""
         at = live.block * self.config.steps + live.index
         step = jax.tree.map(lambda x: x[at], make_schedule(self.config))
-        candidates = self.blocks(live) == live.block
+        candidates = (self.blocks == live.block) & live.fill
         return dataclasses.replace(step, candidates=candidates, keys=keys)
 
 
@@ -277,9 +346,9 @@ def advance_decodes(
     live: LiveDecodes,
     belief: Belief,
     params: Params,
-    keys: Key[Array, " B"] | None,
+    keys: Key[Array, " R"] | None,
 ) -> LiveDecodes:
-    """Moves each decode by one pass.
+    """Moves each decode by one pass, if it is not over.
 
     A block ends if the rule leaves no position open, or after its last pass. Its tokens are
     committed then, as in a decode. A decode that has left its target is over.
@@ -290,16 +359,12 @@ def advance_decodes(
         live: the decodes.
         belief: predictions at their states.
         params: parameters of the model, of which the embedding table is read.
-        keys: one random key per row, if the rule draws.
+        keys: one random key per decode, if the rule draws.
 
     Returns:
         The decodes after the pass.
     """
-    rule, step, blocks = (
-        maker.rule_of(live.numbers),
-        schedule.step(live, keys),
-        schedule.blocks(live),
-    )
+    rule, step, blocks = maker.rule_of(live.numbers), schedule.step(live, keys), schedule.blocks
     action = rule(belief, live.state, step)
     state = move_positions(params, schedule.mask_id, step.candidates, live.state, belief, action)
     if action.memory is not None:
@@ -307,18 +372,17 @@ def advance_decodes(
     open_here = jnp.any(step.candidates & rule.is_open(state), axis=1, keepdims=True)
     ends = ~open_here | (live.index + 1 >= schedule.config.steps)
     last = live.block >= blocks[:, -1:]
-    if schedule.config.block_causal:
-        is_eos = step.candidates & (state.tokens == schedule.eos_id)
-        last |= jnp.any(is_eos, axis=1, keepdims=True)
-    wrong = jnp.mean((state.t > 0) & (state.tokens != live.batch["response"]), axis=1)
+    wrong = jnp.mean((state.t > 0) & (state.tokens != live.target), axis=1)
     state = commit_tokens(params, state, ends & (blocks <= live.block))
-    return dataclasses.replace(
+    moved = dataclasses.replace(
         live,
         state=state,
         block=live.block + ends,
         index=jnp.where(ends, 0, live.index + 1),
         over=(ends & last)[:, 0] | (wrong > schedule.most_wrong),
     )
+    old, new = (dataclasses.replace(decodes, batch={}) for decodes in (live, moved))
+    return dataclasses.replace(_choose(live.over, old, new), batch=live.batch)
 
 
 def split_groups(batch: Batch, count: int) -> list[Batch]:

@@ -19,6 +19,7 @@ from xflow_jax.training.alignment import (
     model_variables,
     response_hidden,
 )
+from xflow_jax.training.block_copies import block_hidden
 from xflow_jax.training.state import Batch
 from xflow_jax.training.trajectory import (
     LiveDecodes,
@@ -26,6 +27,7 @@ from xflow_jax.training.trajectory import (
     StateMaker,
     advance_decodes,
     begin_decodes,
+    decode_rows,
     join_groups,
     parse_makers,
     replace_finished,
@@ -45,7 +47,8 @@ class _States:
     Attributes:
         batch: requests and targets.
         x: states, float32 [B, N, E].
-        counted: positions that count in the loss, bool [B, N].
+        counted: positions that count in the loss, bool [B, N]. N has whole blocks, as from
+            `decode_rows`.
         masked: mask tokens of a group of masked states, or None.
         live: the decodes of a group with a rule, or None.
     """
@@ -59,16 +62,12 @@ class _States:
 
 def make_schedules(model: ModelConfig, config: AlignmentConfig) -> list[Schedule]:
     """Returns blocks and passes of the live decodes of each rule."""
-    options, causal = config.trajectory, bool(config.block_length)
+    options, block = config.trajectory, config.block_length
     sizes = options.block_lengths * (len(options.rules) // len(options.block_lengths))
+    length = block or config.gen_length
     return [
         Schedule(
-            DecodeConfig(
-                config.gen_length,
-                size or config.block_length or config.gen_length,
-                options.passes,
-                block_causal=causal,
-            ),
+            DecodeConfig(length, block or size or length, options.passes, block_causal=bool(block)),
             model.eos_id,
             model.mask_id,
             options.most_wrong,
@@ -99,8 +98,9 @@ def make_trajectory_loss(model: Backbone, config: AlignmentConfig) -> Trajectory
     """Builds the loss at the states of live decodes.
 
     It is the mean cross-entropy to the target, plus `trajectory.error` times the squared error of
-    Eq. 12, over all response positions. Under block-causal attention only the active block counts,
-    since no other position depends on it. The states are constants of the loss.
+    Eq. 12, over all response positions. The states are constants of the loss. The blocks of a
+    block-causal model decode at once, each behind the clean target, and those that are over do not
+    count.
 
     Args:
         model: the model.
@@ -129,7 +129,14 @@ def make_trajectory_loss(model: Backbone, config: AlignmentConfig) -> Trajectory
         joined = jax.tree.map(lambda *x: join_groups(x), *(g.batch for g in groups))
         counted = join_groups([g.counted for g in groups])
         x = join_groups([g.x for g in groups])
-        hidden = response_hidden(model, variables, joined, x, config.block_length)
+        if config.block_length:
+            text = jnp.concatenate([joined["prompt"], joined["response"]], axis=1)
+            real = jnp.concatenate(
+                [joined["prompt_mask"], jnp.ones_like(joined["response"], bool)], axis=1
+            )
+            hidden = block_hidden(model, variables, x, text, config.block_length, real)
+        else:
+            hidden = response_hidden(model, variables, joined, x, 0)
         head, table = make_head(variables["params"]), variables["params"]["wte"]["embedding"]
         error, nll = alignment_loss.alignment_errors(
             hidden, head.kernel, table, joined["response"], head.bias, config.chunk
@@ -154,16 +161,35 @@ def _group_states(
     params: Params,
 ) -> _States:
     """Returns the states of one group, after new requests came in."""
+    batch = decode_rows(batch, config.block_length, schedule.eos_id)
     if maker is None or live is None:
-        masked, counted = draw_noise(key, batch, config.block_length)
+        masked = batch["fill"] & _draw_masks(key, batch, config.block_length)
         tokens = jnp.where(masked, schedule.mask_id, batch["response"])
-        return _States(batch, embed(params, tokens), counted, masked)
-    fresh = begin_decodes(maker, batch, key, params, schedule.mask_id, config.trajectory.revealed)
+        return _States(batch, embed(params, tokens), batch["fill"], masked)
+    fresh = begin_decodes(
+        maker,
+        batch,
+        key,
+        params,
+        schedule.mask_id,
+        config.trajectory.revealed,
+        config.block_length,
+    )
     live = replace_finished(live, fresh)
-    counted = jnp.ones_like(live.state.t, bool)
-    if schedule.config.block_causal:
-        counted = schedule.blocks(live) == live.block
-    return _States(live.batch, live.state.x, counted, live=live)
+    shape = live.batch["response"].shape
+    counted = (live.fill & ~live.over[:, None]).reshape(shape)
+    return _States(live.batch, live.state.x.reshape(*shape, -1), counted, live=live)
+
+
+def _draw_masks(key: jax.Array, batch: Batch, block_length: int) -> Bool[Array, "B N"]:
+    """Draws masked states (Eq. 11), with a masking ratio for each block of a block-causal model."""
+    shape = batch["response"].shape
+    if not block_length:
+        return draw_noise(key, batch, 0)[0]
+    ratio_key, mask_key = jax.random.split(key)
+    blocks = batch["response"].size // block_length
+    sigma = losses.mask_ratios(ratio_key, blocks)
+    return losses.draw_masks(mask_key, sigma, block_length).reshape(shape)
 
 
 def _advance(
@@ -191,13 +217,16 @@ def _advance(
             after.append(None)
             right.append(jnp.zeros_like(group.counted))
             continue
-        row_keys = None
-        if maker.rule.needs_keys:
-            row_keys = jax.random.split(key, group.x.shape[0])
+        decodes, positions = group.live.target.shape
+        row_keys = jax.random.split(key, decodes) if maker.rule.needs_keys else None
         belief = compute_belief(
-            head, part["hidden"], model.config.vocab_rows, maker.options, row_keys
+            head,
+            part["hidden"].reshape(decodes, positions, -1),
+            model.config.vocab_rows,
+            maker.options,
+            row_keys,
         )
-        right.append(belief.tokens == group.batch["response"])
+        right.append((belief.tokens == group.live.target).reshape(group.counted.shape))
         after.append(advance_decodes(maker, schedule, group.live, belief, params, row_keys))
     return tuple(after), right
 
@@ -223,6 +252,6 @@ def _metrics(
 
 
 def _ended(live: Live) -> Metrics:
-    """Returns the share of decodes that are over."""
-    over = [decodes.over for decodes in live if decodes is not None]
+    """Returns the share of rows whose decodes are over."""
+    over = [decodes.row_over for decodes in live if decodes is not None]
     return {"ended": jnp.mean(jnp.stack(over))} if over else {}
