@@ -29,6 +29,7 @@ from xflow_jax.training.trajectory import (
     LiveDecodes,
     TrajectoryState,
     begin_decodes,
+    canvas_length,
     decode_rows,
 )
 from xflow_jax.training.trajectory_loss import make_makers
@@ -63,13 +64,23 @@ def align_program(model_config: ModelConfig, config: AlignmentConfig, mesh: Mesh
         step=make_align_step(model, optimizer, config),
         measure=lambda *args: loss_fn(*args)[1],
         batch=_abstract_batch(config, batch_sharding(mesh)),
-        # The loss multiplies by the head and by the table: twice forward, three times backward.
-        flops=lambda length: update_flops(
-            model_config, config.batch_size, length, config.gen_length, 5, config.tune == "lora"
-        ),
+        flops=lambda length: _update_flops(model_config, config, length),
         extend=lambda state, params: begin_trajectories(model_config, config, state, params),
         place=_state_sharding,
     )
+
+
+def _update_flops(model_config: ModelConfig, config: AlignmentConfig, length: int) -> float:
+    """Counts the FLOPs of an update on rows of `length` positions."""
+    predicted = config.gen_length
+    if config.states == "trajectory":
+        predicted = canvas_length(predicted, config.block_length)
+        length += predicted - config.gen_length
+        if config.block_length:
+            length += predicted  # of the noised copy
+    # The loss multiplies by the head and by the table: twice forward, three times backward.
+    lora = config.tune == "lora"
+    return update_flops(model_config, config.batch_size, length, predicted, 5, lora)
 
 
 def _state_sharding(state: TrainState, mesh: Mesh, family: str) -> TrainState:

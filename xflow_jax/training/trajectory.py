@@ -213,6 +213,21 @@ class TrajectoryState(TrainState):
     live: tuple[LiveDecodes | None, ...] = ()
 
 
+def canvas_length(gen_length: int, block_length: int) -> int:
+    """Returns the positions of a row that decodes may fill.
+
+    Args:
+        gen_length: N, positions of a response.
+        block_length: positions of a block of a block-causal model, or 0.
+
+    Returns:
+        N, or that of the whole blocks of a response which begins anywhere in a block.
+    """
+    if not block_length:
+        return gen_length
+    return (gen_length + 2 * block_length - 2) // block_length * block_length
+
+
 def decode_rows(batch: Batch, block_length: int, eos_id: int) -> Batch:
     """Finds the positions that decodes fill.
 
@@ -233,7 +248,7 @@ def decode_rows(batch: Batch, block_length: int, eos_id: int) -> Batch:
     if not block_length:
         return batch | {"fill": jnp.ones_like(batch["response"], bool)}
     (b, n), p = batch["response"].shape, batch["prompt"].shape[1]
-    length = (n + 2 * block_length - 2) // block_length * block_length
+    length = canvas_length(n, block_length)
     shared = jnp.sum(batch["prompt_mask"], axis=1, keepdims=True) % block_length
     source = jnp.arange(p + length)[None, :] - shared
     end = jnp.full((b, length - n), eos_id, batch["response"].dtype)
