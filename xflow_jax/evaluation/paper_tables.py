@@ -58,7 +58,8 @@ def budget_table(rows: Sequence[Row], rules: Mapping[str, Rule], family: str, ta
     """
     published = PUBLISHED.get((family, task), {})
     header = ["budget", "decoder", f"{task}, % solved", "95 % CI", "passes"]
-    header += [f"{PAPER}, its own {MODELS[family]}"] * bool(published)
+    if published:
+        header.append(f"{PAPER}, its own {MODELS[family]}")
     lines = []
     for budget in sorted({row.budget for row in rows}, key=Fraction):
         for row in (row for row in rows if row.budget == budget):
