@@ -13,7 +13,9 @@ MOST_WORKERS = 512
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """The shape of a LLaDA or SDAR model. Its vocabulary comes from the tokenizer.
+    """The shape of a LLaDA or SDAR model.
+
+    The vocabulary comes from the tokenizer.
 
     Attributes:
         d_model: E.

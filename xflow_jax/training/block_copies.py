@@ -43,7 +43,7 @@ def block_hidden(
     block_length: int,
     mask: Bool[Array, "B L"] | None = None,
 ) -> Float[Array, "B M E"]:
-    """Computes the hidden states that predict the last M positions, block by block.
+    """Computes hidden states of the last M positions, block by block.
 
     A position is predicted from its noised block and the clean blocks before it.
 

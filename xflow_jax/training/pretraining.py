@@ -90,7 +90,7 @@ def block_logits(
 def draw_blocks(
     key: Key[Array, ""], sizes: Int[Array, " B"], prompt_length: int, length: int
 ) -> Int[Array, "B L"]:
-    """Draws a grid of blocks for each row of a model with full attention.
+    """Draws a grid of blocks for each row, under full attention.
 
     Args:
         key: a random key.
@@ -110,7 +110,7 @@ def draw_blocks(
 def count_blocks(
     sizes: Int[Array, " B"], prompt_mask: Bool[Array, "B P"], length: int
 ) -> Int[Array, "B L"]:
-    """Counts blocks from the first token of each row, as a block-causal model does.
+    """Counts the blocks of a block-causal model, from each row's first token.
 
     Args:
         sizes: positions of a block of each row.

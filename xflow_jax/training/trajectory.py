@@ -197,7 +197,7 @@ class LiveDecodes:
 
     @property
     def row_over(self) -> Bool[Array, " B"]:
-        """True at rows without a decode under way, which take a new request."""
+        """True at rows that are over, which take a new request."""
         return jnp.all(self.over.reshape(self.batch["response"].shape[0], -1), axis=1)
 
 
@@ -277,7 +277,9 @@ def begin_decodes(
     revealed: tuple[float, float] = (0.0, 0.0),
     block_length: int = 0,
 ) -> LiveDecodes:
-    """Begins a decode for each request of a batch, or for each block of a block-causal model.
+    """Begins a decode for each request of a batch.
+
+    With a block-causal model each block of a request has one.
 
     Args:
         maker: the rule.
@@ -316,7 +318,10 @@ def replace_finished(live: LiveDecodes, fresh: LiveDecodes) -> LiveDecodes:
 
 
 def _choose(where: Bool[Array, " B"], new: T, old: T) -> T:
-    """Takes rows of two trees. Leaves may have several rows for each of `where`."""
+    """Chooses rows of two trees.
+
+    Leaves may have several rows for each of `where`.
+    """
 
     def choose(new: Array, old: Array) -> Array:
         rows = jnp.repeat(where, len(old) // len(where))

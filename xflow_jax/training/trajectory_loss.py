@@ -182,7 +182,10 @@ def _group_states(
 
 
 def _draw_masks(key: jax.Array, batch: Batch, block_length: int) -> Bool[Array, "B N"]:
-    """Draws masked states (Eq. 11), with a masking ratio for each block of a block-causal model."""
+    """Draws masked states (Eq. 11).
+
+    Each block of a block-causal model has a masking ratio.
+    """
     shape = batch["response"].shape
     if not block_length:
         return draw_noise(key, batch, 0)[0]
