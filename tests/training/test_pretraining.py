@@ -188,7 +188,7 @@ def test_blocks_behind_clean_copies_have_the_loss_of_their_masks(params, batch):
     np.testing.assert_allclose(metrics["loss"], want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("size", [1, 3, 4, 16])
+@pytest.mark.parametrize("size", [3, 16])
 def test_blocks_of_a_block_causal_model_are_those_of_a_decode(batch, size):
     """The first block of a response may begin in its prompt. All see what they see in a decode."""
     lm = golden_lm("sdar_tiny")
@@ -231,13 +231,12 @@ def test_the_end_of_a_prompt_counts_in_the_first_block(batch):
 def test_a_block_causal_model_is_trained_in_its_own_blocks(batch):
     lm, optimizer = golden_lm("sdar_tiny"), optax.sgd(0.0)
     state = TrainState.create(lm.params, optimizer)
-    losses_of = {
-        blocks: jax.jit(
-            make_pretrain_step(lm.model, optimizer, optax.constant_schedule(1.0), blocks)
-        )(state, batch, jax.random.key(0))[1]["loss"]
+    own, given, other = (
+        jax.jit(make_pretrain_step(lm.model, optimizer, optax.constant_schedule(1.0), blocks))
+        .lower(state, batch, jax.random.key(0))
+        .as_text()
         for blocks in ((), (lm.config.block_size,), (2,))
-    }
-    own, given, other = losses_of.values()
+    )
     assert own == given != other
 
 
