@@ -214,13 +214,13 @@ def test_blocks_of_a_block_causal_model_are_those_of_a_decode(batch, size):
 def test_the_end_of_a_prompt_counts_in_the_first_block(batch):
     """The loss is that of the draws of the step's key. More of the prompt would change nothing."""
     lm, optimizer, key = golden_lm("sdar_tiny"), optax.sgd(0.0), jax.random.key(3)
-    step = make_pretrain_step(lm.model, optimizer, optax.constant_schedule(1.0), (4, 1))
+    step = make_pretrain_step(lm.model, optimizer, optax.constant_schedule(1.0), (4, 3))
     _, metrics = jax.jit(step)(TrainState.create(lm.params, optimizer), batch, key)
     ratio_key, mask_key, _ = jax.random.split(jax.random.fold_in(key, 0), 3)
-    sigma = losses.mask_ratios(ratio_key, 4, 1.0).at[1::2].set(1.0)
+    sigma = losses.mask_ratios(ratio_key, 4, 1.0)
     masked = losses.draw_masks(mask_key, sigma, 6)
     noised = jnp.where(masked, lm.config.mask_id, batch["response"])
-    blocks = count_blocks(jnp.array([4, 1, 4, 1]), batch["prompt_mask"], 6)
+    blocks = count_blocks(jnp.array([4, 3, 4, 3]), batch["prompt_mask"], 6)
     logits = jax.jit(block_logits, static_argnums=(0, 5))(
         lm.model, lm.params, batch, noised, blocks, 5
     )
