@@ -38,8 +38,14 @@ from xflow_jax.training import (
 from xflow_jax.types import Backbone, ModelConfig, Params, PyTree, Tokenizer
 
 # What the model that a run begins with may have otherwise.
-_FREE = {"hf", "max_sequence_length", "max_position_embeddings", "embedding_size", "pad_token_id"}
-_FREE |= {"block_size"}
+_FREE = {
+    "hf",
+    "max_sequence_length",
+    "max_position_embeddings",
+    "embedding_size",
+    "pad_token_id",
+    "block_size",
+}
 
 
 def make_model_config(config: PretrainConfig, tokenizer: Tokenizer) -> LLaDAConfig | SDARConfig:

@@ -22,7 +22,6 @@ from xflow_jax.training.block_copies import block_copies_mask
 from xflow_jax.training.pretraining import response_logits
 from xflow_jax.training.sft import (
     SFTConfig,
-    draw_response_noise,
     find_block_length,
     make_sft_loss,
     make_sft_step,
@@ -66,7 +65,9 @@ def batch_of(lm: LM, block: int) -> dict[str, jax.Array]:
 
 def plain_loss(lm: LM, batch: dict[str, jax.Array], key: jax.Array, block: int) -> float:
     """Computes Eq. 1 row by row and block by block, from the logits of the model alone."""
-    masked, sigma = (np.asarray(x) for x in draw_response_noise(key, batch["response"], block))
+    masked, sigma = (
+        np.asarray(x) for x in losses.draw_response_noise(key, batch["response"], block)
+    )
     tokens, counted = (np.asarray(batch[name]) for name in ("tokens", "response"))
     rows, length = tokens.shape
     size, total = block or length, 0.0
@@ -110,7 +111,7 @@ def test_the_loss_is_that_of_pretraining_for_equal_pairs_and_noise():
     ]
     batch = {name: jnp.stack([row[name] for row in rows]) for name in rows[0]}
     loss, metrics = jax.jit(make_sft_loss(lm.model, CONFIG))(lm.params, batch, key)
-    masked, sigma = draw_response_noise(key, batch["response"], 0)
+    masked, sigma = losses.draw_response_noise(key, batch["response"], 0)
     # The stratified ratios are those that pretraining draws from the first half of the same key.
     ratios = losses.mask_ratios(jax.random.split(key)[0], 3)
     np.testing.assert_allclose(sigma[:, 0], ratios)
@@ -171,7 +172,7 @@ def test_the_cross_entropy_in_chunks_is_the_plain_one_in_value_and_gradient():
 def test_noise_is_of_responses_alone_and_spread_evenly():
     response = jnp.asarray(np.arange(16) >= np.arange(64)[:, None] % 9)
     for block, parts in ((0, 1), (4, 4)):
-        masked, sigma = draw_response_noise(jax.random.key(1), response, block)
+        masked, sigma = losses.draw_response_noise(jax.random.key(1), response, block)
         assert not np.any(masked & ~response)
         own = np.asarray(sigma).reshape(64, parts, -1)
         assert (own == own[..., :1]).all()  # one ratio for a row, or for a block
@@ -324,7 +325,7 @@ def test_the_gradient_through_two_copies_is_that_of_each_block(name):
     lm, block = MODELS[name](), 4
     batch, key = batch_of(lm, block), jax.random.key(3)
     config = dataclasses.replace(CONFIG, block_length=block)
-    masked, sigma = draw_response_noise(key, batch["response"], block)
+    masked, sigma = losses.draw_response_noise(key, batch["response"], block)
 
     def plain(params):
         total = 0.0

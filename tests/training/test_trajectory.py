@@ -21,10 +21,10 @@ from xflow_jax.training import losses, trajectory
 from xflow_jax.training.alignment import AlignmentConfig
 from xflow_jax.training.alignment_program import begin_trajectories
 from xflow_jax.training.alignment_step import make_align_step
+from xflow_jax.training.block_copies import decode_rows
 from xflow_jax.training.trajectory import (
     TrajectoryConfig,
     begin_decodes,
-    decode_rows,
     parse_makers,
 )
 from xflow_jax.training.trajectory_loss import make_trajectory_loss

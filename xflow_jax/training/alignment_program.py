@@ -16,6 +16,7 @@ from xflow_jax.models import state_shardings, update_flops
 from xflow_jax.parallel import batch_sharding
 from xflow_jax.training.alignment import AlignmentConfig, make_alignment_loss
 from xflow_jax.training.alignment_step import make_align_step
+from xflow_jax.training.block_copies import canvas_length, decode_rows
 from xflow_jax.training.config import check_block_length
 from xflow_jax.training.program import (
     TrainProgram,
@@ -29,8 +30,6 @@ from xflow_jax.training.trajectory import (
     LiveDecodes,
     TrajectoryState,
     begin_decodes,
-    canvas_length,
-    decode_rows,
 )
 from xflow_jax.training.trajectory_loss import make_makers
 from xflow_jax.types import ModelConfig, Params
@@ -73,11 +72,9 @@ def align_program(model_config: ModelConfig, config: AlignmentConfig, mesh: Mesh
 def _update_flops(model_config: ModelConfig, config: AlignmentConfig, length: int) -> float:
     """Counts the FLOPs of an update on rows of `length` positions."""
     predicted = config.gen_length
-    if config.states == "trajectory":
-        predicted = canvas_length(predicted, config.block_length)
-        length += predicted - config.gen_length
-        if config.block_length:
-            length += predicted  # of the noised copy
+    if config.states == "trajectory" and config.block_length:
+        predicted = canvas_length(config.gen_length, config.block_length)
+        length += 2 * predicted - config.gen_length  # a noised and a clean copy
     # The loss multiplies by the head and by the table: twice forward, three times backward.
     lora = config.tune == "lora"
     return update_flops(model_config, config.batch_size, length, predicted, 5, lora)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from xflow_jax.training.state import Batch
 from xflow_jax.types import Array, Backbone, Bool, Float, Int, Params
 
 
@@ -40,7 +41,7 @@ def block_hidden(
     variables: dict[str, Params],
     x: Float[Array, "B M E"],
     tokens: Int[Array, "B L"],
-    block_length: int,
+    blocks: Int[Array, "#B L"],
     mask: Bool[Array, "B L"] | None = None,
 ) -> Float[Array, "B M E"]:
     """Computes hidden states of the last M positions, block by block.
@@ -50,27 +51,74 @@ def block_hidden(
     Args:
         model: the model.
         variables: its variables.
-        x: inputs of the noised copy. A block begins at the first of them.
+        x: inputs of the noised copy.
         tokens: the clean text.
-        block_length: positions of a block.
-        mask: real tokens of the clean text. Padding is before the M positions.
+        blocks: block number of each position of the text.
+        mask: real tokens of the clean text.
     """
-    length, noised = tokens.shape[1], x.shape[1]
-    first = length - noised
+    first = tokens.shape[1] - x.shape[1]
     clean_x = model.apply(variables, tokens, method="embed")
     both = jnp.concatenate([x.astype(clean_x.dtype), clean_x], axis=1)
     if mask is not None:
         mask = jnp.concatenate([mask[:, first:], mask], axis=1)
-    places = jnp.arange(length)
-    blocks = (places - first) // block_length
-    allowed = block_copies_mask(blocks[first:], blocks)[None]
+    allowed = block_copies_mask(blocks[:, first:], blocks)
+    places = jnp.arange(tokens.shape[1])
     positions = jnp.concatenate([places[first:], places])
     hidden = model.apply(variables, both, mask, None, allowed, positions, method="hidden")
-    own, clean = hidden[:, :noised], hidden[:, noised:]
+    own, clean = hidden[:, : x.shape[1]], hidden[:, x.shape[1] :]
     if not model.config.logits_shift:
         return own
     # The row before a block's first position belongs to a block that is finished, so it is clean.
-    starts = jnp.arange(noised) % block_length == 0
-    clean = jnp.roll(clean, 1, axis=1)[:, first:]
-    before = jnp.where(starts[None, :, None], clean, jnp.roll(own, 1, axis=1))
+    starts = (blocks != jnp.roll(blocks, 1, axis=1))[:, first:, None]
+    before = jnp.where(starts, jnp.roll(clean, 1, axis=1)[:, first:], jnp.roll(own, 1, axis=1))
     return before if first else before.at[:, 0].set(own[:, 0])
+
+
+def canvas_length(gen_length: int, block_length: int) -> int:
+    """Returns the positions of whole blocks that hold a response.
+
+    Args:
+        gen_length: N, positions of the response, which may begin anywhere in a block.
+        block_length: positions of a block.
+    """
+    return (gen_length + 2 * block_length - 2) // block_length * block_length
+
+
+def decode_rows(batch: Batch, block_length: int, eos_id: int) -> Batch:
+    """Finds the positions that decodes fill.
+
+    The blocks of a block-causal model count from the first token of a row. So its rows are moved
+    until all responses begin in a block that begins at the same place.
+
+    Args:
+        batch: as in `make_pretrain_step`.
+        block_length: positions of a block of a block-causal model, or 0.
+        eos_id: id of EOS.
+
+    Returns:
+        The batch with "fill" bool [B, N], True at positions that a decode fills. With blocks,
+        "prompt" ends at the block with which the response begins. "response" is K whole blocks,
+        with the end of the prompt in the first one and EOS behind the response. A decode fills the
+        blocks up to the first EOS.
+    """
+    if not block_length:
+        return batch | {"fill": jnp.ones_like(batch["response"], bool)}
+    (b, n), p = batch["response"].shape, batch["prompt"].shape[1]
+    length = canvas_length(n, block_length)
+    shared = jnp.sum(batch["prompt_mask"], axis=1, keepdims=True) % block_length
+    source = jnp.arange(p + length)[None, :] - shared
+    end = jnp.full((b, length - n), eos_id, batch["response"].dtype)
+    tokens = jnp.concatenate([batch["prompt"], batch["response"], end], axis=1)
+    real = jnp.pad(batch["prompt_mask"], ((0, 0), (0, length)), constant_values=True)
+    tokens, real = (jnp.take_along_axis(x, jnp.maximum(source, 0), axis=1) for x in (tokens, real))
+    is_end = (tokens == eos_id) & (source >= p)
+    # The response ends at `n` if it has no EOS, and then its last block is filled to the end.
+    ends = jnp.where(jnp.any(is_end, axis=1), jnp.argmax(is_end, axis=1) - p, length)[:, None]
+    ends = jnp.minimum(ends, shared + n - 1)
+    places = jnp.arange(length)[None, :]
+    return {
+        "prompt": tokens[:, :p],
+        "prompt_mask": real[:, :p] & (source[:, :p] >= 0),
+        "response": tokens[:, p:],
+        "fill": (places >= shared) & (places // block_length <= ends // block_length),
+    }

@@ -66,6 +66,28 @@ def draw_masks(key: Key[Array, ""], sigma: Float[Array, " B"], length: int) -> B
     return jax.random.uniform(key, (sigma.shape[0], length)) < sigma[:, None]
 
 
+def draw_response_noise(
+    key: Key[Array, ""], response: Bool[Array, "B L"], block_length: int
+) -> tuple[Bool[Array, "B L"], Float[Array, "B L"]]:
+    """Draws masks of response positions.
+
+    Args:
+        key: a random key.
+        response: positions that may be masked.
+        block_length: positions of a block, 0 for one masking ratio in the complete row.
+
+    Returns:
+        (masked, sigma): the masks, and the masking ratio of each position.
+    """
+    rows, length = response.shape
+    ratio_key, mask_key = jax.random.split(key)
+    blocks = length // block_length if block_length else 1
+    # The ratios of all blocks together are spread evenly, and so are those of each row.
+    sigma = mask_ratios(ratio_key, rows * blocks).reshape(blocks, rows).T
+    sigma = jnp.repeat(sigma, length // blocks, axis=1)
+    return response & (jax.random.uniform(mask_key, response.shape) < sigma), sigma
+
+
 def cross_entropy(
     logits: Float[Array, "*batch V"], tokens: Int[Array, "*batch"]
 ) -> Float[Array, "*batch"]:

@@ -12,7 +12,7 @@ import optax
 from xflow_jax.errors import require
 from xflow_jax.models import shift_rows
 from xflow_jax.training import losses
-from xflow_jax.training.block_copies import block_copies_mask
+from xflow_jax.training.block_copies import block_hidden
 from xflow_jax.training.state import Batch, TrainState, TrainStep
 from xflow_jax.types import Array, Backbone, Bool, Float, Int, Key, Metrics, Params
 
@@ -67,24 +67,13 @@ def block_logits(
         blocks: block number of each of the L = P + N positions.
         shared: most positions of a prompt in the block with which its response begins.
     """
-    prompt, real = batch["prompt"], batch["prompt_mask"]
-    n, p = noised.shape[1], prompt.shape[1]
-    begin = p - shared
-    tokens = jnp.concatenate([prompt[:, begin:], noised, prompt, batch["response"]], axis=1)
-    mask = jnp.pad(real, ((0, 0), (0, n)), constant_values=True)
-    allowed = block_copies_mask(blocks[:, begin:], blocks)
-    places = jnp.arange(p + n)
-    x = model.apply({"params": params}, tokens, method="embed")
-    hidden = model.apply(
-        {"params": params},
-        x,
-        jnp.concatenate([mask[:, begin:], mask], axis=1),
-        None,
-        allowed,
-        jnp.concatenate([places[begin:], places]),
-        method="hidden",
-    )
-    return model.apply({"params": params}, hidden[:, shared : shared + n], method="head")
+    prompt, variables = batch["prompt"], {"params": params}
+    end = prompt[:, prompt.shape[1] - shared :]
+    x = model.apply(variables, jnp.concatenate([end, noised], axis=1), method="embed")
+    tokens = jnp.concatenate([prompt, batch["response"]], axis=1)
+    mask = jnp.concatenate([batch["prompt_mask"], jnp.ones_like(noised, bool)], axis=1)
+    hidden = block_hidden(model, variables, x, tokens, blocks, mask)
+    return model.apply(variables, hidden[:, shared:], method="head")
 
 
 def draw_blocks(

@@ -19,7 +19,7 @@ from xflow_jax.training.block_copies import block_hidden
 from xflow_jax.training.config import TrainingConfig, check_block_length
 from xflow_jax.training.gradients import mean_gradients
 from xflow_jax.training.state import Batch, TrainState
-from xflow_jax.types import Array, Backbone, Bool, Float, Int, Key, Metrics, ModelConfig, Params
+from xflow_jax.types import Array, Backbone, Float, Int, Metrics, ModelConfig, Params
 
 # (state, batch, key, base=None) -> (state, metrics)
 SFTStep: TypeAlias = Callable[..., tuple[TrainState, Metrics]]
@@ -106,11 +106,12 @@ def make_sft_loss(model: Backbone, config: SFTConfig) -> LossFn:
     ) -> tuple[Float[Array, ""], Metrics]:
         variables = model_variables(model, config, params, base)
         tokens, response = batch["tokens"], batch["response"]
-        masked, sigma = draw_response_noise(key, response, block_length)
+        masked, sigma = losses.draw_response_noise(key, response, block_length)
         noised = jnp.where(masked, model.config.mask_id, tokens)
         if block_length:
             x = model.apply(variables, noised, method="embed")
-            hidden = block_hidden(model, variables, x, tokens, block_length)
+            blocks = jnp.arange(tokens.shape[1])[None, :] // block_length
+            hidden = block_hidden(model, variables, x, tokens, blocks)
         else:
             hidden = full_hidden(model, variables, noised)
         head = make_head(variables["params"])
@@ -156,28 +157,6 @@ def make_sft_step(
         return state.update(grads, optimizer), metrics | {"grad_norm": optax.tree.norm(grads)}
 
     return step
-
-
-def draw_response_noise(
-    key: Key[Array, ""], response: Bool[Array, "B L"], block_length: int
-) -> tuple[Bool[Array, "B L"], Float[Array, "B L"]]:
-    """Draws masks of response positions.
-
-    Args:
-        key: a random key.
-        response: positions that may be masked.
-        block_length: positions of a block, 0 for one masking ratio in the complete row.
-
-    Returns:
-        (masked, sigma): the masks, and the masking ratio of each position.
-    """
-    rows, length = response.shape
-    ratio_key, mask_key = jax.random.split(key)
-    blocks = length // block_length if block_length else 1
-    # The ratios of all blocks together are spread evenly, and so are those of each row.
-    sigma = losses.mask_ratios(ratio_key, rows * blocks).reshape(blocks, rows).T
-    sigma = jnp.repeat(sigma, length // blocks, axis=1)
-    return response & (jax.random.uniform(mask_key, response.shape) < sigma), sigma
 
 
 def full_hidden(

@@ -213,61 +213,6 @@ class TrajectoryState(TrainState):
     live: tuple[LiveDecodes | None, ...] = ()
 
 
-def canvas_length(gen_length: int, block_length: int) -> int:
-    """Returns the positions of a row that decodes may fill.
-
-    Args:
-        gen_length: N, positions of a response.
-        block_length: positions of a block of a block-causal model, or 0.
-
-    Returns:
-        N, or that of the whole blocks of a response which begins anywhere in a block.
-    """
-    if not block_length:
-        return gen_length
-    return (gen_length + 2 * block_length - 2) // block_length * block_length
-
-
-def decode_rows(batch: Batch, block_length: int, eos_id: int) -> Batch:
-    """Finds the positions that decodes fill.
-
-    The blocks of a block-causal model count from the first token of a row. So its rows are moved
-    until all responses begin in a block that begins at the same place.
-
-    Args:
-        batch: as in `make_pretrain_step`.
-        block_length: positions of a block of a block-causal model, or 0.
-        eos_id: id of EOS.
-
-    Returns:
-        The batch with "fill" bool [B, N], True at positions that a decode fills. With blocks,
-        "prompt" ends at the block with which the response begins. "response" is K whole blocks,
-        with the end of the prompt in the first one and EOS behind the response. A decode fills the
-        blocks up to the first EOS.
-    """
-    if not block_length:
-        return batch | {"fill": jnp.ones_like(batch["response"], bool)}
-    (b, n), p = batch["response"].shape, batch["prompt"].shape[1]
-    length = canvas_length(n, block_length)
-    shared = jnp.sum(batch["prompt_mask"], axis=1, keepdims=True) % block_length
-    source = jnp.arange(p + length)[None, :] - shared
-    end = jnp.full((b, length - n), eos_id, batch["response"].dtype)
-    tokens = jnp.concatenate([batch["prompt"], batch["response"], end], axis=1)
-    real = jnp.pad(batch["prompt_mask"], ((0, 0), (0, length)), constant_values=True)
-    tokens, real = (jnp.take_along_axis(x, jnp.maximum(source, 0), axis=1) for x in (tokens, real))
-    is_end = (tokens == eos_id) & (source >= p)
-    # The response ends at `n` if it has no EOS, and then its last block is filled to the end.
-    ends = jnp.where(jnp.any(is_end, axis=1), jnp.argmax(is_end, axis=1) - p, length)[:, None]
-    ends = jnp.minimum(ends, shared + n - 1)
-    places = jnp.arange(length)[None, :]
-    return {
-        "prompt": tokens[:, :p],
-        "prompt_mask": real[:, :p] & (source[:, :p] >= 0),
-        "response": tokens[:, p:],
-        "fill": (places >= shared) & (places // block_length <= ends // block_length),
-    }
-
-
 def begin_decodes(
     maker: StateMaker,
     batch: Batch,

@@ -19,7 +19,7 @@ from xflow_jax.training.alignment import (
     model_variables,
     response_hidden,
 )
-from xflow_jax.training.block_copies import block_hidden
+from xflow_jax.training.block_copies import block_hidden, decode_rows
 from xflow_jax.training.state import Batch
 from xflow_jax.training.trajectory import (
     LiveDecodes,
@@ -27,7 +27,6 @@ from xflow_jax.training.trajectory import (
     StateMaker,
     advance_decodes,
     begin_decodes,
-    decode_rows,
     join_groups,
     parse_makers,
     replace_finished,
@@ -131,10 +130,10 @@ def make_trajectory_loss(model: Backbone, config: AlignmentConfig) -> Trajectory
         x = join_groups([g.x for g in groups])
         if config.block_length:
             text = jnp.concatenate([joined["prompt"], joined["response"]], axis=1)
-            real = jnp.concatenate(
-                [joined["prompt_mask"], jnp.ones_like(joined["response"], bool)], axis=1
-            )
-            hidden = block_hidden(model, variables, x, text, config.block_length, real)
+            real = jnp.concatenate([joined["prompt_mask"], jnp.ones_like(counted)], axis=1)
+            places = jnp.arange(text.shape[1])[None, :] - joined["prompt"].shape[1]
+            blocks = places // config.block_length  # the response begins with block 0
+            hidden = block_hidden(model, variables, x, text, blocks, real)
         else:
             hidden = response_hidden(model, variables, joined, x, 0)
         head, table = make_head(variables["params"]), variables["params"]["wte"]["embedding"]
@@ -163,7 +162,10 @@ def _group_states(
     """Returns the states of one group, after new requests came in."""
     batch = decode_rows(batch, config.block_length, schedule.eos_id)
     if maker is None or live is None:
-        masked = batch["fill"] & _draw_masks(key, batch, config.block_length)
+        if config.block_length:
+            masked = losses.draw_response_noise(key, batch["fill"], config.block_length)[0]
+        else:
+            masked = draw_noise(key, batch, 0)[0]
         tokens = jnp.where(masked, schedule.mask_id, batch["response"])
         return _States(batch, embed(params, tokens), batch["fill"], masked)
     fresh = begin_decodes(
@@ -179,20 +181,6 @@ def _group_states(
     shape = live.batch["response"].shape
     counted = (live.fill & ~live.over[:, None]).reshape(shape)
     return _States(live.batch, live.state.x.reshape(*shape, -1), counted, live=live)
-
-
-def _draw_masks(key: jax.Array, batch: Batch, block_length: int) -> Bool[Array, "B N"]:
-    """Draws masked states (Eq. 11).
-
-    Each block of a block-causal model has a masking ratio.
-    """
-    shape = batch["response"].shape
-    if not block_length:
-        return draw_noise(key, batch, 0)[0]
-    ratio_key, mask_key = jax.random.split(key)
-    blocks = batch["response"].size // block_length
-    sigma = losses.mask_ratios(ratio_key, blocks)
-    return losses.draw_masks(mask_key, sigma, block_length).reshape(shape)
 
 
 def _advance(
