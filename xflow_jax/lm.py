@@ -41,11 +41,13 @@ from xflow_jax.tokenizer import load_tokenizer
 from xflow_jax.types import Backbone, ModelConfig, Params, Tokenizer
 
 # Bundled models: "tiny-base" is pretrained, "tiny-aligned" is aligned from it as in the paper, and
-# "tiny" is trained from that one on the states of live decodes.
+# "tiny" is trained from that one on the states of live decodes. "tiny-long" is block-causal and
+# pretrained from "tiny-base" on longer programs.
 BUNDLED = {
     "tiny": Path(__file__).parent / "tiny",
     "tiny-aligned": Path(__file__).parent / "tiny_aligned",
     "tiny-base": Path(__file__).parent / "tiny_base",
+    "tiny-long": Path(__file__).parent / "tiny_long",
 }
 DTYPES = ("float32", "bfloat16", "int8")
 DTYPE_CHOICE = "float32, bfloat16 or int8"
@@ -268,8 +270,8 @@ def load(
 
     Args:
         path: a directory in the Hugging Face format, a directory made by `convert.from_hf`, the
-            name of a bundled model ("tiny", or "tiny-aligned" and "tiny-base" before its
-            alignments), or the name of a model on the hub.
+            name of a bundled model ("tiny", "tiny-aligned" and "tiny-base" before its alignments,
+            or "tiny-long" for longer programs), or the name of a model on the hub.
         dtype: float32 or bfloat16, for the computation and the parameters. int8 rounds the matrices
             of the layers to int8 with a scale for each output channel, and the rest is bfloat16.
         mesh: a mesh made by `make_mesh`, or its sizes like "1,8,1". Each process reads its own

@@ -18,8 +18,7 @@ from train import pretrain, self_generate
 from train.mixture import make_pairs
 from train.pretrain_config import PretrainConfig
 from xflow_jax.errors import UserError
-from xflow_jax.lm import load, read_tasks
-from xflow_jax.models import abstract_params, build
+from xflow_jax.lm import BUNDLED, load, read_tasks
 from xflow_jax.tasks import get_task
 from xflow_jax.tokenizer import chat_ids, load_tokenizer
 from xflow_jax.toml_config import load_toml
@@ -345,17 +344,18 @@ def test_a_bad_mixture_is_one_sentence_at_the_start(tmp_path, monkeypatch, overr
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_small_base_model_fits_into_the_package():
-    """Its configuration, the bundled models and the code stay below 12 MB."""
-    config = load_toml(ROOT / "configs/pretrain_small.toml", PretrainConfig)
+def test_bundled_models_fit_into_the_package():
+    """12 MB altogether, of at most 6 M parameters each."""
+    files = list((ROOT / "xflow_jax").rglob("*.safetensors"))
+    sizes = {file: file.stat().st_size for file in files}
+    assert {file.parent for file in files} == set(BUNDLED.values())
+    assert sum(sizes.values()) < 12e6 and max(sizes.values()) <= 2 * 6e6
+
+
+@pytest.mark.parametrize("name", ["pretrain_small", "pretrain_microcode_long"])
+def test_mixtures_of_the_configurations_fit_their_tasks(name):
+    config = load_toml(ROOT / f"configs/{name}.toml", PretrainConfig)
     tokenizer = load_tokenizer(config.tokenizer)
-    params = abstract_params(build(pretrain.make_model_config(config, tokenizer)))
-    size = sum(x.size for x in jax.tree.leaves(params))
-    files = [path for path in (ROOT / "xflow_jax").rglob("*") if path.is_file()]
-    # tiny_aligned can be made again by its configuration, and would leave.
-    left_out = {"__pycache__", "tiny_aligned"}
-    package = sum(path.stat().st_size for path in files if not left_out & set(path.parts))
-    assert size <= 6e6 and package + 2 * size < 12e6
     assert [how.task.name for how in config.components] == list(config.tasks)
     for how in config.components:
         assert how.gen_length == how.task.config.gen_length

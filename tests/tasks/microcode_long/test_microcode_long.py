@@ -12,10 +12,12 @@ import pytest
 import xflow_jax
 from tests.helpers import TOKENIZER
 from xflow_jax.cli import main
+from xflow_jax.decoding import Threshold, generate
 from xflow_jax.errors import UserError
+from xflow_jax.lm import load
 from xflow_jax.sandbox.pool import run_many
 from xflow_jax.tasks import microcode_long
-from xflow_jax.tasks.base import find_problem, get_task
+from xflow_jax.tasks.base import find_problem, find_tasks, get_task
 from xflow_jax.tasks.generated import is_held_out
 from xflow_jax.tasks.microcode.words import split_words
 from xflow_jax.tasks.microcode_long.language import CASES, NUMBERS
@@ -24,6 +26,7 @@ from xflow_jax.tokenizer import chat_ids
 TASK = microcode_long.TASK
 TOKENIZER_DIGEST = "10c2178f07a7617cd43426e0e0f8e4808016bb1027dddfd37064ff86c13b74ca"
 PROMPT_LENGTH = 96  # of configs/pretrain_small.toml
+FEWEST = 6  # of 16 requests that tiny-long solves
 
 
 def result(problem: microcode_long.Problem, xs: list[int]) -> object:
@@ -66,9 +69,20 @@ def test_pairs_of_the_usual_style_follow_their_request(pairs):
 
 
 def test_the_tokenizer_of_the_bundled_models_stays_as_it_is():
-    for name in ("tiny", "tiny_base"):
+    for name in ("tiny", "tiny_base", "tiny_long"):
         content = (Path(xflow_jax.__file__).parent / name / "tokenizer.json").read_bytes()
         assert hashlib.sha256(content).hexdigest() == TOKENIZER_DIGEST
+
+
+def test_the_bundled_model_answers_held_out_requests(held_out):
+    """Its defaults are the lengths and blocks that the task gives."""
+    lm, problems, length = load("tiny-long"), held_out[:16], TASK.config.gen_length
+    assert TASK in find_tasks(lm.tasks)
+    assert lm.config.default_block_length == TASK.config.block_length
+    prompts = [chat_ids(TOKENIZER, problem.prompt) for problem in problems]
+    out = generate(lm, prompts, Threshold(tau=0.98), length, length)
+    jobs = [TASK.job(*pair) for pair in zip(problems, out.texts, strict=True)]
+    assert sum(result.passed for result in run_many(jobs)) >= FEWEST
 
 
 def test_words_are_tokens_and_lengths_fit(held_out, pairs):

@@ -19,7 +19,7 @@ from xflow_jax.tasks.microcode_long.solutions import (
     sample_answer,
 )
 
-CONFIG = TaskConfig(gen_length=128, block_length=32)
+CONFIG = TaskConfig(gen_length=128, block_length=16)
 # Of a held-out composition.
 EXAMPLE = (
     "Write a function f to multiply a number by 4, and to return the number for odd numbers, and a "
