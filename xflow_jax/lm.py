@@ -299,8 +299,7 @@ def load(
     directory = _find_model(path)
     if directory in BUNDLED.values() and not any(directory.glob("*.safetensors")):
         raise UserError(
-            f"{directory}: the weights of the bundled model are missing. Install the package "
-            "again, or make them with python -m train.pretrain configs/pretrain_tiny.toml."
+            f"{directory}: the weights of the bundled model are missing. Install the package again."
         )
     read = load_params if is_checkpoint(directory) else read_hf_params
     config, params = read(directory, dtype, mesh)
