@@ -189,7 +189,7 @@ def test_the_bundled_model_without_its_weights(monkeypatch, tmp_path):
     monkeypatch.setitem(lm_module.BUNDLED, "tiny", tmp_path)
     with pytest.raises(
         UserError,
-        match=f"^{tmp_path}: the weights of the bundled model are missing. Install the package again.$",
+        match=f"^{tmp_path}: the weights of the bundled model are missing. Install the package",
     ):
         load("tiny")
 
