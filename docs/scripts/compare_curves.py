@@ -1,13 +1,14 @@
 """Compares decoders at equal forward passes, over all their thresholds.
 
-    python docs/scripts/compare_curves.py RUN... [--first flow] [--picture curves.png]
+    python docs/scripts/compare_curves.py RUN... [--first flow] [--every] [--picture curves.png]
 
 RUN is a folder of `xflow evaluate --out`. Rules that differ only in their threshold (`tau`, `jump`,
 `gamma`, `factor`) or in their budget are one curve. With several folders, for several models, each
 curve has the name of its folder in brackets.
-The best point of the first curve is compared with each other curve at the same mean passes. There
-another decoder is a mixture: a random share of the problems is answered with the threshold below
-that number of passes, and the rest with the one above. p is the median over 101 such mixtures.
+The best point of the first curve is compared with each other curve at the same mean passes, and
+with `--every` each of its points. There another decoder is a mixture: a random share of the
+problems is answered with the threshold below that number of passes, and the rest with the one
+above. p is the median over 101 such mixtures.
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--first", default="flow", help="beginning of the first curve's name")
+    parser.add_argument("--every", action="store_true", help="compare every point of that curve")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--title", default="")
     args = parser.parse_args()
@@ -113,9 +115,11 @@ def main() -> None:
     firsts = [p for name, points in curves.items() if name.startswith(args.first) for p in points]
     if not firsts:
         parser.error(f"--first: no curve begins with {args.first!r}. There are {', '.join(curves)}")
-    best = max(firsts, key=lambda p: p.row.accuracy)
-    lines = [(best.row.rule, f"{best.row.forward_passes:.2f}", f"{best.row.accuracy:.1f}", *"   ")]
-    lines += [(name, *compare(best, c)) for name, c in curves.items() if name != best.row.rule]
+    lines: list[tuple[str, ...]] = []
+    for point in firsts if args.every else [max(firsts, key=lambda p: p.row.accuracy)]:
+        row = point.row
+        lines.append((row.rule, f"{row.forward_passes:.2f}", f"{row.accuracy:.1f}", *"   "))
+        lines += [(name, *compare(point, c)) for name, c in curves.items() if name != row.rule]
     print(markdown_table(HEADER, lines, 1), end="\n")
     print(aup_table(rows), end="")
     if args.picture:
