@@ -128,6 +128,7 @@ def test_pretraining_stopped_and_resumed_equals_one_run(base, tmp_path, monkeypa
     assert_same_run(base / "model", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_clean_copies_stopped_and_resumed_equal_one_run(base, tmp_path, monkeypatch):
     """The resumed run begins with clean copies and goes on without them."""
     clean = ["clean_steps=4", "clean_blocks=[1, 8]", "clean_window=3"]
@@ -165,6 +166,7 @@ def test_the_early_distribution_of_named_tasks_alone():
     assert not {differ for _, is_early, differ in kinds if not is_early} & {True}
 
 
+@pytest.mark.slow
 def test_clean_copies_alternate_with_masks_anywhere(tmp_path, monkeypatch):
     count, layouts = pretrain.count_work, []
 
@@ -357,7 +359,9 @@ def test_bundled_models_fit_into_the_package():
     assert sum(path.stat().st_size for path in files if not left_out & set(path.parts)) < 12e6
 
 
-@pytest.mark.parametrize("name", ["pretrain_small", "pretrain_microcode_long"])
+@pytest.mark.parametrize(
+    "name", ["pretrain_small", "pretrain_microcode_long", "pretrain_tiny_long"]
+)
 def test_mixtures_of_the_configurations_fit_their_tasks(name):
     config = load_toml(ROOT / f"configs/{name}.toml", PretrainConfig)
     tokenizer = load_tokenizer(config.tokenizer)
