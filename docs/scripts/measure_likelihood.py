@@ -18,7 +18,7 @@ import numpy as np
 import xflow_jax as xf
 from xflow_jax.tasks import get_task
 from xflow_jax.training import TaskPairs, stack_examples
-from xflow_jax.training.pretraining import make_block_loss, make_response_loss
+from xflow_jax.training.pretraining import make_pretrain_loss
 
 ROWS, BATCH, PROMPT, SEED = 1024, 32, 96, 77
 
@@ -34,18 +34,12 @@ def main(path: str, task_name: str) -> None:
     assert lm.tokenizer is not None
     task = get_task(task_name)
     source = TaskPairs(task, SEED, lm.tokenizer, PROMPT, task.config.gen_length)
-    block = lm.config.default_block_length
-    if lm.config.is_block_causal:
-        assert block is not None
-        loss = make_block_loss(lm.model, (block,))
-    else:
-        loss = make_response_loss(lm.model)
-    measure = jax.jit(lambda batch, key: loss(lm.params, batch, key, jnp.asarray(1.0))[1])
+    loss = jax.jit(make_pretrain_loss(lm.model))
     found = []
     for first in range(0, ROWS, BATCH):
         batch = stack_examples([source[row] for row in range(first, first + BATCH)])
         key = jax.random.fold_in(jax.random.key(0), first)
-        metrics = measure(jax.tree.map(jnp.asarray, batch), key)
+        _, metrics = loss(lm.params, jax.tree.map(jnp.asarray, batch), key, jnp.asarray(1.0))
         found.append([float(metrics[name]) for name in ("loss", "masked_nll")])
     mean = np.mean(found, axis=0)
     error = np.std(found, axis=0, ddof=1) / len(found) ** 0.5

@@ -186,6 +186,20 @@ def make_block_loss(model: Backbone, block_lengths: Sequence[int]) -> PretrainLo
     return loss_fn
 
 
+def make_pretrain_loss(model: Backbone, block_lengths: Sequence[int] = ()) -> PretrainLoss:
+    """Builds the loss of Eq. 1 that fits a model.
+
+    Args:
+        model: the model.
+        block_lengths: blocks that are predicted behind clean copies, as in `make_block_loss`. If
+            empty, those of a block-causal model, and masks anywhere in the response of another.
+    """
+    own = model.config.default_block_length
+    if model.config.is_block_causal and own and not block_lengths:
+        block_lengths = (own,)
+    return make_block_loss(model, block_lengths) if block_lengths else make_response_loss(model)
+
+
 def make_pretrain_step(
     model: Backbone,
     optimizer: optax.GradientTransformation,
@@ -199,18 +213,14 @@ def make_pretrain_step(
         optimizer: the optimiser of its parameters.
         largest_sigma: step -> largest masking ratio. It is 1 for Eq. 1 itself, and lower at first
             in a curriculum.
-        block_lengths: blocks that are predicted behind clean copies, as in `make_block_loss`. If
-            empty, those of a block-causal model, and masks anywhere in the response of another.
+        block_lengths: blocks that are predicted behind clean copies, as in `make_pretrain_loss`.
 
     Returns:
         step(state, batch, key) -> (state, metrics). The batch holds "prompt" int [B, P],
         "prompt_mask" bool [B, P], False at the padding on the left, and "response" int [B, N]. The
         step folds its number into the key, so one key serves a complete run.
     """
-    own = model.config.default_block_length
-    if model.config.is_block_causal and own and not block_lengths:
-        block_lengths = (own,)
-    loss_fn = make_block_loss(model, block_lengths) if block_lengths else make_response_loss(model)
+    loss_fn = make_pretrain_loss(model, block_lengths)
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         largest = jnp.asarray(largest_sigma(state.step), jnp.float32)
