@@ -40,14 +40,14 @@ from xflow_jax.parallel import (
 from xflow_jax.tokenizer import load_tokenizer
 from xflow_jax.types import Backbone, ModelConfig, Params, Tokenizer
 
-# Bundled models: "tiny-base" is pretrained, "tiny-aligned" is aligned from it as in the paper, and
-# "tiny" is trained from that one on the states of live decodes. "tiny-long" is block-causal and
-# pretrained from "tiny-base" on longer programs.
+# Bundled models: "tiny-base" is pretrained. "tiny" is aligned from it as in the paper, and then
+# trained on the states of live decodes. "tiny-long" is block-causal and pretrained from "tiny-base"
+# on longer programs. "tiny-squares" is pretrained on squares of digits.
 BUNDLED = {
     "tiny": Path(__file__).parent / "tiny",
-    "tiny-aligned": Path(__file__).parent / "tiny_aligned",
     "tiny-base": Path(__file__).parent / "tiny_base",
     "tiny-long": Path(__file__).parent / "tiny_long",
+    "tiny-squares": Path(__file__).parent / "tiny_squares",
 }
 DTYPES = ("float32", "bfloat16", "int8")
 DTYPE_CHOICE = "float32, bfloat16 or int8"
@@ -270,8 +270,9 @@ def load(
 
     Args:
         path: a directory in the Hugging Face format, a directory made by `convert.from_hf`, the
-            name of a bundled model ("tiny", "tiny-aligned" and "tiny-base" before its alignments,
-            or "tiny-long" for longer programs), or the name of a model on the hub.
+            name of a bundled model ("tiny", "tiny-base" before its alignments, "tiny-long" for
+            longer programs, or "tiny-squares" for squares of digits), or the name of a model on
+            the hub.
         dtype: float32 or bfloat16, for the computation and the parameters. int8 rounds the matrices
             of the layers to int8 with a scale for each output channel, and the rest is bfloat16.
         mesh: a mesh made by `make_mesh`, or its sizes like "1,8,1". Each process reads its own

@@ -246,6 +246,7 @@ def test_interruption(monkeypatch, capsys):
         ("tiny", (48, None), (48, 16)),
         ("tiny-base", (32, None), (32, 16)),
         ("tiny-long", (None, None), (128, 16)),
+        ("tiny-squares", (None, None), (48, 48)),
         ("tiny", (8, None), (8, None)),
         ("tiny", (40, None), (40, 16)),  # which `generate` refuses
         ("tiny", (48, 48), (48, 48)),

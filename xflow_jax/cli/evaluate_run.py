@@ -204,7 +204,7 @@ def _score_model(
     # Wrong budgets must fail before the base model is loaded.
     rules, cache = {**protocol.rules, **protocol.variants}, CacheOptions(**cache_arguments(args))
     cells = make_cells(lm, task, rules, protocol.budgets, cache)
-    base_name = args.base or ("tiny-base" if args.model in ("tiny", "tiny-aligned") else None)
+    base_name = args.base or ("tiny-base" if args.model == "tiny" else None)
     base = load(base_name, dtype=args.dtype, mesh=mesh) if args.ablate and base_name else None
     about |= _describe_run(args, protocol, lm, base) | describe_inputs(lm, task, problems)
     folder = args.out if shard == WHOLE else shard_folder(to_path(args.out), shard)

@@ -30,7 +30,7 @@ from xflow_jax.input_files import (
 )
 from xflow_jax.toml_config import coerce
 
-BUNDLED = Path(__file__).parents[1] / "tiny_aligned" / "policy.safetensors"
+BUNDLED = Path(__file__).parents[1] / "tiny" / "policy.safetensors"
 A_LIMIT = 4.0  # largest a_max
 
 _TENSORS = ("w1", "b1", "w2", "b2", "w_mu", "b_mu", "w_kappa", "b_kappa")

@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
-from pathlib import Path
 
 import pytest
 
-import xflow_jax
 from tests.helpers import TOKENIZER
 from xflow_jax.cli import main
 from xflow_jax.decoding import Threshold, generate
 from xflow_jax.errors import UserError
-from xflow_jax.lm import load
+from xflow_jax.lm import BUNDLED, load
 from xflow_jax.sandbox.pool import run_many
 from xflow_jax.tasks import microcode_long
 from xflow_jax.tasks.base import find_problem, find_tasks, get_task
@@ -69,8 +67,8 @@ def test_pairs_of_the_usual_style_follow_their_request(pairs):
 
 
 def test_the_tokenizer_of_the_bundled_models_stays_as_it_is():
-    for name in ("tiny", "tiny_base", "tiny_long"):
-        content = (Path(xflow_jax.__file__).parent / name / "tokenizer.json").read_bytes()
+    for folder in BUNDLED.values():
+        content = (folder / "tokenizer.json").read_bytes()
         assert hashlib.sha256(content).hexdigest() == TOKENIZER_DIGEST
 
 
