@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.decoding.helpers import NO, YES, act, belief_of, state_of, step_of
+from xflow_jax.decoding.decode import move_positions
 from xflow_jax.decoding.rules.flow import Flow
 from xflow_jax.decoding.rules.revision import DMax, Revision
 from xflow_jax.errors import UserError
@@ -89,6 +90,18 @@ def test_a_floor_applies_to_all_that_has_entered():
     np.testing.assert_allclose(action.floor, [[0.6] * 3])
     assert reset == [0, 1]
     assert not np.any(call(Flow(reedit="always"), c=[0.3], t=[0.3])[0].floor)
+
+
+def test_a_floor_of_one_writes_anew_until_no_mask_is_left():
+    rule, t, tokens = Flow(reedit="always", jump=0.7, floor=1.0), [1.0, 0.0, 0.0], [7, 9, 9]
+    action, reset = call(rule, c=[0.3, 0.8, 0.6], t=t, tokens=tokens)
+    assert reset == [0, 1]
+    assert rule.is_open(state_with(rule, t, tokens, action.memory)).tolist() == [[NO, YES, YES]]
+    params = {"wte": {"embedding": jnp.arange(10.0)[:, None]}}
+    state, here = state_with(rule, t, tokens), jnp.ones((1, 3), bool)
+    after = move_positions(params, 9, here, state, belief_of([0.3, 0.8, 0.6]), action)
+    assert after.t.tolist() == [[1.0, 1.0, 0.0]] and after.tokens[0, :2].tolist() == [0, 1]
+    assert after.x[0, :2, 0].tolist() == [0.0, 1.0]
 
 
 def test_a_mask_keeps_its_block_open():

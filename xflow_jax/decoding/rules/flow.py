@@ -69,7 +69,8 @@ class Flow(TokenConstraints):
         factor: for "always", in place of `jump`: the n surest masks enter together, for the largest
             n with (n + 1)(1 - c(n)) < factor, as in factor-based decoding.
         floor: least t of a position that has entered, for "always". It commits to one of several
-            likely tokens, where c alone would leave the position near the mask.
+            likely tokens, where c alone would leave the position near the mask. With 1 every entry
+            is written, and written anew in each pass until no mask is left.
         least_passes: passes of a block before it can be over. Above 1, a block is only over after a
             pass in which no token changed.
         commit: commit one position per sequence and step, whatever its step fraction.
