@@ -10,21 +10,24 @@ _FLAGS = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_cou
 if "--xla_backend_optimization_level=0" in _FLAGS[0] and version("jaxlib").startswith("0.10."):
     # Two thirds of the time of an unoptimised compilation. Later versions do not know the flag.
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+    _FLAGS.append("--xla_llvm_disable_expensive_passes=true")
+    _FLAGS.append("--xla_cpu_parallel_codegen_split_count=1")
 os.environ["XLA_FLAGS"] = " ".join(_FLAGS).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Commands enable the cache in the user's own directory.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 # Source lines of operations take a seventh of the time of tests that compile much.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
-from jaxtyping import install_import_hook  # noqa: E402
 
-# Shapes and dtypes of annotations are checked at every call, also while a function is traced.
-_CHECKED = ["xflow_jax.decoding", "xflow_jax.models", "xflow_jax.training"]
-install_import_hook(_CHECKED, "beartype.beartype")
+# Shapes and dtypes of annotations are checked at every call, also while a function is traced, by
+# the tests of these packages. Programs that use them would take a fifth longer.
+_CHECKED = ("decoding", "models", "training")
+jaxtyping.install_import_hook([f"xflow_jax.{name}" for name in _CHECKED], "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -32,6 +35,13 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 _MAPPINGS = Path("/proc/self/maps")
 _MOST_MAPPINGS = 8_000  # about 1.5 GB. Linux allows 65,530, and a module adds some thousands
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _check_annotations(request):
+    """Checks annotations in the tests of the packages that have them."""
+    checked = bool(set(_CHECKED) & set(request.path.parts))
+    jaxtyping.config.update("jaxtyping_disable", not checked)
 
 
 def pytest_collection_finish():
@@ -46,3 +56,7 @@ def _forget_compiled_programs():
     if not _MAPPINGS.exists() or _MAPPINGS.read_bytes().count(b"\n") > _MOST_MAPPINGS:
         jax.clear_caches()
         gc.collect()
+
+
+if os.environ.get("GCT"):
+    gc.set_threshold(int(os.environ["GCT"]), 20, 100)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.helpers import GOLDENS
+from tests.helpers import GOLDENS, read_arrays
 from xflow_jax.checkpoints import read_hf_config
 from xflow_jax.lm import LM, load
 from xflow_jax.types import ModelConfig
@@ -50,7 +50,11 @@ def directory(name: str) -> Path:
 
 def family_config(family: str) -> ModelConfig:
     """Returns the configuration of a family's golden checkpoint."""
-    name = next(name for name, golden in GOLDEN_MODELS.items() if golden.family == family)
+    return golden_config(next(n for n, g in GOLDEN_MODELS.items() if g.family == family))
+
+
+def golden_config(name: str) -> ModelConfig:
+    """Returns the configuration of a golden checkpoint."""
     return read_hf_config(directory(name))
 
 
@@ -63,7 +67,7 @@ def golden_lm(name: str, mesh: str | None = None) -> LM:
 @functools.cache
 def golden_arrays(name: str) -> dict[str, np.ndarray]:
     """Reads what the original code computes from a golden checkpoint."""
-    return dict(np.load(directory(name) / "golden.npz"))
+    return read_arrays(directory(name) / "golden.npz")
 
 
 @functools.cache

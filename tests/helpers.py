@@ -50,6 +50,12 @@ _SCALES = {
 _SCALES |= {"blocks/ff_proj": 16, "blocks/up_proj": 16, "blocks/ff_out": 32, "ff_out": 50}
 
 
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Reads all arrays of an npz file, and closes it."""
+    with np.load(path) as file:
+        return dict(file)
+
+
 @functools.cache
 def llada_tiny() -> LM:
     """Loads the golden checkpoint in float32, with its tokenizer."""

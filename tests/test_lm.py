@@ -14,7 +14,7 @@ import pytest
 import xflow_jax as xf
 import xflow_jax.lm as lm_module
 from convert import from_hf
-from tests.helpers import eight
+from tests.helpers import eight, read_arrays
 from tests.hf_helpers import GOLDEN
 from xflow_jax.errors import UserError
 from xflow_jax.lm import LM, load
@@ -25,7 +25,7 @@ TOLERANCE = 3e-4
 
 @pytest.fixture(scope="module")
 def golden():
-    return dict(np.load(GOLDEN / "golden.npz"))
+    return read_arrays(GOLDEN / "golden.npz")
 
 
 @pytest.fixture(scope="module")

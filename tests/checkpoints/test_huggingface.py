@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert import from_hf
 from tests.family_helpers import family_config
-from tests.helpers import eight
+from tests.helpers import eight, read_arrays
 from tests.hf_helpers import GOLDEN, GOLDEN2, PREFIX, Q2, TOY, edited, tensors_of
 from tests.llada2_helpers import TINY2
 from xflow_jax.checkpoints import huggingface, leaf_shards, safetensors_reader, weight_map
@@ -401,7 +401,7 @@ def test_the_rotary_base_of_transformers_5_gives_the_same_logits(tmp_path, golde
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
     drop = ("rope_theta", "rope_scaling")
     lm = load(edited(tmp_path / "source", config=rope, drop=drop, golden=golden))
-    ids, logits = (np.load(golden / "golden.npz")[name] for name in names)
+    ids, logits = (read_arrays(golden / "golden.npz")[name] for name in names)
     np.testing.assert_allclose(lm.logits(ids), logits, atol=5e-4)
 
 

@@ -67,7 +67,7 @@ def test_converted_and_on_the_fly_are_equal(tmp_path, golden, converted):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name == "llada21_tiny" else [])
+        pytest.param(name, marks=[pytest.mark.slow] if name != "dream_tiny" else [])
         for name in GOLDEN_MODELS
     ],
 )

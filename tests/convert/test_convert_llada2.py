@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from convert import from_hf, to_hf
-from tests.helpers import eight
+from tests.helpers import eight, read_arrays
 from tests.hf_helpers import GOLDEN2, edited, random_params, tensors_of
 from tests.llada2_helpers import TINY2
 from xflow_jax.checkpoints import huggingface, weight_map
@@ -62,14 +62,14 @@ def test_round_trip_bit_for_bit(tmp_path, change):
 
 
 def test_logits_of_the_golden_checkpoint():
-    lm, golden = load(GOLDEN2), np.load(GOLDEN2 / "golden.npz")
+    lm, golden = load(GOLDEN2), read_arrays(GOLDEN2 / "golden.npz")
     logits = lm.logits(golden["block_ids_1"], block_length=int(golden["block_size_1"]))
     np.testing.assert_allclose(logits, golden["block_logits_1"], rtol=0, atol=5e-4)
 
 
 @pytest.mark.slow
 def test_logits_of_all_kinds():
-    lm, golden = load(GOLDEN2), np.load(GOLDEN2 / "golden.npz")
+    lm, golden = load(GOLDEN2), read_arrays(GOLDEN2 / "golden.npz")
     for case in range(2):
         size = int(golden[f"block_size_{case}"])
         full, blocks = (

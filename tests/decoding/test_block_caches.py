@@ -180,17 +180,14 @@ def test_a_refresh_alone_is_the_cache_of_the_prompt():
     "setting",
     [
         HARD,
-        *slow(
-            [
-                Setting("dual", window=3, rule="flow"),
-                Setting("dual", guidance=0.5, prompt_every=3, refresh=2, window=4),
-                Setting("prefix", prompt_every=2, rule="threshold"),
-                Setting("prompt", prompt_every=2, refresh=3, rule="threshold"),
-            ]
-        ),
+        Setting("dual", window=3, rule="flow"),
+        Setting("dual", guidance=0.5, prompt_every=3, refresh=2, window=4),
+        Setting("prefix", prompt_every=2, rule="threshold"),
+        Setting("prompt", prompt_every=2, refresh=3, rule="threshold"),
     ],
     ids=name_of,
 )
+@pytest.mark.slow
 def test_rows_do_not_depend_on_their_batch(setting):
     """Alone they have less padding or none, and skip steps that their batch takes."""
     check_rows(setting, rule_of(setting))

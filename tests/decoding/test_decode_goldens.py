@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.helpers import GOLDENS, decode_golden, llada_tiny
+from tests.helpers import GOLDENS, decode_golden, llada_tiny, read_arrays
 from xflow_jax.decoding.generate import generate
 from xflow_jax.decoding.policy_io import load_policy
 from xflow_jax.decoding.rules.baselines import Threshold
@@ -157,7 +157,7 @@ def test_a_predicted_mask_token_gives_way_to_the_last_prediction():
 
 @pytest.mark.parametrize("number", range(len(FLOW)))
 def test_flow_equals_the_reference(number):
-    case, golden = FLOW[number], np.load(GOLDENS / "flow" / "flow_golden.npz")
+    case, golden = FLOW[number], read_arrays(GOLDENS / "flow" / "flow_golden.npz")
     assert case["case"] == number
     policy = (
         load_policy(GOLDENS / "flow" / "policy.safetensors")

@@ -308,6 +308,7 @@ def test_policies_of_a_wrong_type(policy):
         Flow.__post_init__(flow)
 
 
+@pytest.mark.slow
 def test_64_bit_types_and_strict_promotion_change_nothing():
     """Both are settings of the caller's own programs."""
     lm, ids = toy(), np.array([[1, 2, 3]])

@@ -11,7 +11,7 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from tests.helpers import GOLDENS
+from tests.helpers import GOLDENS, read_arrays
 from xflow_jax.decoding.policy import (
     _EDGE,
     Policy,
@@ -26,7 +26,7 @@ from xflow_jax.decoding.policy_io import load_policy
 
 @pytest.fixture(scope="module")
 def golden():
-    return dict(np.load(GOLDENS / "flow" / "flow_golden.npz"))
+    return read_arrays(GOLDENS / "flow" / "flow_golden.npz")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from convert import from_hf, to_hf
-from tests.family_helpers import GOLDEN_MODELS, directory, golden_arrays, golden_lm
+from tests.family_helpers import (
+    GOLDEN_MODELS,
+    directory,
+    golden_arrays,
+    golden_config,
+    golden_lm,
+)
 from tests.helpers import eight
 from tests.hf_helpers import random_params, tensors_of
 from xflow_jax.checkpoints.hf_export import write_hf
@@ -233,7 +239,7 @@ def test_a_mesh_changes_nothing(name, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in NAMES if golden_lm(n).config.is_block_causal])
+@pytest.mark.parametrize("name", [n for n in NAMES if golden_config(n).is_block_causal])
 def test_the_exact_cache_changes_nothing(name):
     lm, ids = golden_lm(name), prompts_of(name)
     for rule in ("flow", "mask", "edit"):
@@ -294,7 +300,7 @@ def test_code_beside_a_tokenizer_never_runs(tmp_path, file):
 def random_block_causal(seed):
     """Draws a tiny block-causal model with its block length."""
     rng = np.random.default_rng(seed)
-    name = [n for n in NAMES if golden_lm(n).config.is_block_causal][seed % 3]
+    name = [n for n in NAMES if golden_config(n).is_block_causal][seed % 3]
     config = golden_lm(name).config
     heads = int(rng.choice([2, 4]))
     changes = {

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.helpers import read_arrays
 from xflow_jax.errors import UserError
 from xflow_jax.models.attention import attend, attention_mask
 from xflow_jax.models.config import LLaDAConfig
@@ -42,7 +43,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def golden():
-    return dict(np.load(DIR / "golden.npz"))
+    return read_arrays(DIR / "golden.npz")
 
 
 @pytest.fixture(scope="module")

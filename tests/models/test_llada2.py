@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.helpers import eight
+from tests.helpers import eight, read_arrays
 from tests.llada2_helpers import TINY2, random_params
 from xflow_jax.errors import UserError
 from xflow_jax.models.config import model_config
@@ -41,7 +41,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def golden():
-    return dict(np.load(DIR / "golden.npz"))
+    return read_arrays(DIR / "golden.npz")
 
 
 @pytest.fixture(scope="module")

@@ -106,6 +106,7 @@ def test_int8_halves_the_matrices_alone():
     assert wide.flops == narrow.flops
 
 
+@pytest.mark.slow
 def test_a_compiled_cached_decode_counts_its_passes():
     """The branches of the program count as often as the schedule takes them."""
     lm, lengths = toy(), {"prompt_length": 16, "gen_length": 32, "steps": 16, "block_length": 8}

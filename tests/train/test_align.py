@@ -184,9 +184,8 @@ def test_a_run_that_dies_before_its_first_checkpoint_begins_anew(base, straight,
 
 
 @eight
-@pytest.mark.parametrize(
-    "mesh", [pytest.param(m, marks=pytest.mark.slow) for m in ("1,8,1", "1,4,2")] + ["2,2,2"]
-)
+@pytest.mark.parametrize("mesh", ["1,8,1", "1,4,2", "2,2,2"])
+@pytest.mark.slow
 def test_a_mesh_changes_nothing_and_may_change_on_the_way(base, straight, tmp_path, mesh):
     assert_close(straight, run(base, tmp_path / "whole", f"mesh={mesh}"))
     with fate(2, terminate):
@@ -209,6 +208,7 @@ def live(base, tmp_path_factory) -> Path:
     return run(base, tmp_path_factory.mktemp("live") / "run", *TRAJECTORY)
 
 
+@pytest.mark.slow
 def test_live_decodes_continue_where_a_run_stopped(base, live, tmp_path):
     rows = metrics(live)
     assert {"state_nll", "masked_nll", "right", "ended"} <= rows[1].keys()

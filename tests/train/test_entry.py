@@ -29,6 +29,7 @@ def train(model: Path, out: Path, *overrides: str) -> None:
     entry.main(str(ROOT / "configs/entry_latin_square.toml"), options)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_and_resumed_equals_one_run(model, tmp_path, monkeypatch):
     train(model, tmp_path / "straight")
     policy, switches = read_policy(tmp_path / "straight" / "policy.safetensors")

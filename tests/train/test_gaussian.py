@@ -27,6 +27,7 @@ def run(out: Path, *overrides: str) -> None:
     gaussian.main(str(ROOT / "configs/gaussian_tiny.toml"), [*places, *SMALL, *overrides])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_a_straight_one(tmp_path):
     # The step is made once, since a compilation is the longest part of a run.
     made = {}

@@ -148,6 +148,7 @@ def test_a_run_leaves_a_policy_its_picture_and_metrics(straight):
     assert rows[1]["ratio"] == 1.0, "the first batch is sampled by the policy that it trains"
 
 
+@pytest.mark.slow
 def test_a_run_stopped_and_resumed_equals_one_run(model, straight, tmp_path, monkeypatch):
     steps = grpo.Run.steps
 
@@ -167,6 +168,7 @@ def test_a_run_stopped_and_resumed_equals_one_run(model, straight, tmp_path, mon
     assert_same_run(straight, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_continued_with_more_steps_equals_one_run(model, straight, tmp_path):
     train(model, tmp_path / "run", "steps=2")
     train(model, tmp_path / "run")
@@ -221,6 +223,7 @@ def test_a_mesh_trains_the_same_policy(model, straight, tmp_path):
         np.testing.assert_allclose(value, theirs[name], atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_solved_problems_are_found_once(model, tmp_path, monkeypatch):
     """A random model solves nothing. A second run does not decode again."""
     with pytest.raises(UserError, match="0 problems do not fill a batch of 2"):
@@ -235,6 +238,7 @@ def test_solved_problems_are_found_once(model, tmp_path, monkeypatch):
         train(model, tmp_path / "run", "solved_only=true", "problems=4")
 
 
+@pytest.mark.slow
 def test_problems_are_those_that_a_rule_fails(model, tmp_path):
     """A random model fails all of them. Without solved_only no mask prediction is needed."""
     train(model, tmp_path / "run", "failed_by=threshold:tau=0.9", "problems=3", "steps=1")
@@ -309,6 +313,7 @@ def test_an_answer_that_takes_all_passes_earns_nothing_by_its_speed(steps):
     np.testing.assert_array_equal(rewards, [0.0, 0.0])
 
 
+@pytest.mark.slow
 def test_an_entry_policy_trains_beside_a_threshold(model, tmp_path, monkeypatch):
     """The last decode of each group imitates the threshold, the others draw."""
     seen = []

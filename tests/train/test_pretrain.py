@@ -109,6 +109,7 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_pretraining_stopped_and_resumed_equals_one_run(base, tmp_path, monkeypatch):
     # After a stop in the middle, the run saves and ends, and the next call continues.
     with monkeypatch.context() as patch:
@@ -195,6 +196,7 @@ def test_a_run_begins_with_the_parameters_of_a_model(base, tmp_path):
         np.testing.assert_array_equal(value, tensors(tmp_path / "run")[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_block_causal_model_begins_with_a_llada_model(base, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "solve_rate", lambda *_: 0.0)
     standing = ["steps=1", f"start={base / 'model/hf'}", "rate_points=[[0, 0.0], [1, 0.0]]"]

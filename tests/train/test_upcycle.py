@@ -22,6 +22,7 @@ def made():
     return upcycle(lm.params, lm.config, 3, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_a_token_alone_gets_the_same_logits(made):
     params, config = made
     tokens = jnp.arange(24)[:, None]  # a softmax over one key is 1, whatever the norms

@@ -62,6 +62,7 @@ def test_a_restored_position_gives_the_same_batches(shuffled):
             np.testing.assert_array_equal(ours[name], value)
 
 
+@pytest.mark.slow
 def test_processes_change_neither_the_batches_nor_the_position():
     straight, parallel = batch_iterator(Numbers(), 4), batch_iterator(Numbers(), 4, workers=2)
     for _ in range(5):
@@ -93,6 +94,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_program_with_a_sentence(tmp_path):
     """The other process does not keep it alive."""
     script = tmp_path / "script.py"

@@ -297,6 +297,7 @@ def test_a_decode_that_has_left_its_target_is_over(most_wrong, over):
     np.testing.assert_array_equal(after.over, over)
 
 
+@pytest.mark.slow
 def test_groups_have_states_of_their_own_and_parts_change_no_row():
     lm, rules = toy(), (FLOW, "masked")
     batch = batch_of()
