@@ -401,7 +401,8 @@ def test_the_rotary_base_of_transformers_5_gives_the_same_logits(tmp_path, golde
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
     drop = ("rope_theta", "rope_scaling")
     lm = load(edited(tmp_path / "source", config=rope, drop=drop, golden=golden))
-    ids, logits = (read_arrays(golden / "golden.npz")[name] for name in names)
+    arrays = read_arrays(golden / "golden.npz")
+    ids, logits = (arrays[name] for name in names)
     np.testing.assert_allclose(lm.logits(ids), logits, atol=5e-4)
 
 
