@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 BIN := .venv/bin
 STAMP := .venv/installed
 DOCS_STAMP := .venv/installed-docs
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
 
 .PHONY: demo test test-slow lint docs bench clean
 
@@ -34,7 +34,8 @@ bench: $(STAMP)
 	$(BIN)/xflow bench --model tiny
 
 # The stamp is written last, so an interrupted install is done again. The marker tells a killed install, whose packages may
-# be torn, from one that failed by itself. Building without isolation needs no network once setuptools is there.
+# be torn, from one that failed by itself. Building without isolation needs no network once setuptools is there. pip would
+# compile its 13,000 files on one core.
 $(STAMP): pyproject.toml constraints.txt
 	@if [ -e .venv/installing ]; then rm -rf .venv; fi
 	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
@@ -44,6 +45,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into .venv (some minutes the first time)"
 	@touch .venv/installing
 	@{ $(PIP) "setuptools>=77" && $(PIP) --no-build-isolation -e ".[test]"; } || { rm -f .venv/installing; exit 1; }
+	@$(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true  # a few are no Python 3
 	@rm -f .venv/installing
 	@touch $@
 

@@ -79,6 +79,12 @@ def toy(mesh: str | None = None, **changes: Any) -> LM:
     return LM(model, config, params, None, devices)
 
 
+@functools.partial(jax.jit, static_argnames=("model", "method", "block_length"))
+def apply(model: Any, params: Any, *arguments: Any, **named: Any) -> Any:
+    """Calls a module as one program. Outside of jit each of its operations would be compiled."""
+    return model.apply({"params": params}, *arguments, **named)
+
+
 def random_prompts(lengths: list[int], seed: int = 0, top: int = 20) -> list[list[int]]:
     """Draws prompts of these lengths, of ids below `top`."""
     rng = np.random.default_rng(seed)

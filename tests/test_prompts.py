@@ -96,6 +96,7 @@ def test_what_the_language_holds():
         assert respell(prompt) is None, prompt
 
 
+@pytest.mark.slow
 def test_documented_commands_answer_rightly(capsys, tmp_path, monkeypatch):
     (block,) = [
         b for b in fences((DOCS / "guides/own-rule.md").read_text(), "python") if "MyRule" in b

@@ -39,6 +39,7 @@ def test_both_variants_are_timed_and_agree():
     assert almost.endswith("99.99 % of the tokens are equal")
 
 
+@pytest.mark.slow
 def test_a_prompt_read_every_other_step(capsys):
     bench.run(
         arguments(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.helpers import stub, toy
+from tests.helpers import apply, stub, toy
 from tests.llada2_helpers import TINY2, toy2
 from xflow_jax.benchmarks import decode_bench, timer, workload
 from xflow_jax.cli import bench
@@ -34,6 +34,7 @@ def toys(monkeypatch):
     monkeypatch.setattr(bench, "matmul_rate", lambda dtype: 1e11)
 
 
+@pytest.mark.slow
 def test_a_run_prints_and_keeps_its_numbers(toys, monkeypatch, tmp_path, capsys):
     file = tmp_path / "bench.json"
     argv = (
@@ -73,11 +74,11 @@ def test_the_forward_pass_that_is_timed_is_the_decoders():
     h, logits = decode_bench._full_passes(lm.model, lm.params, decode_config, True, x, mask)
     wanted = x
     for _ in range(4):
-        wanted = lm.model.apply({"params": lm.params}, wanted, mask, method="hidden")
+        wanted = apply(lm.model, lm.params, wanted, mask, method="hidden")
     assert h.shape == (3, 13, 16) and logits.shape == (3, 8, lm.config.vocab_rows)
     assert jnp.allclose(h, wanted, atol=1e-4)
     assert jnp.allclose(
-        logits, lm.model.apply({"params": lm.params}, wanted[:, -8:], method="head"), atol=1e-3
+        logits, apply(lm.model, lm.params, wanted[:, -8:], method="head"), atol=1e-3
     )
     alone, nothing = decode_bench._full_passes(lm.model, lm.params, decode_config, False, x, mask)
     assert jnp.allclose(alone, h, atol=1e-6) and nothing.shape == ()

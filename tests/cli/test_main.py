@@ -261,6 +261,7 @@ def test_a_length_by_hand_keeps_the_blocks_of_the_bundled_models(model, given, l
     assert decode_lengths(task, *given) == lengths
 
 
+@pytest.mark.slow
 def test_a_request_outside_the_language_of_the_model_is_noted_before_its_answer(
     capsys, model, tmp_path
 ):
@@ -479,6 +480,7 @@ class MyRule(Threshold):
 """
 
 
+@pytest.mark.slow
 def test_a_rule_from_a_file(capsys, model, tmp_path, monkeypatch):
     (tmp_path / "my_rule.py").write_text(OWN_RULE)
     monkeypatch.chdir(tmp_path)

@@ -46,7 +46,13 @@ def test_the_mapping_names_every_tensor():
     )
 
 
-@pytest.mark.parametrize("change", [None, stack], ids=["single", "stacked"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(None, id="single"),
+        pytest.param(stack, id="stacked", marks=pytest.mark.slow),
+    ],
+)
 def test_round_trip_bit_for_bit(tmp_path, change):
     source = edited(tmp_path / "source", change, golden=GOLDEN2)
     from_hf.convert(source, tmp_path / "orbax")

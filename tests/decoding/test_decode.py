@@ -26,7 +26,9 @@ from xflow_jax.models.factory import abstract_params, build
 @pytest.mark.parametrize(
     "rule, more",
     [
-        (Flow(policy=init_policy(jax.random.key(0), width=8)), {}),
+        pytest.param(
+            Flow(policy=init_policy(jax.random.key(0), width=8)), {}, marks=pytest.mark.slow
+        ),
         (MaskPrediction(order="random", cfg_scale=0.5), {"eos_early_stop": True}),
         (Threshold(0.5), {"early_exit": True}),
     ],
@@ -280,6 +282,7 @@ def read_tokens(trace, row, step, mask_id):
     return tokens
 
 
+@pytest.mark.slow
 def test_guidance_near_0_equals_none():
     """The guided u + (w + 1)(c - u) is c at w = 0. The program for w > 0 is another one."""
     lm, prompts = stub(), random_prompts([6, 4], top=8)

@@ -153,6 +153,7 @@ def test_rows_do_not_depend_on_their_batch():
     assert decode_batch._cache_size() == programs + 1
 
 
+@pytest.mark.slow
 @eight
 def test_a_mesh_changes_no_token():
     sharded, plain = (run(lm, MaskPrediction()) for lm in (toy("2,2,2"), toy()))

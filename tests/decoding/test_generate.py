@@ -59,6 +59,7 @@ def test_a_prompt_does_not_depend_on_its_batch(name):
     np.testing.assert_array_equal(backwards.forward_passes[::-1], together.forward_passes)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_a_prompt_depends_on_the_shape_of_its_batch_alone():
     """Neither the neighbours nor the row matter while B and the padded length stay."""
     lm = toy()
@@ -74,6 +75,7 @@ def test_in_bfloat16_a_prompt_depends_on_the_shape_of_its_batch_alone():
             np.testing.assert_array_equal(out.progress[place], together.progress[row])
 
 
+@pytest.mark.slow
 def test_a_prompt_that_needs_no_padding():
     """A prompt of 16 tokens has no padding alone, and some beside a longer one."""
     prompts = random_prompts([16, 20])
@@ -165,6 +167,7 @@ def test_a_mesh_changes_no_token(mesh, name):
     np.testing.assert_allclose(sharded.progress, plain.progress, atol=1e-4)
 
 
+@pytest.mark.slow
 @eight
 def test_a_mesh_that_does_not_divide_the_batch():
     prompts = random_prompts([4, 9, 5])

@@ -182,6 +182,7 @@ def test_a_new_policy_is_the_same_everywhere():
     assert policy.params["w1"].shape == (8, 16)
 
 
+@pytest.mark.slow
 def test_a_fitted_policy_follows_a_fixed_rule():
     policy = init_policy(jax.random.key(0), width=16)
     fitted = fit_policy(policy, lambda c: jnp.clip(c**4, 1 / 256, 1.0), jax.random.key(1), 300)

@@ -60,7 +60,12 @@ RULES = [
 
 
 @pytest.mark.parametrize(
-    "family", ["bidirectional", "shifted", pytest.param("block-causal", marks=pytest.mark.slow)]
+    "family",
+    [
+        "bidirectional",
+        pytest.param("shifted", marks=pytest.mark.slow),
+        pytest.param("block-causal", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("text", RULES)
 def test_a_stream_ends_with_the_tokens_of_generate(family, text):

@@ -58,6 +58,7 @@ def test_an_alignment_is_drawn(pngs):
     pngs(lambda path: plot_alignment([*lines, {"step": 3, "loss": 1.0}], path))
 
 
+@pytest.mark.slow
 def test_the_steps_of_a_policy_are_drawn(pngs):
     pngs(lambda path: plot_policy_steps(init_policy(jax.random.key(0), 8), path))
 

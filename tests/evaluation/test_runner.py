@@ -151,6 +151,7 @@ def test_a_stopped_run_continues(oracle, tmp_path):
     assert len(lines) == len({(a["task_id"], a["rule"], a["budget"]) for a in lines}) == 40
 
 
+@pytest.mark.slow
 def test_a_continued_batch_has_the_shape_of_a_straight_one(oracle, monkeypatch):
     """In bfloat16 the lengths of the other prompts change how sums are rounded."""
     lm, problems = tiny_lm(), TASK.problems(None, 10)
@@ -253,6 +254,7 @@ def test_several_answers_to_a_problem(oracle):
     ]
 
 
+@pytest.mark.slow
 def test_several_answers_to_a_problem_continue_at_their_seeds(oracle, tmp_path):
     """An answer of one seed is none of another: a stopped run makes each of them once."""
     lm, problems = tiny_lm(), TASK.problems(None, 4)
@@ -505,6 +507,7 @@ def test_a_whole_run_with_its_tables(oracle, tmp_path, monkeypatch, capsys):
         cli_evaluate.run(arguments())
 
 
+@pytest.mark.slow
 def test_shares_of_workers_are_merged(oracle, tmp_path, monkeypatch, capsys):
     """The batches and the answers are those of a single process, and merging decodes nothing."""
     monkeypatch.setattr(evaluate_run, "load", lambda name, dtype, mesh, mask_id=None: tiny_lm())
@@ -535,6 +538,7 @@ def test_shares_of_workers_are_merged(oracle, tmp_path, monkeypatch, capsys):
         cli_evaluate.run(arguments(**given, shard="0/3"))
 
 
+@pytest.mark.slow
 def test_an_approximate_run_is_marked(oracle, tmp_path, monkeypatch, capsys):
     """Its tables and its run.json name the approximation, since its answers differ."""
     lm = tiny_lm()
@@ -585,6 +589,7 @@ def test_another_chat_template_or_configuration_is_another_run(oracle, tmp_path,
             cli_evaluate.run(arguments(**given))
 
 
+@pytest.mark.slow
 def test_the_batch_size_belongs_to_a_run_in_bfloat16(oracle, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate_run, "load", lambda name, dtype, mesh, mask_id=None: tiny_lm())
     given = {"model": "tiny", "limit": 3, "rules": "mask", "budgets": "1/2"}

@@ -56,6 +56,7 @@ def test_splash_is_einsum():
         np.testing.assert_allclose(out, attend(*qkv, mask, "einsum"), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_of_splash():
     *qkv, mask = arguments(length=8, keys=8, heads=2)
 

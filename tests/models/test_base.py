@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import TOY
+from tests.helpers import TOY, apply
 from tests.llada2_helpers import TINY2, random_params
 from xflow_jax.models.base import BackboneBase
 from xflow_jax.models.config import LLaDA2Config, LLaDAConfig
@@ -60,7 +60,7 @@ def test_the_decoders_head_is_the_models(name):
     assert head.kernel.shape == (config.hidden_size, config.vocab_rows)
     assert (head.bias is not None) == config.head_bias
     h = jax.random.normal(jax.random.key(0), (2, 3, config.hidden_size))
-    logits = model.apply({"params": params}, h, method="head")
+    logits = apply(model, params, h, method="head")
     np.testing.assert_allclose(head(h, 0, head.rows), logits, atol=1e-5)
     np.testing.assert_allclose(head(h, 3, 5), logits[..., 3:8], atol=1e-5)
 
@@ -70,10 +70,10 @@ def test_parts_take_numpy_arrays(name):
     model = build(CONFIGS[name])
     params = jax.tree.map(np.asarray, random_params(model))
     tokens, mask = np.arange(12).reshape(2, 6), np.ones((2, 6), bool)
-    x = model.apply({"params": params}, tokens, method="embed")
-    h = model.apply({"params": params}, np.asarray(x), mask, None, method="hidden")
-    logits = model.apply({"params": params}, h, method="head")
-    whole = model.apply({"params": params}, tokens, mask)
+    x = apply(model, params, tokens, method="embed")
+    h = apply(model, params, np.asarray(x), mask, method="hidden")
+    logits = apply(model, params, h, method="head")
+    whole = apply(model, params, tokens, mask)
     np.testing.assert_allclose(logits, whole, atol=1e-5)
 
 

@@ -17,7 +17,7 @@ from tests.family_helpers import (
     golden_config,
     golden_lm,
 )
-from tests.helpers import eight
+from tests.helpers import apply, eight
 from tests.hf_helpers import random_params, tensors_of
 from xflow_jax.checkpoints.hf_export import write_hf
 from xflow_jax.decoding.generate import generate
@@ -150,9 +150,7 @@ def test_every_shape_of_llada_moe_travels(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, lm.params, params)
     tokens = np.arange(12).reshape(2, 6)
     free = dataclasses.replace(config, clip_qkv=None)
-    clipped, plain = (
-        np.asarray(build(c).apply({"params": params}, tokens)) for c in (config, free)
-    )
+    clipped, plain = (np.asarray(apply(build(c), params, tokens)) for c in (config, free))
     assert np.abs(clipped - plain).max() > 1e-2
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers import apply
 from tests.llada2_helpers import TINY2, random_config, random_params
 from xflow_jax.models import kv_cache
 from xflow_jax.models.config import LLaDAConfig
@@ -142,13 +143,13 @@ def test_rows_at_different_blocks():
     model = build(TINY2)
     params = random_params(model, 0)
     x = jax.random.normal(jax.random.key(1), (2, 16, 32))
-    full = model.apply({"params": params}, x, None, 4, method="hidden")
-    _, everything = model.apply(
-        {"params": params}, x, model.empty_cache(2, 0), 0, None, 4, method="hidden_cached"
+    full = apply(model, params, x, block_length=4, method="hidden")
+    _, everything = apply(
+        model, params, x, model.empty_cache(2, 0), 0, block_length=4, method="hidden_cached"
     )
     start = jnp.array([4, 12])
     block = jnp.stack([x[0, 4:8], x[1, 12:16]])
-    h, new = model.apply({"params": params}, block, everything, start, method="hidden_cached")
+    h, new = apply(model, params, block, everything, start, method="hidden_cached")
     np.testing.assert_allclose(h, jnp.stack([full[0, 4:8], full[1, 12:16]]), atol=1e-5)
     chex.assert_trees_all_close(kv_cache.write_cache(everything, new, start), everything, atol=1e-5)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.helpers import read_arrays
+from tests.helpers import apply, read_arrays
 from xflow_jax.errors import UserError
 from xflow_jax.models.attention import attend, attention_mask
 from xflow_jax.models.config import LLaDAConfig
@@ -71,10 +71,8 @@ def params(config):
 def logits(config, params, tokens=None, x=None, dtype=jnp.float32, **kw):
     """Logits of tokens or of embeddings, through embed, hidden and head."""
     model = build(config, dtype)
-    x = model.apply({"params": params}, tokens, method="embed") if x is None else x
-    return model.apply(
-        {"params": params}, model.apply({"params": params}, x, method="hidden", **kw), method="head"
-    )
+    x = apply(model, params, tokens, method="embed") if x is None else x
+    return apply(model, params, apply(model, params, x, method="hidden", **kw), method="head")
 
 
 def close(ours, golden):
@@ -88,29 +86,29 @@ def test_the_parameters_are_the_abstract_ones(config, params):
 
 @pytest.mark.parametrize("case", range(4))
 def test_logits(config, params, golden, case):
-    close(build(config).apply({"params": params}, golden[f"ids_{case}"]), golden[f"logits_{case}"])
+    close(apply(build(config), params, golden[f"ids_{case}"]), golden[f"logits_{case}"])
 
 
 @pytest.mark.parametrize("kernel", ["einsum", "xla"])
 def test_every_attention_kernel_is_the_golden_one(config, params, golden, kernel):
     model = build(config, attention=kernel)
     mask = golden["ragged_attention_mask"] == 1
-    close(model.apply({"params": params}, golden["ragged_ids"], mask), golden["ragged_logits"])
+    close(apply(model, params, golden["ragged_ids"], mask), golden["ragged_logits"])
 
 
 def test_hidden_states_of_every_layer(config, params, golden):
     wanted = golden["hidden_0"]
-    x = build(config).apply({"params": params}, golden["ids_0"], method="embed")
+    x = apply(build(config), params, golden["ids_0"], method="embed")
     close(x, wanted[0])
     for layers in (1, 2):
         # A shorter stack ends in the final norm, so the golden states are normed too.
         cut = dataclasses.replace(config, n_layers=layers)
         few = params | {"blocks": jax.tree.map(lambda a, n=layers: a[:n], params["blocks"])}
         close(
-            build(cut).apply({"params": few}, x, method="hidden"),
+            apply(build(cut), few, x, method="hidden"),
             rms_norm(wanted[layers], config, params),
         )
-    close(build(config).apply({"params": params}, x, method="hidden"), wanted[-1])
+    close(apply(build(config), params, x, method="hidden"), wanted[-1])
 
 
 def rms_norm(x, config, params):
@@ -197,7 +195,7 @@ def test_padded_queries_are_finite_and_so_are_gradients():
     mask = jnp.array([[False] * 6, [False] * 2 + [True] * 4])
 
     def total(p):
-        return model.apply({"params": p}, tokens, mask, 2).sum()
+        return apply(model, p, tokens, mask, block_length=2).sum()
 
     value, grads = jax.value_and_grad(total)(params)
     chex.assert_tree_all_finite((value, grads))
@@ -230,8 +228,8 @@ def test_grouped_heads_are_repeated_heads(kernel):
     }
     tokens = jnp.arange(14).reshape(2, 7)
     mask = jnp.arange(7)[None] >= jnp.array([[0], [3]])
-    ours = build(grouped, attention=kernel).apply({"params": params}, tokens, mask)
-    chex.assert_trees_all_close(ours, build(TINY).apply({"params": full}, tokens, mask), atol=1e-5)
+    ours = apply(build(grouped, attention=kernel), params, tokens, mask)
+    chex.assert_trees_all_close(ours, apply(build(TINY), full, tokens, mask), atol=1e-5)
 
 
 def test_biases():

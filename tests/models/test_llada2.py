@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.helpers import eight, read_arrays
+from tests.helpers import apply, eight, read_arrays
 from tests.llada2_helpers import TINY2, random_params
 from xflow_jax.errors import UserError
 from xflow_jax.models.config import model_config
@@ -105,10 +105,8 @@ def params(config):
 
 def logits(config, params, tokens=None, x=None, dtype=jnp.float32, **kw):
     model = build(config, dtype)
-    x = model.apply({"params": params}, tokens, method="embed") if x is None else x
-    return model.apply(
-        {"params": params}, model.apply({"params": params}, x, method="hidden", **kw), method="head"
-    )
+    x = apply(model, params, tokens, method="embed") if x is None else x
+    return apply(model, params, apply(model, params, x, method="hidden", **kw), method="head")
 
 
 def close(ours, golden):
@@ -123,7 +121,7 @@ def test_the_parameters_are_the_abstract_ones(config, params):
 @pytest.mark.parametrize("case", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_logits(config, params, golden, case):
     close(
-        build(config).apply({"params": params}, golden[f"full_ids_{case}"]),
+        apply(build(config), params, golden[f"full_ids_{case}"]),
         golden[f"full_logits_{case}"],
     )
 
@@ -154,9 +152,9 @@ def test_embeddings_instead_of_tokens(config, params, golden):
 def test_hidden_states(config, params, golden):
     wanted = golden["full_hidden_0"]
     model = build(config)
-    x = model.apply({"params": params}, golden["full_ids_0"], method="embed")
+    x = apply(model, params, golden["full_ids_0"], method="embed")
     close(x, wanted[0])
-    close(model.apply({"params": params}, x, method="hidden"), wanted[-1])
+    close(apply(model, params, x, method="hidden"), wanted[-1])
     for layers in (1, 2, 3):
         # A shorter stack ends in the final norm, so the golden states are normed too.
         cut = dataclasses.replace(config, num_hidden_layers=layers)
@@ -169,7 +167,7 @@ def test_hidden_states(config, params, golden):
             / np.sqrt(np.mean(y**2, axis=-1, keepdims=True) + config.rms_norm_eps)
             * params["ln_f"]["scale"]
         )
-        close(build(cut).apply({"params": few}, x, method="hidden"), y)
+        close(apply(build(cut), few, x, method="hidden"), y)
 
 
 @pytest.mark.parametrize(
@@ -242,9 +240,7 @@ def test_every_shape_of_the_family(changes, present):
     tokens = jnp.arange(12).reshape(2, 6)
     model = build(config)
     params = random_params(model)
-    chex.assert_tree_all_finite(
-        jax.grad(lambda p: (model.apply({"params": p}, tokens) ** 2).mean())(params)
-    )
+    chex.assert_tree_all_finite(jax.grad(lambda p: (apply(model, p, tokens) ** 2).mean())(params))
     assert set(params) & {"dense", "blocks"} == present
     assert ("ff_out" in params) != config.tie_word_embeddings
     for stack in present:

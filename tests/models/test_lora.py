@@ -56,6 +56,7 @@ def logits(model, params, lora):
     return model.apply({"params": params, "lora": lora}, TOKENS)
 
 
+@pytest.mark.slow
 def test_targets():
     attention = {f"blocks/{name}/kernel" for name in ("q_proj", "k_proj", "v_proj", "attn_out")}
     mlp = {f"blocks/{name}/kernel" for name in ("ff_proj", "up_proj", "ff_out")}

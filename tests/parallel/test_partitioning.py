@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from tests.helpers import eight
+from tests.helpers import apply, eight
 from xflow_jax.errors import UserError
 from xflow_jax.models.config import LLaDAConfig
 from xflow_jax.models.factory import abstract_params, build, init_params
@@ -160,7 +160,7 @@ def test_a_batch_that_the_mesh_does_not_divide_still_runs():
         placed = jax.device_put(params, shardings(params, mesh, "llada"))
         tokens = jnp.zeros((3, 6), jnp.int32)
         ours = jax.jit(model.apply)({"params": placed}, tokens)
-    chex.assert_trees_all_close(ours, model.apply({"params": params}, tokens), atol=1e-6)
+    chex.assert_trees_all_close(ours, apply(model, params, tokens), atol=1e-6)
 
 
 @eight

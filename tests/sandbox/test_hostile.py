@@ -368,7 +368,8 @@ def memory() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux has /proc")
-@pytest.mark.parametrize("runs", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("runs", [100, 1000])
 def test_memory_stays_flat(pool, runs):
     programs = [
         RIGHT + "print('x' * 10**5)",

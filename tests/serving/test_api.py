@@ -312,6 +312,7 @@ def test_answers_are_those_of_generate(running, client, rule):
         assert ask(client, rule, prompt).choices[0].message.content == expected.texts[0]
 
 
+@pytest.mark.slow
 def test_draining(running):
     """The last test of the module: nothing is accepted after it."""
     done: list[object] = []

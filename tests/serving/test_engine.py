@@ -43,11 +43,11 @@ def answers(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("model", "mesh", "cache"),
     [
-        (toy, "2,1,2", DUAL),
+        (toy, None, CacheOptions("prompt")),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
-                (toy, None, CacheOptions("prompt")),
+                (toy, "2,1,2", DUAL),
                 (toy, None, CacheOptions("prefix", refresh=2)),
                 (toy, "2,2,2", NO_CACHE),
                 (toy, "1,8,1", DUAL),

@@ -82,6 +82,7 @@ def test_a_body_that_never_ends(running, monkeypatch):
     connection.close()
 
 
+@pytest.mark.slow
 def test_a_hundred_malformed_requests(running, client):
     before = ask(client).choices[0].message.content
     connection = http.client.HTTPConnection("127.0.0.1", running.server.port, timeout=600)

@@ -177,6 +177,7 @@ def test_crashes_and_sigterm_change_nothing(base, straight, tmp_path):
     assert_same(straight, out)
 
 
+@pytest.mark.slow
 def test_a_run_that_dies_before_its_first_checkpoint_begins_anew(base, straight, tmp_path):
     with fate(1, die), pytest.raises(KeyboardInterrupt):
         run(base, tmp_path / "run")

@@ -77,6 +77,7 @@ def test_bad_input_is_one_sentence_at_the_start(tmp_path, override, sentence):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_start_of_another_shape_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"start: tiny-base has another shape than \[model\]"):
         run(tmp_path / "run", "start=tiny-base")

@@ -184,6 +184,7 @@ def test_flows_have_the_options_of_their_task():
     assert not parse_flow("", None, get_task("microcode")).confidence_eos_eot_inf
 
 
+@pytest.mark.slow
 def test_a_run_of_other_weights_is_not_continued(model, straight, tmp_path):
     other, run = tmp_path / "other", tmp_path / "run"
     lm = load(model)
@@ -343,6 +344,7 @@ def test_training_problems_are_none_of_the_held_out_ones():
     assert not seen & {problem.composition for problem in task.problems(None, 200)}
 
 
+@pytest.mark.slow
 def test_a_policy_is_fitted_to_a_rule():
     def rule(c):
         return jnp.clip(c**4, 1 / 256, 1)

@@ -142,6 +142,7 @@ def test_clean_copies_stopped_and_resumed_equal_one_run(base, tmp_path, monkeypa
     assert metrics(tmp_path / "whole")[-2] != metrics(base / "model")[-2]
 
 
+@pytest.mark.slow
 def test_the_early_distribution_of_named_tasks_alone():
     options = ["out=", f"tokenizer={ROOT / 'xflow_jax' / 'tiny'}", *MIXTURE, "batch_size=4"]
 
@@ -360,6 +361,7 @@ def test_bundled_models_fit_into_the_package():
     assert sum(path.stat().st_size for path in files if "__pycache__" not in path.parts) < 13e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["pretrain_small", "pretrain_microcode_long", "pretrain_tiny_long"]
 )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import GOLDENS, toy
+from tests.helpers import GOLDENS, apply, toy
 from train.setup import run_program
 from train.upcycle import USAGE, main, upcycle
 from xflow_jax.errors import UserError
@@ -26,7 +26,7 @@ def made():
 def test_a_token_alone_gets_the_same_logits(made):
     params, config = made
     tokens = jnp.arange(24)[:, None]  # a softmax over one key is 1, whatever the norms
-    ours = build(config).apply({"params": params}, tokens)
+    ours = apply(build(config), params, tokens)
     np.testing.assert_allclose(ours, toy().logits(tokens), rtol=2e-5, atol=2e-5)
     assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(
         lambda x: x.shape, abstract_params(build(config))
@@ -51,6 +51,7 @@ def test_what_cannot_be_upcycled():
         upcycle(toy().params, dataclasses.replace(toy().config, n_layers=1), 2, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_the_program_and_its_mistakes(tmp_path, capsys, monkeypatch):
     def run(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["train.upcycle", *arguments])

@@ -195,6 +195,7 @@ def test_steps_lower_the_loss_and_leave_a_frozen_table_alone(setting):
     assert step._cache_size() == 1  # one program for the whole run
 
 
+@pytest.mark.slow
 def test_accumulated_parts_average_their_gradients(setting):
     model, params, batch = setting
     optimizer = optax.sgd(1.0)

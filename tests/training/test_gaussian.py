@@ -52,6 +52,7 @@ def step():
     return jax.jit(make_gaussian_step(MODEL, OPTIMIZER, optax.constant_schedule(1.0)))
 
 
+@pytest.mark.slow
 def test_the_step_is_the_formula(params, batch, step):
     """Computes the loss row by row, with the draws of the step's key."""
     level_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(9), 0))

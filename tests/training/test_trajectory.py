@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from tests.family_helpers import golden_lm
-from tests.helpers import toy
+from tests.helpers import apply, toy
 from xflow_jax.decoding.decode import decode, embed
 from xflow_jax.decoding.rules.parsing import parse_rule_ranges
 from xflow_jax.decoding.state import DecodeConfig
@@ -65,7 +65,7 @@ def start(lm, config, optimizer=ZERO):
     "rule, block_length",
     [
         (FLOW, 0),
-        ("softmask", 4),
+        pytest.param("softmask", 4, marks=pytest.mark.slow),
         pytest.param("flow:jump=0.3,creep=0.2,early_exit=true", 4, marks=pytest.mark.slow),
         pytest.param("dmax", 0, marks=pytest.mark.slow),
     ],
@@ -140,9 +140,8 @@ def test_blocks_of_all_rows_begin_at_the_same_places():
         assert moved["fill"][row].tolist() == wanted
 
 
-@pytest.mark.parametrize(
-    "rule", [FLOW, pytest.param("flow:jump=0.3,creep=0.2,early_exit=true", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", [FLOW, "flow:jump=0.3,creep=0.2,early_exit=true"])
 def test_the_blocks_of_a_block_causal_model_decode_at_once(rule):
     """With constant parameters each is the last block of a decode behind the clean target."""
     lm, config = golden_lm("sdar_tiny"), causal_config(rule)
@@ -193,16 +192,15 @@ def test_only_blocks_under_way_count_in_the_loss():
     total, count = 0.0, 0
     for block in range(3):
         # The clean text up to the block, then its states. Nothing attends to what is behind.
-        variables = {"params": lm.params}
         tokens = jnp.concatenate([rows["prompt"], rows["response"]], axis=1)
-        clean = lm.model.apply(variables, tokens, method="embed")
+        clean = apply(lm.model, lm.params, tokens, method="embed")
         at = slice(P + 4 * block, P + 4 * block + 4)
         inputs = clean.at[:, at].set(x[:, 4 * block : 4 * block + 4])
         real = jnp.concatenate([rows["prompt_mask"], jnp.ones((B, 12), bool)], axis=1)
         number = (jnp.arange(P + 12) - P) // 4
         allowed = (number[None, :] <= number[:, None])[None]
-        hidden = lm.model.apply(variables, inputs, real, None, allowed, method="hidden")[:, at]
-        logits = lm.model.apply(variables, hidden, method="head")
+        hidden = apply(lm.model, lm.params, inputs, real, allowed=allowed, method="hidden")
+        logits = apply(lm.model, lm.params, hidden[:, at], method="head")
         nll = losses.cross_entropy(logits, rows["response"][:, 4 * block : 4 * block + 4])
         counted = np.asarray(live.fill).reshape(B, 3, 4)[:, block] & ~over[:, block, None]
         total, count = total + float(nll[counted].sum()), count + counted.sum()

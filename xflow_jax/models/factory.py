@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -45,6 +46,7 @@ def build(config: ModelConfig, dtype: DTypeLike = jnp.float32, **fields: object)
     return _BACKBONES[config.family](config, dtype=dtype, **fields)
 
 
+@partial(jax.jit, static_argnames="model")
 def init_params(model: Backbone, key: Key[Array, ""]) -> dict[str, Any]:
     """Draws fresh parameters.
 
