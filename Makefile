@@ -34,8 +34,8 @@ bench: $(STAMP)
 	$(BIN)/xflow bench --model tiny
 
 # The stamp is written last, so an interrupted install is done again. The marker tells a killed install, whose packages may
-# be torn, from one that failed by itself. Building without isolation needs no network once setuptools is there. pip would
-# compile its 13,000 files on one core.
+# be torn, from one that failed by itself. Building without isolation needs no network once setuptools is there. Byte
+# code is compiled last, since pip itself takes one core for 13,000 files.
 $(STAMP): pyproject.toml constraints.txt
 	@if [ -e .venv/installing ]; then rm -rf .venv; fi
 	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
@@ -45,7 +45,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into .venv (some minutes the first time)"
 	@touch .venv/installing
 	@{ $(PIP) "setuptools>=77" && $(PIP) --no-build-isolation -e ".[test]"; } || { rm -f .venv/installing; exit 1; }
-	@$(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true  # a few are no Python 3
+	@$(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true  # packages bring files that do not compile
 	@rm -f .venv/installing
 	@touch $@
 

@@ -85,6 +85,15 @@ def apply(model: Any, params: Any, *arguments: Any, **named: Any) -> Any:
     return model.apply({"params": params}, *arguments, **named)
 
 
+def logits(
+    config: Any, params: Any, tokens: Any = None, x: Any = None, dtype: Any = jnp.float32, **kw: Any
+) -> Any:
+    """Computes the logits of tokens or of embeddings, through embed, hidden and head."""
+    model = build(config, dtype)
+    x = apply(model, params, tokens, method="embed") if x is None else x
+    return apply(model, params, apply(model, params, x, method="hidden", **kw), method="head")
+
+
 def random_prompts(lengths: list[int], seed: int = 0, top: int = 20) -> list[list[int]]:
     """Draws prompts of these lengths, of ids below `top`."""
     rng = np.random.default_rng(seed)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.helpers import apply, read_arrays
+from tests.helpers import apply, logits, read_arrays
 from xflow_jax.errors import UserError
 from xflow_jax.models.attention import attend, attention_mask
 from xflow_jax.models.config import LLaDAConfig
@@ -66,13 +66,6 @@ def params(config):
         "ln_f": {"scale": tensors["ln_f.weight"]},
         "ff_out": {"kernel": tensors["ff_out.weight"].T},
     }
-
-
-def logits(config, params, tokens=None, x=None, dtype=jnp.float32, **kw):
-    """Logits of tokens or of embeddings, through embed, hidden and head."""
-    model = build(config, dtype)
-    x = apply(model, params, tokens, method="embed") if x is None else x
-    return apply(model, params, apply(model, params, x, method="hidden", **kw), method="head")
 
 
 def close(ours, golden):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.helpers import apply, eight, read_arrays
+from tests.helpers import apply, eight, logits, read_arrays
 from tests.llada2_helpers import TINY2, random_params
 from xflow_jax.errors import UserError
 from xflow_jax.models.config import model_config
@@ -101,12 +101,6 @@ def params(config):
         "ln_f": {"scale": tensors["norm.weight"]},
         "ff_out": {"kernel": tensors["lm_head.weight"].T},
     }
-
-
-def logits(config, params, tokens=None, x=None, dtype=jnp.float32, **kw):
-    model = build(config, dtype)
-    x = apply(model, params, tokens, method="embed") if x is None else x
-    return apply(model, params, apply(model, params, x, method="hidden", **kw), method="head")
 
 
 def close(ours, golden):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import apply, random_prompts, toy
+from tests.helpers import random_prompts, toy
 from xflow_jax.models.products import (
     batched_product,
     linear_product,
@@ -80,8 +80,8 @@ def test_a_model_takes_the_precision_of_the_caller_in_all_its_products():
     lm, tokens = toy(), np.asarray(random_prompts([7, 7]))
 
     def loss(params):
-        x = apply(lm.model, params, tokens, method="embed")
-        hidden = apply(lm.model, params, x, method="hidden")
+        x = lm.model.apply({"params": params}, tokens, method="embed")
+        hidden = lm.model.apply({"params": params}, x, method="hidden")
         # A sum of squares would hardly have slopes after the norm.
         return jnp.sum(hidden * draw(*hidden.shape)), hidden
 
