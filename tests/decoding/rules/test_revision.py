@@ -67,6 +67,22 @@ def test_a_factor_bounds_the_entries_together():
     assert call(Flow(reedit="always", factor=4.0), c, t, candidates=here)[1] == [1, 2, 3, 4]
 
 
+def test_doubts_to_the_left_delay_a_mask():
+    c, t = [0.9, 0.1, 0.8, 0.9, 0.99], [0.0, 0.5, 0.0, 0.0, 0.0]
+    # The products of c and of the masks before, without position 1, which has entered:
+    # 0.9, 0.72, 0.648, 0.6415.
+    assert call(Flow(reedit="always", jump=0.7), c, t)[1] == [0, 1, 2, 3, 4]
+    assert call(Flow(reedit="always", jump=0.7, left=1.0), c, t)[1] == [0, 1, 2]
+    assert call(Flow(reedit="always", jump=0.645, left=1.0), c, t)[1] == [0, 1, 2, 3]
+    # With the root of the products: 0.9, 0.759, 0.764, 0.797.
+    assert call(Flow(reedit="always", jump=0.76, left=0.5), c, t)[1] == [0, 1, 3, 4]
+    assert call(Flow(reedit="always", jump=0.95, left=1.0), c, t)[1] == [0, 1]  # at least one mask
+    # (n + 1)(1 - c(n)) of the products: 0.2, 0.84, 1.408, 1.79.
+    assert call(Flow(reedit="always", factor=0.85, left=1.0), c, t)[1] == [0, 1, 2]
+    here = [NO, YES, YES, YES, YES]  # masks outside count for nothing: 0.8, 0.72, 0.713
+    assert call(Flow(reedit="always", jump=0.715, left=1.0), c, t, candidates=here)[1] == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     "c, t, tokens, over",
     [
@@ -156,6 +172,8 @@ def test_options_out_of_range():
             {"reedit": "always", "jump": 0.5, "factor": 1.0},
             "factor needs reedit=always, and takes the place of jump and of a policy",
         ),
+        ({"left": 0.5}, "left needs reedit=always, and no policy"),
+        ({"reedit": "always", "left": -0.5}, "left must be at least 0, not -0.5"),
         ({"reedit": "always", "factor": -1.0}, "factor must be at least 0, not -1.0"),
         ({"reedit_above": 1.5}, "reedit_above must be between 0 and 1, not 1.5"),
         (

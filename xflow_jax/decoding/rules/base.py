@@ -215,6 +215,15 @@ def select_within_factor(
     return among & (rank <= count)
 
 
+def chance_before(
+    confidence: Float[Array, "B N"], among: Bool[Array, "B N"]
+) -> Float[Array, "B N"]:
+    """Returns the product of the confidences of the allowed positions before each position."""
+    factors = jnp.where(among, confidence, 1.0)
+    shifted = jnp.pad(factors[:, :-1], ((0, 0), (1, 0)), constant_values=1.0)
+    return jnp.cumprod(shifted, axis=-1)
+
+
 def quota_or_confident(
     scheduled: Bool[Array, "B N"], confident: Bool[Array, "B N"], quota: Int[Array, ...]
 ) -> Bool[Array, "B N"]:

@@ -18,6 +18,7 @@ from xflow_jax.decoding.rules import revision
 from xflow_jax.decoding.rules.base import (
     Action,
     TokenConstraints,
+    chance_before,
     check_ranges,
     select_highest,
     select_within_factor,
@@ -68,6 +69,9 @@ class Flow(TokenConstraints):
         sure: confidence at which a prediction needs no further step, for "always".
         factor: for "always", in place of `jump`: the n surest masks enter together, for the largest
             n with (n + 1)(1 - c(n)) < factor, as in factor-based decoding.
+        left: for "always", the weight of doubts to the left. A mask is judged by
+            c * (product of c of the masks before it) ** left in the place of c. With 1 that is the
+            chance that it and all before it are right, if they are independent.
         floor: least t of a position that has entered, for "always". It commits to one of several
             likely tokens, where c alone would leave the position near the mask. With 1 every entry
             is written, and written anew in each pass until no mask is left.
@@ -107,6 +111,7 @@ class Flow(TokenConstraints):
     least_passes: int = static_field(1)
     floor: float = static_field(0.0)
     factor: float | None = static_field(None)
+    left: float = static_field(0.0)
 
     def __post_init__(self) -> None:
         # JAX builds trees with other leaves than policies, so only known mistakes are refused.
@@ -135,9 +140,14 @@ class Flow(TokenConstraints):
             or (self.reedit == "always" and self.jump is None and self.policy is None),
             "factor needs reedit=always, and takes the place of jump and of a policy",
         )
+        require(
+            self.left == 0 or (self.reedit == "always" and self.policy is None),
+            "left needs reedit=always, and no policy",
+        )
         require(self.least_passes >= 1, f"least_passes must be at least 1, not {self.least_passes}")
         check_ranges(self, power=math.inf, jump=1.0, creep=1.0, reedit_margin=math.inf, settled=1.0)
-        check_ranges(self, reedit_above=1.0, sure=1.0, floor=1.0, factor=math.inf)
+        check_ranges(self, reedit_above=1.0, sure=1.0, floor=1.0)
+        check_ranges(self, factor=math.inf, left=math.inf)
 
     @property
     def needs_keys(self) -> bool:
@@ -226,6 +236,7 @@ class Flow(TokenConstraints):
         """Selects the masks that enter, with the notes of a sampled step."""
         c, masked = belief.confidence, step.candidates & (state.t == 0)
         if not isinstance(self.policy, EntryPolicy):
+            c = c * chance_before(c, masked) ** self.left
             if self.factor is not None:
                 return select_within_factor(c, masked, self.factor), None
             above = ENTRY if self.jump is None else self.jump
