@@ -6,6 +6,7 @@ The same functions serve tests/test_house.py, which fails if a rule of the layou
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import re
 import sys
@@ -86,7 +87,7 @@ class Source:
     text: str
     is_package: bool
 
-    @property
+    @functools.cached_property
     def imports(self) -> list[Import]:
         """All imports of the file, in functions and under TYPE_CHECKING too."""
         return list(find_imports(self.tree, self.module, self.is_package))

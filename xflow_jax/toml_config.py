@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import sys
 import types
@@ -283,9 +284,16 @@ def _override_value(value: str, hint: object) -> Any:
     return parsed
 
 
+@functools.cache
+def _field_hints(cls: type[_Dataclass]) -> dict[str, object]:
+    """Returns the types of the fields that the constructor takes."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
 def _field_hint(cls: type[_Dataclass], name: str, dotted: str, where: str) -> object:
     """Returns the type of a field. Raises UserError without one."""
-    hints = {f.name: typing.get_type_hints(cls)[f.name] for f in dataclasses.fields(cls) if f.init}
+    hints = _field_hints(cls)
     if name not in hints:
         near = difflib.get_close_matches(name, hints, n=1, cutoff=0.5)
         prefix = dotted.strip()[: -len(name)] if dotted.strip().endswith(name) else ""

@@ -156,10 +156,11 @@ def _score_given(
         texts = [(i, task.canonical(problem)) for i, problem in zip(wanted, problems, strict=True)]
     else:
         label = "answers"
-        # The file may hold answers to problems that --limit leaves out.
-        everything = task.problems(args.data and to_path(args.data), None)
-        known = [task.task_id(problem) for problem in everything]
-        texts = read_answers(to_path(args.answers), wanted, known + wanted)
+        known = wanted
+        if args.limit is not None:  # the file may hold answers to problems that it leaves out
+            everything = task.problems(args.data and to_path(args.data), None)
+            known = [task.task_id(problem) for problem in everything] + wanted
+        texts = read_answers(to_path(args.answers), wanted, known)
         about["answers"] = hash_file(to_path(args.answers))
     about["source"] = label
     answers = stack.enter_context(open_answers(args.out, about))

@@ -218,7 +218,7 @@ def select_within_factor(
 def chance_before(
     confidence: Float[Array, "B N"], among: Bool[Array, "B N"]
 ) -> Float[Array, "B N"]:
-    """Returns the product of the confidences of the allowed positions before each position."""
+    """Returns the product of the allowed confidences before each position."""
     factors = jnp.where(among, confidence, 1.0)
     shifted = jnp.pad(factors[:, :-1], ((0, 0), (1, 0)), constant_values=1.0)
     return jnp.cumprod(shifted, axis=-1)
