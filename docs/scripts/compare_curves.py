@@ -3,8 +3,8 @@
     python docs/scripts/compare_curves.py RUN... [--first flow] [--every] [--picture curves.png]
 
 RUN is a folder of `xflow evaluate --out`. Rules that differ only in their threshold (`tau`, `jump`,
-`gamma`, `factor`) or in their budget are one curve. With several folders, for several models, each
-curve has the name of its folder in brackets.
+`gamma`, `factor`, `left`) or in their budget are one curve. With several folders, for several
+models, each curve has the name of its folder in brackets.
 The best point of the first curve is compared with each other curve at the same mean passes, and
 with `--every` each of its points. There another decoder is a mixture: a random share of the
 problems is answered with the threshold below that number of passes, and the rest with the one
@@ -51,7 +51,7 @@ def curve_name(rule: str) -> str:
     kind, _, options = rule.partition(":")
     # A flow whose masks enter by a factor is another decoder than one with a threshold.
     named = options if kind == "factor" else re.sub(r"\bfactor=[^,]*", "factor", options)
-    kept = [o for o in named.split(",") if o and not re.match(r"(tau|jump|gamma|factor)=", o)]
+    kept = [o for o in named.split(",") if o and not re.match(r"(tau|jump|gamma|factor|left)=", o)]
     return f"{kind}:{','.join(kept)}" if kept else kind
 
 
@@ -60,18 +60,21 @@ def read_curves(folder: Path, label: str = "") -> dict[str, list[Point]]:
 
     Args:
         folder: the run.
-        label: end of the names of its curves.
+        label: end of the names of its curves. With one, the only curve of a run is named without
+            its options.
     """
     run = json.loads((folder / "run.json").read_text())
     answers: dict[tuple[str, str], list[Answer]] = defaultdict(list)
     for line in (folder / "answers.jsonl").read_text().splitlines():
         answer = Answer(**json.loads(line))
         answers[answer.rule, answer.budget].append(answer)
+    names = {rule: curve_name(rule) for rule, _ in answers}
+    if label and len(set(names.values())) == 1:
+        names = {rule: rule.partition(":")[0] for rule in names}
     curves: dict[str, list[Point]] = defaultdict(list)
     for (rule, budget), found in answers.items():
-        row = summarize_answers(
-            curve_name(rule) + label, budget, 0, run["settings"]["gen_length"], found
-        )
+        name, length = names[rule] + label, run["settings"]["gen_length"]
+        row = summarize_answers(name, budget, 0, length, found)
         curves[row.rule].append(Point(row, {a.task_id: a.passed for a in found}))
     return {k: sorted(v, key=lambda p: p.row.forward_passes) for k, v in curves.items()}
 
