@@ -3,8 +3,9 @@
     python docs/scripts/compare_curves.py RUN... [--first flow] [--every] [--picture curves.png]
 
 RUN is a folder of `xflow evaluate --out`. Rules that differ only in their threshold (`tau`, `jump`,
-`gamma`, `factor`, `left`) or in their budget are one curve. With several folders, for several
-models, each curve has the name of its folder in brackets.
+`gamma`, `factor`, `left`) or in their budget are one curve, but a flow with `factor` or `left` is
+another curve than one without. With several folders, for several models, each curve has the name of
+its folder in brackets.
 The best point of the first curve is compared with each other curve at the same mean passes, and
 with `--every` each of its points. There another decoder is a mixture: a random share of the
 problems is answered with the threshold below that number of passes, and the rest with the one
@@ -49,9 +50,9 @@ class Point:
 def curve_name(rule: str) -> str:
     """Returns a rule without its threshold."""
     kind, _, options = rule.partition(":")
-    # A flow whose masks enter by a factor is another decoder than one with a threshold.
-    named = options if kind == "factor" else re.sub(r"\bfactor=[^,]*", "factor", options)
-    kept = [o for o in named.split(",") if o and not re.match(r"(tau|jump|gamma|factor|left)=", o)]
+    # Flows whose masks enter by a factor or from the left are decoders of their own.
+    named = options if kind == "factor" else re.sub(r"\b(factor|left)=[^,]*", r"\1", options)
+    kept = [o for o in named.split(",") if o and not re.match(r"(tau|jump|gamma|factor)=", o)]
     return f"{kind}:{','.join(kept)}" if kept else kind
 
 
