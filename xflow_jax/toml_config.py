@@ -150,7 +150,7 @@ def read_keys(
         if hf.get(key) is None:
             raise UserError(f"{where}: the key {key} is missing")
     fields = {}
-    hints = typing.get_type_hints(cls)
+    hints = field_types(cls)
     for name in _key_fields(cls):
         if name not in hf:
             continue
@@ -165,6 +165,13 @@ def read_keys(
         return cls(**fields)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+@functools.cache
+def field_types(cls: type) -> dict[str, object]:
+    """Returns name -> type of the fields that build a dataclass."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
 
 
 def _key_fields(cls: type[_Dataclass]) -> list[str]:
@@ -284,16 +291,9 @@ def _override_value(value: str, hint: object) -> Any:
     return parsed
 
 
-@functools.cache
-def _field_hints(cls: type[_Dataclass]) -> dict[str, object]:
-    """Returns the types of the fields that the constructor takes."""
-    hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
-
-
 def _field_hint(cls: type[_Dataclass], name: str, dotted: str, where: str) -> object:
     """Returns the type of a field. Raises UserError without one."""
-    hints = _field_hints(cls)
+    hints = field_types(cls)
     if name not in hints:
         near = difflib.get_close_matches(name, hints, n=1, cutoff=0.5)
         prefix = dotted.strip()[: -len(name)] if dotted.strip().endswith(name) else ""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from xflow_jax.evaluation.statistics import pass_at_k, wilson_interval
 from xflow_jax.input_files import is_cloud, open_regular, parse_json, read_json, to_path
 from xflow_jax.parallel import Shard
 from xflow_jax.sandbox import SAME_INTERPRETER
-from xflow_jax.toml_config import coerce
+from xflow_jax.toml_config import coerce, field_types
 
 SHARD = "shard-"  # before the name of a share
 
@@ -291,7 +290,7 @@ def _parse_answer(line: bytes) -> Answer:
     fields = parse_json(line.decode(), "")
     if not isinstance(fields, dict):
         raise TypeError
-    hints = typing.get_type_hints(Answer)
+    hints = field_types(Answer)
     return Answer(
         **{name: coerce(value, hints.get(name, object)) for name, value in fields.items()}
     )

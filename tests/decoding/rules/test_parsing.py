@@ -18,9 +18,9 @@ from xflow_jax.decoding.rules.parsing import (
     parse_budgets,
     parse_rule,
     parse_rules,
-    rule_fields,
 )
 from xflow_jax.errors import UserError
+from xflow_jax.toml_config import field_types
 
 
 def test_rules():
@@ -45,7 +45,7 @@ def test_options_in_the_text_override_defaults():
 
 def test_every_option_has_a_type():
     for cls in RULES.values():
-        assert rule_fields(cls) and "needs_keys" not in rule_fields(cls)
+        assert field_types(cls) and "needs_keys" not in field_types(cls)
 
 
 def test_a_flow_takes_a_policy_from_its_file(tmp_path):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-import typing
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from fractions import Fraction
 from typing import Any
 
@@ -26,7 +24,7 @@ from xflow_jax.decoding.rules.mask_prediction import MaskPrediction
 from xflow_jax.decoding.rules.mlfm import MLFM
 from xflow_jax.decoding.rules.revision import DMax
 from xflow_jax.errors import UserError, describe, require
-from xflow_jax.toml_config import coerce, format_value
+from xflow_jax.toml_config import coerce, field_types, format_value
 
 RULES: dict[str, type] = {
     "mask": MaskPrediction,
@@ -44,12 +42,6 @@ _BUDGET = re.compile(r"[+-]?(\d{1,15}/\d{1,15}|\d{0,15}(\.\d{0,15})?(?<=[\d.])(e
 _RANGE = re.compile(r"(\w+)=([-+\d.eE]+?)\.\.([-+\d.eE]+)", re.ASCII)
 # path/to/file.py:Class or package.module:Class, with options in parentheses if there are any.
 _EXTERNAL = re.compile(r"([^:()]+\.py|[\w.]+):([A-Za-z_]\w*)(?:\((.*)\))?")
-
-
-def rule_fields(cls: type) -> dict[str, object]:
-    """Returns option -> type of its value, for a class of rules."""
-    hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in fields(cls)}
 
 
 def parse_rule(text: str, defaults: Iterable[tuple[str, object]] = ()) -> tuple[str, Rule]:
@@ -83,7 +75,7 @@ def parse_rule(text: str, defaults: Iterable[tuple[str, object]] = ()) -> tuple[
         if name not in RULES:
             raise UserError(f"there is no rule {name!r}{_suggest(name, RULES)}")
         cls = RULES[name]
-    known = rule_fields(cls)
+    known = field_types(cls)
     given = _options(name, rest, known) if colon else {}
     if (file := given.pop("policy", "none")) != "none":
         policy, switches = read_policy(file)
