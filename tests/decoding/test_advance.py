@@ -44,6 +44,24 @@ def test_advance_by_hand():
     assert tokens.tolist() == [1, 2, 3, 3, 5, 7, 99]
 
 
+def test_a_position_on_its_way_that_takes_no_step_keeps_its_token():
+    x, t, tokens = after(
+        t=[0.0, 0.5, 0.5, 0.5, 0.5],
+        x=[-1.0, 2.0, 2.0, 2.0, 2.0],
+        c=[0.6] * 5,
+        tokens=[1, 2, 3, 4, 5],
+        standing=[7] * 5,
+        a=[0.0, 0.0, 0.5, 0.0, 0.0],
+        reset=[NO, NO, NO, YES, NO],
+        commit=[NO, NO, NO, NO, YES],
+        candidates=[YES] * 5,
+    )
+    # A mask shows its prediction. The others in order: still, moved by half, reset and committed.
+    assert tokens.tolist() == [1, 7, 3, 4, 5]
+    np.testing.assert_allclose(x, [-1.0, 2.0, 16.0, 0.6 * 40 - 0.4, 50.0], rtol=1e-6)
+    np.testing.assert_allclose(t, [0.0, 0.5, 0.75, 0.6, 1.0], rtol=1e-6)
+
+
 def test_a_commitment_has_precedence_over_a_step_and_a_reset():
     x, t, tokens = after(
         t=[0.5, 0.5, 1.0],

@@ -353,7 +353,9 @@ def advance(
         mixed *= (length / (_norm(mixed) + 1e-6))[..., None]
     x = jnp.where((real & back)[..., None], mixed, x)
     t = jnp.where(real & back, c, jnp.where(moving, t_ahead, state.t))
-    written = candidates & (state.t < 1) | real & action.reset
+    # A mask shows its prediction. A position on its way that takes no step keeps its token.
+    steps = (state.t == 0) | (state.t < 1) & (whole | (a > 0))
+    written = candidates & steps | real & action.reset
     tokens = jnp.where(written, belief.tokens, state.tokens)
     return dataclasses.replace(state, x=x, t=t, tokens=tokens)
 

@@ -83,6 +83,19 @@ def test_doubts_to_the_left_delay_a_mask():
     assert call(Flow(reedit="always", jump=0.715, left=1.0), c, t, candidates=here)[1] == [1, 2, 3]
 
 
+def test_a_token_that_stands_gives_way_only_to_one_that_is_sure_enough():
+    # Position i predicts token i. Position 0 has entered with it, 1 and 2 with another token.
+    c, t, tokens = [0.5, 0.6, 0.97, 0.95], [0.9, 0.9, 1.0, 0.0], [0, 7, 7, 7]
+    assert call(Flow(reedit="always"), c, t, tokens)[1] == [0, 1, 2, 3]
+    sure = Flow(reedit="always", replace_above=0.9)
+    assert call(sure, c, t, tokens)[1] == [0, 2, 3]
+    # Nothing is taken back, but the mixture of an agreeing position follows c, and masks enter.
+    assert call(Flow(reedit="always", replace_above=1.0), c, t, tokens)[1] == [0, 3]
+    # A contradiction that does not count is no change, so the block is over.
+    for rule, over in ((sure, YES), (Flow(reedit="always", replace_above=0.5), NO)):
+        assert bool(call(rule, [0.5, 0.6], [0.9, 0.9], [0, 7])[0].memory.over[0]) is over
+
+
 @pytest.mark.parametrize(
     "c, t, tokens, over",
     [
@@ -175,6 +188,7 @@ def test_options_out_of_range():
         ({"left": 0.5}, "left needs reedit=always, and no policy"),
         ({"reedit": "always", "left": -0.5}, "left must be at least 0, not -0.5"),
         ({"reedit": "always", "factor": -1.0}, "factor must be at least 0, not -1.0"),
+        ({"replace_above": 2.0}, "replace_above must be between 0 and 1, not 2.0"),
         ({"reedit_above": 1.5}, "reedit_above must be between 0 and 1, not 1.5"),
         (
             {"reedit": "always", "synchronous": True},

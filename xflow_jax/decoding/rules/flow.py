@@ -44,9 +44,9 @@ class Flow(TokenConstraints):
     - "disagreement": those whose argmax is not the token that stands there, with
       c > reedit_above. A token stands there if t >= reedit_above.
     - "always": all that have entered, in every step. A mask enters at c > jump (0.9 without
-      `jump`), or by `factor`, and at least the surest one. The block is over if all c are at least
-      `sure`, or if nothing changed. `power`, `creep` and `commit` have no effect, and a step-size
-      policy is refused.
+      `jump`), or by `factor`, and at least the surest one. A token that stands gives way to another
+      at c > replace_above. The block is over if all c are at least `sure`, or if nothing changed.
+      `power`, `creep` and `commit` have no effect, and a step-size policy is refused.
 
     With an entry policy a mask enters if its learned confidence is above `jump`, or above the
     policy's own threshold without `jump`, and at least the surest one enters. Without "always" an
@@ -75,6 +75,8 @@ class Flow(TokenConstraints):
         floor: least t of a position that has entered, for "always". It commits to one of several
             likely tokens, where c alone would leave the position near the mask. With 1 every entry
             is written, and written anew in each pass until no mask is left.
+        replace_above: for "always", confidence above which another token replaces one that stands.
+            Below it the position stays as it is. With 1 nothing is taken back.
         least_passes: passes of a block before it can be over. Above 1, a block is only over after a
             pass in which no token changed.
         commit: commit one position per sequence and step, whatever its step fraction.
@@ -112,6 +114,7 @@ class Flow(TokenConstraints):
     floor: float = static_field(0.0)
     factor: float | None = static_field(None)
     left: float = static_field(0.0)
+    replace_above: float = static_field(0.0)
 
     def __post_init__(self) -> None:
         # JAX builds trees with other leaves than policies, so only known mistakes are refused.
@@ -146,7 +149,7 @@ class Flow(TokenConstraints):
         )
         require(self.least_passes >= 1, f"least_passes must be at least 1, not {self.least_passes}")
         check_ranges(self, power=math.inf, jump=1.0, creep=1.0, reedit_margin=math.inf, settled=1.0)
-        check_ranges(self, reedit_above=1.0, sure=1.0, floor=1.0)
+        check_ranges(self, reedit_above=1.0, sure=1.0, floor=1.0, replace_above=1.0)
         check_ranges(self, factor=math.inf, left=math.inf)
 
     @property
@@ -258,5 +261,6 @@ class Flow(TokenConstraints):
         """Re-edits all that has entered, and lets further masks enter."""
         enters, notes = self._entries(belief, state, step)
         options = (self.sure, self.least_passes, self.rescale, self.expected)
-        action = revision.reedit_all(belief, state, step, enters, *options, floor=self.floor)
+        numbers = {"floor": self.floor, "replace_above": self.replace_above}
+        action = revision.reedit_all(belief, state, step, enters, *options, **numbers)
         return dataclasses.replace(action, notes=notes)

@@ -58,10 +58,12 @@ def reedit_all(
     rescale: bool = False,
     expected: bool = False,
     floor: Array | float = 0.0,
+    replace_above: Array | float = 0.0,
 ) -> Action:
     """Re-edits every position that has entered (Eq. 10 in every step).
 
     A mask that enters, and everything that has entered, gets x = c x_pred + (1 - c) m and t = c.
+    Only a prediction of another token with c <= replace_above leaves the position as it is.
     The block of a row is over if all confidences are at least `sure`, or if the step changed no
     token that stood and no mask entered.
 
@@ -76,16 +78,17 @@ def reedit_all(
         rescale: as in Action.
         expected: as in Action.
         floor: least progress of positions that have entered, for all rows or [B, 1].
+        replace_above: confidence above which another token replaces one that stands, for all rows
+            or [B, 1].
 
     Returns:
         The action, with the new memory.
     """
     here, c = step.candidates, belief.confidence
     enters = here & enters & (state.t == 0)
-    stood = here & (state.t > 0)
-    memory = state.memory.after(
-        step, enters | stood & (belief.tokens != state.tokens), least_passes
-    )
+    differs = belief.tokens != state.tokens
+    stood = here & (state.t > 0) & (~differs | (c > replace_above))
+    memory = state.memory.after(step, enters | stood & differs, least_passes)
     if least_passes == 1:
         memory = memory.replace(over=memory.over | jnp.all((c >= sure) | ~here, axis=-1))
     no = jnp.zeros_like(here)
