@@ -46,6 +46,15 @@ def test_the_scan_equals_a_plain_loop(rule, more):
     chex.assert_trees_all_equal(scanned[0].forward_passes, plain[0].forward_passes)
 
 
+def test_a_flow_that_takes_nothing_back_is_threshold_decoding():
+    lm, shape = toy(), {"gen_length": 16, "block_length": 8, "steps": 16}
+    prompts = random_prompts([3, 5, 4, 6])
+    written = Flow(reedit="always", jump=0.5, floor=1.0, replace_above=1.0, early_exit=True)
+    outputs = [generate(lm, prompts, rule, **shape) for rule in (written, Threshold(0.5))]
+    assert 2 < np.mean(outputs[0].forward_passes) < 16
+    chex.assert_trees_all_equal(*((out.tokens, out.forward_passes) for out in outputs))
+
+
 def numpy_flow(
     p, config, prompt, gen_length, block_length, steps, power, margin, revise, commit, synchronous
 ):
