@@ -260,7 +260,16 @@ class Flow(TokenConstraints):
     def _reedit_all(self, belief: Belief, state: DecodeState, step: Step) -> Action:
         """Re-edits all that has entered, and lets further masks enter."""
         enters, notes = self._entries(belief, state, step)
-        options = (self.sure, self.least_passes, self.rescale, self.expected)
-        numbers = {"floor": self.floor, "replace_above": self.replace_above}
-        action = revision.reedit_all(belief, state, step, enters, *options, **numbers)
+        action = revision.reedit_all(
+            belief,
+            state,
+            step,
+            enters,
+            self.sure,
+            self.least_passes,
+            self.rescale,
+            self.expected,
+            floor=self.floor,
+            replace_above=self.replace_above,
+        )
         return dataclasses.replace(action, notes=notes)
