@@ -3,9 +3,9 @@
     python docs/scripts/compare_curves.py RUN... [--first flow] [--every] [--picture curves.png]
 
 RUN is a folder of `xflow evaluate --out`. Rules that differ only in their threshold (`tau`, `jump`,
-`gamma`, `factor`, `left`) or in their budget are one curve, but a flow with `factor` or `left` is
-another curve than one without. With several folders, for several models, each curve has the name of
-its folder in brackets.
+`gamma`, `factor`, `left`, `replace_above`) or in their budget are one curve, but a flow with
+`factor` or `left` is another curve than one without. With several folders, for several models, each
+curve has the name of its folder in brackets.
 The best point of the first curve is compared with each other curve at the same mean passes, and
 with `--every` each of its points. There another decoder is a mixture: a random share of the
 problems is answered with the threshold below that number of passes, and the rest with the one
@@ -52,7 +52,8 @@ def curve_name(rule: str) -> str:
     kind, _, options = rule.partition(":")
     # Flows whose masks enter by a factor or from the left are decoders of their own.
     named = options if kind == "factor" else re.sub(r"\b(factor|left)=[^,]*", r"\1", options)
-    kept = [o for o in named.split(",") if o and not re.match(r"(tau|jump|gamma|factor)=", o)]
+    thresholds = r"(tau|jump|gamma|factor|replace_above)="
+    kept = [o for o in named.split(",") if o and not re.match(thresholds, o)]
     return f"{kind}:{','.join(kept)}" if kept else kind
 
 
